@@ -1,0 +1,79 @@
+# `make` prints the targets. Each does what is missing and nothing twice; one that was interrupted is repaired by the
+# next run, because a stamp is removed before its work begins and written after it ended.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made from (default: the first from 3.11 to 3.14 that is found)
+#   ARGS="-k window"    further arguments for pytest (test) or `sightline bench` (demo)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PACKAGE := $(VENV)/.package
+LIBRARY := python/sightline/_lib/libsightline.so
+NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+PYTHON ?=
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help env build lint format test demo bench wheel clean distclean
+
+help: ## print this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+env: $(PACKAGE) $(LIBRARY) ## create .venv with the package (editable) and everything that development needs
+
+build: $(LIBRARY) ## compile what changed in csrc
+
+# Without the stamp the environment is missing or half installed: begin with an empty one.
+$(INSTALLED): requirements-dev.txt
+	@if [ ! -e $@ ]; then sh tools/make_venv.sh $(VENV) $(PYTHON); fi
+	@rm -f $@
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	@touch $@
+
+$(LIBRARY): $(NATIVE_SOURCES) $(INSTALLED)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+$(PACKAGE): pyproject.toml $(INSTALLED) | $(LIBRARY)
+	@rm -f $@
+	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint requirements-dev.txt --editable '.[dev]'
+	@touch $@
+
+lint: env ## ruff, mypy and clang-format, without changing a file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: env ## let ruff and clang-format rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+test: env ## everything that a machine without a GPU can test
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: env ## the main job: attention over real text at 1K to 16K tokens, against torch; results in build/demo
+	$(BIN)/sightline bench --output build/demo $(ARGS)
+
+bench: env ## measure sightline against its peers and regenerate docs/performance.md
+	$(BIN)/python benchmarks/attention_ratio.py
+	$(BIN)/python benchmarks/render.py
+
+# build/lib may hold modules that have been deleted since.
+wheel: env ## build the wheel into dist/
+	@rm -rf build/lib* build/bdist.* dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist python/sightline/_lib python/*.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
