@@ -1,0 +1,12 @@
+// Function qualifiers shared by host and device code.
+//
+// Everything in csrc/core and in the vector headers is force-inlined and static: the same header is compiled once
+// per instruction set, and a function with external (weak) linkage would let the linker keep the AVX-512 copy for
+// the caller that was chosen because the machine has no AVX-512.
+#pragma once
+
+#if defined(__CUDACC__)
+#define SIGHTLINE_INLINE static __host__ __device__ __forceinline__
+#else
+#define SIGHTLINE_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
+#endif

@@ -1,0 +1,419 @@
+// Weighted attention, forward (MATH.md sections 1 and 2).
+//
+// Work: one unit is up to 256 query rows of one key head (all its query heads numbered through, see row_tile.h); units
+// are handed to threads longest first. A unit walks the key tiles that any of its rows sees: scores (lanes are rows,
+// see product.h), weights in place, weights times V. K and V are used where they lie when they are fp32, else widened
+// tile by tile, so that extra memory does not grow with N.
+//
+// Sums: fp32 within a key tile, fp64 across tiles for the normalisers. Weighted values are summed in fp32 over a chunk
+// of 2048 keys and chunks are added up, which keeps the error flat in N.
+//
+// Re-weighting sweeps twice: the first finds Z and the largest score, the second recomputes the scores and weighs.
+//
+// Non-finite numbers: the products run at full speed and let 0 * NaN through. Only a unit whose result is not finite
+// is computed again with products that skip zero weights, so finite data pays nothing.
+#include <cmath>
+
+#include "core/weights.h"
+#include "cpu/kernel_table.h"
+#include "cpu/score_tile.h"
+#include "cpu/workspace.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+namespace {
+
+constexpr int kMaxTilesPerUnit = 4;
+constexpr int64_t kChunkKeys = 2048;
+constexpr float kFlatRow = 0x1p-16f;
+
+// What a tile of rows has gathered so far.
+struct RowState {
+  RowTile rows;
+  float* transposed_queries;              // (D, lanes)
+  float* values;                          // (lanes, padded Dv): weighted values of finished chunks
+  float* chunk_values;                    // the same of the current chunk
+  float* response_values;                 // U, likewise, when saved
+  float* chunk_response_values;
+  alignas(64) float shift[kRowTile];      // softmax: running maximum; softplus: 0
+  alignas(64) float largest[kRowTile];    // largest score so far
+  alignas(64) float chunk_decay[kRowTile];  // what the shift's growth within the chunk does to finished chunks
+  alignas(64) float mean[kRowTile];
+  alignas(64) float inverse_peak[kRowTile];
+  alignas(64) float flat[kRowTile];       // 1 where the row is flat
+  double normalizer[kRowTile];
+  double weight_sum[kRowTile];
+  double response[kRowTile];
+};
+
+struct ForwardScratch {
+  explicit ForwardScratch(const AttentionProblem& problem) : memory(layout(problem, nullptr)) { layout(problem, memory.get()); }
+
+  int64_t layout(const AttentionProblem& problem, char* base) {
+    Arena arena(base);
+    padded_width = core::round_up(problem.value_width, Vec::kWidth);
+    const bool saves_response = problem.saved_values != nullptr;
+    states = arena.take<RowState>(kMaxTilesPerUnit);
+    queries = arena.take<float>(kRowTile * problem.head_width);
+    scores = arena.take<float>(kRowTile * kKeyTile);
+    responses = arena.take<float>(saves_response ? kRowTile * kKeyTile : 0);
+    bias = arena.take<float>(problem.attn_mask.kind != MaskKind::kNone ? kRowTile * kKeyTile : 0);
+    keys = arena.take<float>(kKeyTile * problem.head_width);
+    values = arena.take<float>(kKeyTile * padded_width);
+    const int64_t tile_values = kRowTile * padded_width;
+    for (int tile = 0; tile < kMaxTilesPerUnit; ++tile) {
+      float* transposed = arena.take<float>(kRowTile * problem.head_width);
+      float* sums[4];
+      for (int which = 0; which < 4; ++which) sums[which] = arena.take<float>(which < 2 || saves_response ? tile_values : 0);
+      if (base == nullptr) continue;
+      RowState& state = states[tile];
+      state.transposed_queries = transposed;
+      state.values = sums[0];
+      state.chunk_values = sums[1];
+      state.response_values = sums[2];
+      state.chunk_response_values = sums[3];
+    }
+    return arena.used();
+  }
+
+  Allocation memory;
+  int64_t padded_width = 0;
+  RowState* states = nullptr;
+  float *queries = nullptr, *scores = nullptr, *responses = nullptr, *bias = nullptr, *keys = nullptr, *values = nullptr;
+};
+
+struct Unit {
+  int64_t batch, key_head, begin, end;  // rows [begin, end) of the key head
+  bool finite;                          // false: products must skip zero weights
+};
+
+SIGHTLINE_INLINE void zero(float* values, int64_t count) {
+  for (int64_t index = 0; index < count; ++index) values[index] = 0.0f;
+}
+
+void start_rows(const AttentionProblem& problem, const ForwardScratch& scratch, RowState& state) {
+  const bool has_sink = problem.sinks != nullptr;
+  for (int lane = 0; lane < state.rows.lanes; ++lane) {
+    const bool shifted = problem.weight_function == WeightFunction::kSoftmax;
+    const float sink = has_sink ? problem.sinks[state.rows.head[lane]] : -INFINITY;
+    state.shift[lane] = shifted ? sink : 0.0f;
+    state.largest[lane] = -INFINITY;
+    state.chunk_decay[lane] = 1.0f;
+    state.normalizer[lane] = has_sink && sink != -INFINITY ? 1.0 : 0.0;
+    state.weight_sum[lane] = 0.0;
+    state.response[lane] = 0.0;
+  }
+  const int64_t count = state.rows.lanes * scratch.padded_width;
+  zero(state.values, count);
+  zero(state.chunk_values, count);
+  if (problem.saved_values != nullptr) {
+    zero(state.response_values, count);
+    zero(state.chunk_response_values, count);
+  }
+}
+
+SIGHTLINE_INLINE void scale_row(float* row, float factor, int64_t width) {
+  for (int64_t column = 0; column < width; column += Vec::kWidth)
+    store(row + column, Vec::load(row + column) * Vec::broadcast(factor));
+}
+
+// Softmax: a larger maximum rescales what the row has gathered.
+void raise_shift(const ForwardScratch& scratch, RowState& state, const float* tile_largest) {
+  for (int lane = 0; lane < state.rows.lanes; ++lane) {
+    const float before = state.shift[lane];
+    const float after = tile_largest[lane] > before ? tile_largest[lane] : before;
+    if (after == before) continue;
+    const float decay = std::exp(before - after);
+    state.shift[lane] = after;
+    state.normalizer[lane] *= decay;
+    state.chunk_decay[lane] *= decay;
+    scale_row(state.chunk_values + lane * scratch.padded_width, decay, scratch.padded_width);
+  }
+}
+
+// Scores to weights, in place; adds the tile's row sums to the normaliser.
+template <class Weight, bool kStore>
+void weigh(RowState& state, int keys, float* tile) {
+  const int lanes = state.rows.lanes;
+  for (int lane = 0; lane < lanes; lane += Vec::kWidth) {
+    Vec shift = Vec::load(state.shift + lane);
+    shift = select(equal(shift, Vec::broadcast(-INFINITY)), Vec::broadcast(0.0f), shift);
+    Vec sum = Vec::broadcast(0.0f);
+    for (int j = 0; j < keys; ++j) {
+      float* entry = tile + j * lanes + lane;
+      const Vec score = Vec::load(entry);
+      const Vec weight = Weight::forward(Weight::kShifted ? score - shift : score);
+      if (kStore) store(entry, weight);
+      sum = sum + weight;
+    }
+    alignas(64) float sums[Vec::kWidth];
+    store(sums, sum);
+    for (int offset = 0; offset < Vec::kWidth; ++offset) state.normalizer[lane + offset] += sums[offset];
+  }
+}
+
+// Scores to re-weighted weights w = (r / m)^p, in place, and (r / m)^(p - 1) where the response is saved.
+template <class Weight>
+void reweigh(const AttentionProblem& problem, RowState& state, int keys, float* tile, float* responses) {
+  const int lanes = state.rows.lanes;
+  const Vec zeros = Vec::broadcast(0.0f);
+  const float power = problem.reweight.power;
+  for (int lane = 0; lane < lanes; lane += Vec::kWidth) {
+    Vec shift = Vec::load(state.shift + lane);
+    shift = select(equal(shift, Vec::broadcast(-INFINITY)), zeros, shift);
+    const Vec mean = Vec::load(state.mean + lane);
+    const Vec inverse_peak = Vec::load(state.inverse_peak + lane);
+    const Mask flat = equal(Vec::load(state.flat + lane), Vec::broadcast(1.0f));
+    Vec sum = zeros;
+    Vec response_sum = zeros;
+    for (int j = 0; j < keys; ++j) {
+      float* entry = tile + j * lanes + lane;
+      const Vec score = Vec::load(entry);
+      const Vec weight = Weight::forward(Weight::kShifted ? score - shift : score);
+      const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
+      Vec sharp;
+      if (responses != nullptr) {
+        Vec response = core::power(excess, power - 1.0f);
+        // 0^0 at p = 1: a key at or below the mean has no response.
+        if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
+        response_sum = response_sum + response;
+        store(responses + j * lanes + lane, response);
+        sharp = response * excess;
+      } else {
+        sharp = core::power(excess, power);
+      }
+      sharp = select(flat, weight, sharp);
+      sum = sum + sharp;
+      store(entry, sharp);
+    }
+    alignas(64) float sums[Vec::kWidth];
+    alignas(64) float response_sums[Vec::kWidth];
+    store(sums, sum);
+    store(response_sums, response_sum);
+    for (int offset = 0; offset < Vec::kWidth; ++offset) {
+      state.weight_sum[lane + offset] += sums[offset];
+      state.response[lane + offset] += response_sums[offset];
+    }
+  }
+}
+
+// Between the two sweeps: mean, peak and the flat-row rule.
+template <class Weight>
+void find_peaks(const AttentionProblem& problem, RowState& state) {
+  for (int lane = 0; lane < state.rows.lanes; ++lane) {
+    const float visible = state.rows.visible_keys[lane];
+    const bool exempt = visible <= static_cast<float>(problem.reweight.exempt_rows) || problem.reweight.offset == 0.0f;
+    const float shift = state.shift[lane];
+    const Vec top = Weight::forward(Vec::broadcast(state.largest[lane] - (Weight::kShifted ? shift : 0.0f)));
+    const float largest_weight = sum_of_lanes(top) * (1.0f / Vec::kWidth);
+    const float mean =
+        exempt || visible == 0.0f ? 0.0f : static_cast<float>(problem.reweight.offset * state.normalizer[lane] / visible);
+    const float peak = largest_weight - mean;
+    const bool flat = (!exempt && !(peak > kFlatRow * largest_weight)) || !(peak > 0.0f);
+    state.mean[lane] = mean;
+    state.inverse_peak[lane] = flat ? 0.0f : 1.0f / peak;
+    state.flat[lane] = flat ? 1.0f : 0.0f;
+  }
+}
+
+void finish_chunk(const ForwardScratch& scratch, float* values, float* chunk, const RowState& state) {
+  for (int lane = 0; lane < state.rows.rows; ++lane) {
+    const Vec decay = Vec::broadcast(state.chunk_decay[lane]);
+    for (int64_t column = 0; column < scratch.padded_width; column += Vec::kWidth) {
+      const int64_t index = lane * scratch.padded_width + column;
+      store(values + index, fma(Vec::load(values + index), decay, Vec::load(chunk + index)));
+      store(chunk + index, Vec::broadcast(0.0f));
+    }
+  }
+}
+
+void finish_chunks(const AttentionProblem& problem, const ForwardScratch& scratch, RowState* states, int tiles) {
+  for (int tile = 0; tile < tiles; ++tile) {
+    RowState& state = states[tile];
+    finish_chunk(scratch, state.values, state.chunk_values, state);
+    if (problem.saved_values != nullptr) finish_chunk(scratch, state.response_values, state.chunk_response_values, state);
+    for (int lane = 0; lane < state.rows.lanes; ++lane) state.chunk_decay[lane] = 1.0f;
+  }
+}
+
+void load_key_tile(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch, int64_t first, bool with_values,
+                   KeyTile& tile) {
+  tile.first = first;
+  tile.count = static_cast<int>(core::smaller(kKeyTile, problem.keys - first));
+  const void* keys = advance(
+      static_cast<const void*>(problem.key.data),
+      unit.batch * problem.key.batch_stride + unit.key_head * problem.key.head_stride + first * problem.key.row_stride,
+      problem.dtype);
+  const void* values = advance(
+      static_cast<const void*>(problem.value.data),
+      unit.batch * problem.value.batch_stride + unit.key_head * problem.value.head_stride + first * problem.value.row_stride,
+      problem.dtype);
+  const bool direct = problem.dtype == DType::kFloat32;
+  tile.keys = direct ? static_cast<const float*>(keys) : scratch.keys;
+  tile.key_stride = direct ? problem.key.row_stride : problem.head_width;
+  if (!direct)
+    for (int j = 0; j < tile.count; ++j)
+      widen(advance(keys, j * problem.key.row_stride, problem.dtype), problem.dtype, scratch.keys + j * problem.head_width,
+            problem.head_width);
+  set_up_key_factors(problem, unit.batch, tile);
+  if (!with_values) return;
+  const bool values_direct = direct && scratch.padded_width == problem.value_width;
+  tile.values = values_direct ? static_cast<const float*>(values) : scratch.values;
+  tile.value_stride = values_direct ? problem.value.row_stride : scratch.padded_width;
+  if (values_direct) return;
+  for (int j = 0; j < tile.count; ++j) {
+    float* row = scratch.values + j * scratch.padded_width;
+    widen(advance(values, j * problem.value.row_stride, problem.dtype), problem.dtype, row, problem.value_width);
+    zero(row + problem.value_width, scratch.padded_width - problem.value_width);
+  }
+}
+
+// One tile of scores of one tile of rows: weights into the normaliser (first sweep) or into the output.
+template <class Weight, bool kReweight, bool kFirstSweep>
+void process_tile(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch, const KeyTile& keys,
+                  RowState& state) {
+  alignas(64) float tile_largest[kRowTile];
+  compute_scores(problem, state.rows, keys, state.transposed_queries, scratch.bias, scratch.scores, tile_largest);
+  if (!kReweight || kFirstSweep) {
+    for (int lane = 0; lane < state.rows.lanes; ++lane)
+      state.largest[lane] = tile_largest[lane] > state.largest[lane] ? tile_largest[lane] : state.largest[lane];
+    if (Weight::kShifted) raise_shift(scratch, state, tile_largest);
+    weigh<Weight, !kFirstSweep>(state, keys.count, scratch.scores);
+    if (kFirstSweep) return;
+  } else {
+    reweigh<Weight>(problem, state, keys.count, scratch.scores, scratch.responses);
+  }
+  if (problem.dropout) {
+    drop_weights(problem, state.rows, keys, scratch.scores);
+    if (scratch.responses != nullptr && problem.saved_values != nullptr)
+      drop_weights(problem, state.rows, keys, scratch.responses);
+  }
+  accumulate_product(unit.finite, {scratch.scores, 1, state.rows.lanes}, keys.values, keys.value_stride, state.chunk_values,
+                     scratch.padded_width, state.rows.rows, scratch.padded_width, keys.count);
+  if (problem.saved_values != nullptr)
+    accumulate_product(unit.finite, {scratch.responses, 1, state.rows.lanes}, keys.values, keys.value_stride,
+                       state.chunk_response_values, scratch.padded_width, state.rows.rows, scratch.padded_width, keys.count);
+}
+
+template <class Weight, bool kReweight, bool kFirstSweep>
+void sweep(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch, int tiles) {
+  int64_t first = INT32_MAX, last = -1;
+  for (int tile = 0; tile < tiles; ++tile) {
+    first = core::smaller(first, scratch.states[tile].rows.min_first);
+    last = core::larger(last, scratch.states[tile].rows.max_last);
+  }
+  KeyTile keys;
+  for (int64_t key = first / kKeyTile * kKeyTile; key <= last; key += kKeyTile) {
+    load_key_tile(problem, unit, scratch, key, !kFirstSweep, keys);
+    for (int tile = 0; tile < tiles; ++tile)
+      if (tile_is_visible_to_any(scratch.states[tile].rows, key, keys.count))
+        process_tile<Weight, kReweight, kFirstSweep>(problem, unit, scratch, keys, scratch.states[tile]);
+    if (!kFirstSweep && (key / kKeyTile + 1) % (kChunkKeys / kKeyTile) == 0)
+      finish_chunks(problem, scratch, scratch.states, tiles);
+  }
+  if (!kFirstSweep) finish_chunks(problem, scratch, scratch.states, tiles);
+}
+
+SIGHTLINE_INLINE bool row_is_finite(const float* row, int64_t width) {
+  float probe = 0.0f;
+  for (int64_t column = 0; column < width; ++column) probe += row[column] * 0.0f;
+  return probe == 0.0f;
+}
+
+bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowState& state) {
+  const bool reweighted = problem.reweight.power > 0.0f;
+  const int saved_width = reweighted ? kSavedWidthReweight : kSavedWidthPlain;
+  bool finite = true;
+  for (int lane = 0; lane < state.rows.rows; ++lane) {
+    const int64_t row_index =
+        (state.rows.batch * problem.heads + state.rows.head[lane]) * problem.queries + state.rows.query[lane];
+    const double divisor = reweighted ? state.weight_sum[lane] : state.normalizer[lane];
+    const float inverse = divisor == 0.0 ? 0.0f : static_cast<float>(1.0 / divisor);
+    float* values = state.values + lane * scratch.padded_width;
+    finite &= row_is_finite(values, problem.value_width);
+    scale_row(values, inverse, scratch.padded_width);
+    narrow(values,
+           advance(problem.output.data,
+                   state.rows.batch * problem.output.batch_stride + state.rows.head[lane] * problem.output.head_stride +
+                       state.rows.query[lane] * problem.output.row_stride,
+                   problem.dtype),
+           problem.dtype, problem.value_width);
+    const double normalizer = state.normalizer[lane];
+    const bool empty = normalizer == 0.0;
+    problem.log_normalizer[row_index] =
+        empty ? -INFINITY : static_cast<float>(static_cast<double>(state.shift[lane]) + std::log(normalizer));
+    if (problem.saved_rows != nullptr) {
+      float* saved = problem.saved_rows + row_index * saved_width;
+      saved[kSavedShift] = state.shift[lane] == -INFINITY ? 0.0f : state.shift[lane];
+      saved[kSavedNormalizer] = static_cast<float>(normalizer);
+      if (reweighted) {
+        const bool flat = state.flat[lane] == 1.0f;
+        saved[kSavedMean] = state.mean[lane];
+        saved[kSavedPeak] = flat ? 1.0f : 1.0f / state.inverse_peak[lane];
+        saved[kSavedWeightSum] = flat ? 0.0f : static_cast<float>(divisor);
+        saved[kSavedResponse] = flat || divisor == 0.0 ? 0.0f : static_cast<float>(state.response[lane] / divisor);
+      }
+    }
+    if (problem.saved_values != nullptr) {
+      float* responses = state.response_values + lane * scratch.padded_width;
+      finite &= row_is_finite(responses, problem.value_width);
+      scale_row(responses, inverse, scratch.padded_width);
+      float* target = problem.saved_values + row_index * problem.value_width;
+      for (int64_t column = 0; column < problem.value_width; ++column) target[column] = responses[column];
+    }
+  }
+  return finite;
+}
+
+template <class Weight>
+bool attend(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+  const int tiles = static_cast<int>((unit.end - unit.begin + kRowTile - 1) / kRowTile);
+  const bool reweighted = problem.reweight.power > 0.0f;
+  for (int tile = 0; tile < tiles; ++tile) {
+    RowState& state = scratch.states[tile];
+    const int64_t begin = unit.begin + tile * kRowTile;
+    set_up_rows(problem, unit.batch, unit.key_head, begin, static_cast<int>(core::smaller(kRowTile, unit.end - begin)),
+                state.rows, scratch.queries, problem.head_width, state.transposed_queries);
+    start_rows(problem, scratch, state);
+  }
+  if (reweighted) {
+    sweep<Weight, true, true>(problem, unit, scratch, tiles);
+    for (int tile = 0; tile < tiles; ++tile) {
+      find_peaks<Weight>(problem, scratch.states[tile]);
+      for (int lane = 0; lane < scratch.states[tile].rows.lanes; ++lane) scratch.states[tile].chunk_decay[lane] = 1.0f;
+    }
+    sweep<Weight, true, false>(problem, unit, scratch, tiles);
+  } else {
+    sweep<Weight, false, false>(problem, unit, scratch, tiles);
+  }
+  bool finite = true;
+  for (int tile = 0; tile < tiles; ++tile) finite &= write_rows(problem, scratch, scratch.states[tile]);
+  return finite;
+}
+
+bool attend_unit(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+  return problem.weight_function == WeightFunction::kSoftmax ? attend<core::Exponential>(problem, unit, scratch)
+                                                             : attend<core::SoftPlus>(problem, unit, scratch);
+}
+
+}  // namespace
+
+void attention_forward(const AttentionProblem& problem, const Parallel& parallel) {
+  const int64_t rows = problem.heads / problem.key_heads * problem.queries;
+  if (rows == 0 || problem.batch == 0) return;
+  // More rows per unit read K and V less often; fewer keep all threads busy on short sequences.
+  const int64_t unit_rows = kRowTile * (rows <= 512 ? 1 : rows <= 2048 ? 2 : kMaxTilesPerUnit);
+  const int64_t blocks = (rows + unit_rows - 1) / unit_rows;
+  const int64_t key_heads = problem.batch * problem.key_heads;
+  for_each_unit<ForwardScratch>(
+      parallel, blocks * key_heads, problem, [&problem, rows, unit_rows, blocks, key_heads](int64_t index, ForwardScratch& scratch) {
+        const int64_t block = blocks - 1 - index / key_heads;  // the last rows see most keys under causality
+        const int64_t head = index % key_heads;
+        Unit unit{head / problem.key_heads, head % problem.key_heads, block * unit_rows,
+                  core::smaller(rows, (block + 1) * unit_rows), true};
+        if (attend_unit(problem, unit, scratch)) return;
+        unit.finite = false;
+        attend_unit(problem, unit, scratch);
+      });
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

@@ -1,0 +1,20 @@
+// The kernel table of one instruction set.
+#include "cpu/kernel_table.h"
+
+#include "cpu/vec.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+void attention_forward(const AttentionProblem&, const Parallel&);
+void attention_backward(const AttentionProblem&, const AttentionGradients&, const Parallel&);
+void exp2_array(const float*, float*, int64_t);
+void log2_one_plus_array(const float*, float*, int64_t);
+void tanh_array(const float*, float*, int64_t);
+void softplus_array(const float*, float*, float*, int64_t);
+void power_array(const float*, float, float*, int64_t);
+
+extern const KernelTable kTable;
+const KernelTable kTable = {kIsaName,        attention_forward,   attention_backward, exp2_array,
+                            log2_one_plus_array, tanh_array, softplus_array,     power_array};
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

@@ -1,0 +1,29 @@
+// The functions that every instruction set provides, and the choice among them.
+#pragma once
+
+#include <cstdint>
+
+#include "core/problem.h"
+
+namespace sightline {
+
+struct KernelTable {
+  const char* name;
+  void (*attention_forward)(const AttentionProblem&, const Parallel&);
+  void (*attention_backward)(const AttentionProblem&, const AttentionGradients&, const Parallel&);
+  // One function over an array, for the accuracy sweeps of the bench module: result[i] = f(x[i]).
+  void (*exp2)(const float* x, float* result, int64_t count);
+  void (*log2_one_plus)(const float* x, float* result, int64_t count);
+  void (*tanh)(const float* x, float* result, int64_t count);
+  void (*softplus)(const float* x, float* result, float* derivative, int64_t count);
+  void (*power)(const float* x, float exponent, float* result, int64_t count);
+};
+
+// The table chosen at load: the widest instruction set of this machine, or the one that SIGHTLINE_ISA names.
+// Throws std::runtime_error when SIGHTLINE_ISA names one that is unknown or that this machine lacks.
+const KernelTable& kernels();
+
+// Tables that this machine can run, narrowest first; returns how many, at most `capacity`.
+int available_kernels(const KernelTable** tables, int capacity);
+
+}  // namespace sightline

@@ -1,0 +1,102 @@
+// C (+)= A B on small fp32 tiles: the one micro-kernel behind every product of attention.
+//
+// B is read as rows of vectors, A one scalar at a time by broadcast with free strides in both directions. Scores use
+// A = K as stored and B = Q transposed, so that the lanes of a score tile are queries and its rows are keys: every
+// quantity of a query row is then a vector, reductions over keys are vertical, and the same tile, read with swapped
+// strides, is the A operand of weights times V and of the gradients.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+// A matrix of scalars: element (row, depth) at data[row * row_stride + depth * depth_stride].
+struct Broadcast {
+  const float* data;
+  int64_t row_stride;
+  int64_t depth_stride;
+};
+
+template <int kRows, int kVectors, bool kAccumulate>
+SIGHTLINE_INLINE void product_block(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+                                    int64_t depth) {
+  Vec sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 8
+    for (int vector = 0; vector < kVectors; ++vector)
+      sums[row][vector] =
+          kAccumulate ? Vec::load(c + row * c_stride + vector * Vec::kWidth) : Vec::broadcast(0.0f);
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec columns[kVectors];
+#pragma GCC unroll 8
+    for (int vector = 0; vector < kVectors; ++vector)
+      columns[vector] = Vec::load(b + k * b_stride + vector * Vec::kWidth);
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+      const Vec scalar = Vec::broadcast(a.data[row * a.row_stride + k * a.depth_stride]);
+#pragma GCC unroll 8
+      for (int vector = 0; vector < kVectors; ++vector)
+        sums[row][vector] = fma(scalar, columns[vector], sums[row][vector]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 8
+    for (int vector = 0; vector < kVectors; ++vector)
+      store(c + row * c_stride + vector * Vec::kWidth, sums[row][vector]);
+}
+
+template <int kVectors, bool kAccumulate>
+static void product_panel(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
+                          int64_t depth) {
+  int64_t row = 0;
+  for (; row + kProductRows <= rows; row += kProductRows)
+    product_block<kProductRows, kVectors, kAccumulate>(
+        {a.data + row * a.row_stride, a.row_stride, a.depth_stride}, b, b_stride, c + row * c_stride, c_stride, depth);
+  const Broadcast rest{a.data + row * a.row_stride, a.row_stride, a.depth_stride};
+  float* rest_c = c + row * c_stride;
+  switch (rows - row) {
+    case 5: product_block<5, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth); break;
+    case 4: product_block<4, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth); break;
+    case 3: product_block<3, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth); break;
+    case 2: product_block<2, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth); break;
+    case 1: product_block<1, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth); break;
+    default: break;
+  }
+}
+
+// C (rows x columns) = A B, or += with kAccumulate. `columns` is a multiple of the vector width.
+template <bool kAccumulate>
+static void product(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
+                    int64_t columns, int64_t depth) {
+  int64_t column = 0;
+  for (; column + kProductVectors * Vec::kWidth <= columns; column += kProductVectors * Vec::kWidth)
+    product_panel<kProductVectors, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
+  switch ((columns - column) / Vec::kWidth) {
+    case 3: product_panel<3, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth); break;
+    case 2: product_panel<2, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth); break;
+    case 1: product_panel<1, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth); break;
+    default: break;
+  }
+}
+
+// C += A B in which a weight of exactly 0 selects nothing, so that 0 * NaN and 0 * inf do not reach C. Only for
+// tiles with non-finite numbers in B.
+[[maybe_unused]] static void product_of_nonzero(Broadcast a, const float* b, int64_t b_stride, float* c,
+                                                int64_t c_stride, int64_t rows, int64_t columns, int64_t depth) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t k = 0; k < depth; ++k) {
+      const float weight = a.data[row * a.row_stride + k * a.depth_stride];
+      if (weight == 0.0f) continue;
+      for (int64_t column = 0; column < columns; ++column) c[row * c_stride + column] += weight * b[k * b_stride + column];
+    }
+}
+
+SIGHTLINE_INLINE void accumulate_product(bool finite, Broadcast a, const float* b, int64_t b_stride, float* c,
+                                         int64_t c_stride, int64_t rows, int64_t columns, int64_t depth) {
+  if (finite) product<true>(a, b, b_stride, c, c_stride, rows, columns, depth);
+  else product_of_nonzero(a, b, b_stride, c, c_stride, rows, columns, depth);
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

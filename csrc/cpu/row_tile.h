@@ -1,0 +1,153 @@
+// A tile of query rows: who they are, what they see, and the per-row factors of their scores.
+//
+// The rows of all query heads that share a key head are numbered rho = g * M + i (g: head within the group), so a
+// tile of one-row decoding holds the whole group, and keys are read once for it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/dropout.h"
+#include "core/visibility.h"
+#include "cpu/vec.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+// 64 x 64: a score tile (16 KiB) and a tile of V at D = 64 share the 48 KiB first-level cache.
+constexpr int kRowTile = 64;
+constexpr int kKeyTile = 64;
+constexpr float kNormFloor = 1e-6f;
+
+struct RowTile {
+  int64_t batch;
+  int rows;   // live rows
+  int lanes;  // rows rounded up to vectors: the stride of every tile; the lanes past `rows` compute on zeros
+  int64_t min_first, max_first, min_last, max_last;
+  int64_t head[kRowTile];
+  int64_t query[kRowTile];
+  alignas(64) int32_t first[kRowTile];
+  alignas(64) int32_t last[kRowTile];
+  alignas(64) int32_t position[kRowTile];
+  alignas(64) uint32_t dropout_key[kRowTile];
+  alignas(64) float visible_keys[kRowTile];  // n_i
+  alignas(64) float unit_factor[kRowTile];   // (ln n_i or 1) / |q_i|: the factor without the scale
+  alignas(64) float factor[kRowTile];        // scale_h times that
+  alignas(64) float inverse_norm[kRowTile];  // 1 / |q_i| with normalize_qk, else 1
+  alignas(64) float slope[kRowTile];
+  bool norm_floored[kRowTile];
+};
+
+SIGHTLINE_INLINE float sum_of_squares(const float* values, int64_t count) {
+  Vec sum = Vec::broadcast(0.0f);
+  int64_t index = 0;
+  for (; index + Vec::kWidth <= count; index += Vec::kWidth) {
+    const Vec value = Vec::load(values + index);
+    sum = fma(value, value, sum);
+  }
+  float total = sum_of_lanes(sum);
+  for (; index < count; ++index) total += values[index] * values[index];
+  return total;
+}
+
+SIGHTLINE_INLINE float inverse_of_norm(const float* values, int64_t count, bool* floored = nullptr) {
+  const float norm = std::sqrt(sum_of_squares(values, count));
+  const bool below = norm < kNormFloor;  // false for NaN, which must stay
+  if (floored != nullptr) *floored = below;
+  return 1.0f / (below ? kNormFloor : norm);
+}
+
+SIGHTLINE_INLINE const char* mask_element(const MaskView& mask, int64_t batch, int64_t head, int64_t query, int64_t key) {
+  const int64_t size = mask.kind == MaskKind::kBool ? 1 : mask.kind == MaskKind::kFloat32 ? 4 : 2;
+  return static_cast<const char*>(mask.data) +
+         size * (batch * mask.strides[0] + head * mask.strides[1] + query * mask.strides[2] + key * mask.strides[3]);
+}
+
+// A mask entry as a bias: what is invisible is -inf.
+SIGHTLINE_INLINE float mask_bias(const char* element, MaskKind kind) {
+  switch (kind) {
+    case MaskKind::kBool: return *reinterpret_cast<const uint8_t*>(element) != 0 ? 0.0f : -INFINITY;
+    case MaskKind::kFloat32: return *reinterpret_cast<const float*>(element);
+    case MaskKind::kFloat16: return core::float16_to_float(*reinterpret_cast<const uint16_t*>(element));
+    case MaskKind::kBFloat16: return core::bfloat16_to_float(*reinterpret_cast<const uint16_t*>(element));
+    default: return 0.0f;
+  }
+}
+
+[[maybe_unused]] static int64_t count_visible(const AttentionProblem& problem, int64_t batch, int64_t head,
+                                              int64_t query, int64_t first, int64_t last) {
+  if (last < first) return 0;
+  if (problem.attn_mask.kind != MaskKind::kNone) {
+    int64_t count = 0;
+    for (int64_t key = first; key <= last; ++key) {
+      const bool takes_part =
+          problem.key_mask == nullptr ||
+          problem.key_mask[batch * problem.key_mask_strides[0] + key * problem.key_mask_strides[1]] != 0;
+      const float bias = mask_bias(mask_element(problem.attn_mask, batch, head, query, key), problem.attn_mask.kind);
+      count += takes_part && bias != -INFINITY;
+    }
+    return count;
+  }
+  if (problem.visible_prefix != nullptr) {
+    const int32_t* prefix = problem.visible_prefix + batch * (problem.keys + 1);
+    return prefix[last + 1] - prefix[first];
+  }
+  return last - first + 1;
+}
+
+// Rows [begin, begin + rows) of one key head. `queries` receives them widened, row after row with this stride (the
+// padding of the stride and of the lanes zeroed), `transposed` the same as (D, lanes).
+[[maybe_unused]] static void set_up_rows(const AttentionProblem& problem, int64_t batch, int64_t key_head, int64_t begin,
+                                         int rows, RowTile& tile, float* queries, int64_t query_stride,
+                                         float* transposed) {
+  const int64_t group = problem.heads / problem.key_heads;
+  const bool needs_count = problem.length_scale || problem.reweight.power > 0.0f;
+  tile.batch = batch;
+  tile.rows = rows;
+  tile.lanes = static_cast<int>(core::round_up(rows, Vec::kWidth));
+  tile.min_first = tile.min_last = INT32_MAX;
+  tile.max_first = tile.max_last = INT32_MIN;
+  for (int lane = 0; lane < tile.lanes; ++lane) {
+    float* row = queries + lane * query_stride;
+    const int64_t source = lane < rows ? begin + lane : begin;
+    const int64_t head = key_head * group + source / problem.queries;
+    const int64_t query = source % problem.queries;
+    if (lane < rows) {
+      widen(advance(problem.query.data,
+                    batch * problem.query.batch_stride + head * problem.query.head_stride + query * problem.query.row_stride,
+                    problem.dtype),
+            problem.dtype, row, problem.head_width);
+      for (int64_t d = problem.head_width; d < query_stride; ++d) row[d] = 0.0f;
+    } else {
+      for (int64_t d = 0; d < query_stride; ++d) row[d] = 0.0f;
+    }
+    const core::KeyInterval interval = core::visible_interval(problem, batch, query);
+    tile.head[lane] = head;
+    tile.query[lane] = query;
+    const int64_t first = core::larger(interval.first, 0);
+    const bool empty = interval.last < first;
+    tile.first[lane] = static_cast<int32_t>(empty ? 0 : first);
+    tile.last[lane] = static_cast<int32_t>(empty ? -1 : interval.last);
+    tile.position[lane] = static_cast<int32_t>(interval.position);
+    tile.min_first = core::smaller(tile.min_first, tile.first[lane]);
+    tile.max_first = core::larger(tile.max_first, tile.first[lane]);
+    tile.min_last = core::smaller(tile.min_last, tile.last[lane]);
+    tile.max_last = core::larger(tile.max_last, tile.last[lane]);
+    tile.dropout_key[lane] =
+        problem.dropout ? core::dropout_row_key(problem.dropout_seed, static_cast<uint32_t>(batch * problem.heads + head),
+                                                static_cast<uint32_t>(query))
+                        : 0;
+    const int64_t visible =
+        needs_count ? count_visible(problem, batch, head, query, tile.first[lane], tile.last[lane]) : 0;
+    tile.visible_keys[lane] = static_cast<float>(visible);
+    tile.norm_floored[lane] = false;
+    tile.inverse_norm[lane] =
+        problem.normalize_qk ? inverse_of_norm(row, problem.head_width, &tile.norm_floored[lane]) : 1.0f;
+    const float length = problem.length_scale ? (visible > 0 ? static_cast<float>(std::log(static_cast<double>(visible))) : 0.0f) : 1.0f;
+    tile.unit_factor[lane] = length * tile.inverse_norm[lane];
+    tile.factor[lane] = problem.scales[head] * tile.unit_factor[lane];
+    tile.slope[lane] = problem.alibi_slopes != nullptr ? problem.alibi_slopes[head] : 0.0f;
+    for (int64_t d = 0; d < problem.head_width; ++d) transposed[d * tile.lanes + lane] = row[d];
+  }
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

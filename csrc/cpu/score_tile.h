@@ -1,0 +1,132 @@
+// From products to scores: factors, bias, ALiBi, softcap and visibility, on a tile of kKeyTile keys by `lanes` rows.
+//
+// An invisible entry becomes -inf, for which every weight function gives exactly 0; the mask thereby acts after phi
+// (MATH.md section 1) and a NaN of an invisible key is selected away.
+#pragma once
+
+#include "core/polynomials.h"
+#include "cpu/row_tile.h"
+#include "cpu/product.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+struct KeyTile {
+  int64_t first;  // index of the first key
+  int count;
+  const float* keys;   // widened where the dtype asks for it
+  int64_t key_stride;
+  const float* values;
+  int64_t value_stride;
+  bool all_take_part;  // no key of the tile is off in key_mask
+  bool takes_part[kKeyTile];
+  alignas(64) float factor[kKeyTile];  // 1 / |k_j| with normalize_qk, else 1
+  bool norm_floored[kKeyTile];
+};
+
+// Everything of the tile that does not depend on the query rows. `keys` and `values` must be set.
+SIGHTLINE_INLINE void set_up_key_factors(const AttentionProblem& problem, int64_t batch, KeyTile& tile) {
+  tile.all_take_part = true;
+  for (int j = 0; j < tile.count; ++j) {
+    tile.norm_floored[j] = false;
+    tile.factor[j] = problem.normalize_qk
+                         ? inverse_of_norm(tile.keys + j * tile.key_stride, problem.head_width, &tile.norm_floored[j])
+                         : 1.0f;
+    tile.takes_part[j] =
+        problem.key_mask == nullptr ||
+        problem.key_mask[batch * problem.key_mask_strides[0] + (tile.first + j) * problem.key_mask_strides[1]] != 0;
+    tile.all_take_part &= tile.takes_part[j];
+  }
+}
+
+// attn_mask of the tile as a bias, transposed to (key, lane).
+[[maybe_unused]] static void load_bias(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
+                                       float* bias) {
+  for (int lane = 0; lane < rows.lanes; ++lane)
+    for (int j = 0; j < keys.count; ++j)
+      bias[j * rows.lanes + lane] = mask_bias(
+          mask_element(problem.attn_mask, rows.batch, rows.head[lane], rows.query[lane], keys.first + j), problem.attn_mask.kind);
+}
+
+SIGHTLINE_INLINE bool tile_is_visible_to_any(const RowTile& rows, int64_t first_key, int64_t count) {
+  return first_key <= rows.max_last && first_key + count > rows.min_first;
+}
+
+template <bool kMasked, bool kExtras>
+static void finish_scores(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys, const float* bias,
+                          float* tile, float* largest) {
+  const Vec minus_infinity = Vec::broadcast(-INFINITY);
+  const bool has_alibi = problem.alibi_slopes != nullptr;
+  const bool has_softcap = problem.softcap > 0.0f;
+  for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
+    const Vec row_factor = Vec::load(rows.factor + lane);
+    const IntVec first = IntVec::load(rows.first + lane);
+    const IntVec last = IntVec::load(rows.last + lane);
+    const IntVec position = IntVec::load(rows.position + lane);
+    const Vec slope = Vec::load(rows.slope + lane);
+    Vec top = minus_infinity;
+    for (int j = 0; j < keys.count; ++j) {
+      float* entry = tile + j * rows.lanes + lane;
+      if (kMasked && !keys.takes_part[j]) {
+        store(entry, minus_infinity);
+        continue;
+      }
+      const int32_t key = static_cast<int32_t>(keys.first) + j;
+      Vec score = Vec::load(entry) * (row_factor * Vec::broadcast(keys.factor[j]));
+      if (kExtras) {
+        const Vec entry_bias = bias != nullptr ? Vec::load(bias + j * rows.lanes + lane) : Vec::broadcast(0.0f);
+        if (bias != nullptr) score = score + entry_bias;
+        if (has_alibi) score = score - slope * absolute(to_float(position - IntVec::broadcast(key)));
+        if (has_softcap)
+          score = Vec::broadcast(problem.softcap) * core::tanh(score * Vec::broadcast(1.0f / problem.softcap));
+        score = select(equal(entry_bias, minus_infinity), minus_infinity, score);
+      }
+      if (kMasked) score = select(between(first, last, key), score, minus_infinity);
+      store(entry, score);
+      top = maximum(score, top);
+    }
+    store(largest + lane, top);
+  }
+}
+
+// The finished scores of one tile: products, factors, bias, masks. `largest` receives the largest score per lane.
+[[maybe_unused]] static void compute_scores(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
+                                            const float* transposed_queries, float* bias_scratch, float* tile,
+                                            float* largest) {
+  product<false>({keys.keys, keys.key_stride, 1}, transposed_queries, rows.lanes, tile, rows.lanes, keys.count,
+                 rows.lanes, problem.head_width);
+  const bool has_mask = problem.attn_mask.kind != MaskKind::kNone;
+  if (has_mask) load_bias(problem, rows, keys, bias_scratch);
+  const float* bias = has_mask ? bias_scratch : nullptr;
+  const bool extras = has_mask || problem.alibi_slopes != nullptr || problem.softcap > 0.0f;
+  const bool masked = !keys.all_take_part || keys.first < rows.max_first || keys.first + keys.count - 1 > rows.min_last;
+  if (masked) {
+    if (extras) finish_scores<true, true>(problem, rows, keys, bias, tile, largest);
+    else finish_scores<true, false>(problem, rows, keys, bias, tile, largest);
+  } else {
+    if (extras) finish_scores<false, true>(problem, rows, keys, bias, tile, largest);
+    else finish_scores<false, false>(problem, rows, keys, bias, tile, largest);
+  }
+}
+
+// keep / (1 - p) of the entries (key, lane .. lane + width).
+SIGHTLINE_INLINE Vec dropout_factor(const AttentionProblem& problem, UintVec row_key, uint32_t key_key) {
+  const UintVec bits = core::mix_bits(row_key ^ UintVec::broadcast(key_key), UintVec::broadcast(core::kMixFirst),
+                                      UintVec::broadcast(core::kMixSecond));
+  return select(at_least(bits, UintVec::broadcast(problem.dropout_threshold)), Vec::broadcast(problem.dropout_scale),
+                Vec::broadcast(0.0f));
+}
+
+// Multiplies a tile of weights by keep / (1 - p).
+[[maybe_unused]] static void drop_weights(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
+                                          float* tile) {
+  for (int j = 0; j < keys.count; ++j) {
+    const uint32_t key_key = core::dropout_key_key(static_cast<uint32_t>(keys.first + j));
+    for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
+      float* entry = tile + j * rows.lanes + lane;
+      const Vec keep = dropout_factor(problem, UintVec::load(rows.dropout_key + lane), key_key);
+      store(entry, select(equal(keep, Vec::broadcast(0.0f)), keep, Vec::load(entry) * keep));
+    }
+  }
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

@@ -1,0 +1,111 @@
+// Eight floats, AVX2 with FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "core/half.h"
+#include "core/macros.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+constexpr const char* kIsaName = "avx2";
+// Rows and vectors of the product micro-kernel: 6 * 2 accumulators in 16 registers.
+constexpr int kProductRows = 6;
+constexpr int kProductVectors = 2;
+
+struct Mask {
+  __m256 bits;
+};
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  __m256 value;
+  SIGHTLINE_INLINE_MEMBER Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  SIGHTLINE_INLINE_MEMBER Vec load(const float* from) { return {_mm256_loadu_ps(from)}; }
+};
+
+struct IntVec {
+  __m256i value;
+  SIGHTLINE_INLINE_MEMBER IntVec broadcast(int32_t x) { return {_mm256_set1_epi32(x)}; }
+  SIGHTLINE_INLINE_MEMBER IntVec load(const int32_t* from) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
+  }
+};
+
+struct UintVec {
+  __m256i value;
+  SIGHTLINE_INLINE_MEMBER UintVec broadcast(uint32_t x) { return {_mm256_set1_epi32(static_cast<int32_t>(x))}; }
+  SIGHTLINE_INLINE_MEMBER UintVec load(const uint32_t* from) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
+  }
+};
+
+SIGHTLINE_INLINE void store(float* to, Vec x) { _mm256_storeu_ps(to, x.value); }
+SIGHTLINE_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.value, b.value)}; }
+SIGHTLINE_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.value, b.value)}; }
+SIGHTLINE_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.value, b.value)}; }
+SIGHTLINE_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.value, b.value)}; }
+SIGHTLINE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.value, b.value, c.value)}; }
+SIGHTLINE_INLINE Vec select(Mask mask, Vec yes, Vec no) { return {_mm256_blendv_ps(no.value, yes.value, mask.bits)}; }
+SIGHTLINE_INLINE Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.value, b.value, _CMP_LT_OQ)}; }
+SIGHTLINE_INLINE Mask equal(Vec a, Vec b) { return {_mm256_cmp_ps(a.value, b.value, _CMP_EQ_OQ)}; }
+SIGHTLINE_INLINE bool any(Mask mask) { return _mm256_movemask_ps(mask.bits) != 0; }
+// Where either is NaN this returns b.
+SIGHTLINE_INLINE Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.value, b.value)}; }
+SIGHTLINE_INLINE Vec absolute(Vec x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.value)}; }
+SIGHTLINE_INLINE Vec square_root(Vec x) { return {_mm256_sqrt_ps(x.value)}; }
+SIGHTLINE_INLINE Vec round_to_integer(Vec x) {
+  return {_mm256_round_ps(x.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+SIGHTLINE_INLINE Vec times_power_of_two(Vec factor, Vec whole, Vec x) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole.value), _mm256_set1_epi32(127)), 23);
+  const __m256 keep = _mm256_cmp_ps(x.value, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {_mm256_and_ps(keep, _mm256_mul_ps(factor.value, _mm256_castsi256_ps(exponent)))};
+}
+SIGHTLINE_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
+  const __m256i bits = _mm256_castps_si256(x.value);
+  mantissa.value = _mm256_castsi256_ps(
+      _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)), _mm256_set1_epi32(0x3f800000)));
+  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srai_epi32(bits, 23), _mm256_set1_epi32(127)))};
+}
+SIGHTLINE_INLINE float sum_of_lanes(Vec x) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x.value), _mm256_extractf128_ps(x.value, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+SIGHTLINE_INLINE Mask between(IntVec first, IntVec last, int32_t key) {
+  const __m256i position = _mm256_set1_epi32(key);
+  const __m256i outside =
+      _mm256_or_si256(_mm256_cmpgt_epi32(first.value, position), _mm256_cmpgt_epi32(position, last.value));
+  return {_mm256_castsi256_ps(_mm256_xor_si256(outside, _mm256_set1_epi32(-1)))};
+}
+SIGHTLINE_INLINE Vec to_float(IntVec x) { return {_mm256_cvtepi32_ps(x.value)}; }
+SIGHTLINE_INLINE IntVec operator-(IntVec a, IntVec b) { return {_mm256_sub_epi32(a.value, b.value)}; }
+
+SIGHTLINE_INLINE UintVec operator^(UintVec a, UintVec b) { return {_mm256_xor_si256(a.value, b.value)}; }
+SIGHTLINE_INLINE UintVec operator*(UintVec a, UintVec b) { return {_mm256_mullo_epi32(a.value, b.value)}; }
+SIGHTLINE_INLINE UintVec shift_right(UintVec x, int bits) { return {_mm256_srli_epi32(x.value, bits)}; }
+SIGHTLINE_INLINE Mask at_least(UintVec a, UintVec b) {
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a.value, b.value), a.value))};
+}
+
+SIGHTLINE_INLINE Vec load_float16(const uint16_t* from) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+}
+SIGHTLINE_INLINE Vec load_bfloat16(const uint16_t* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+SIGHTLINE_INLINE void store_float16(uint16_t* to, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph(x.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+SIGHTLINE_INLINE void store_bfloat16(uint16_t* to, Vec x) {
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, x.value);
+  for (int lane = 0; lane < 8; ++lane) to[lane] = core::float_to_bfloat16(lanes[lane]);
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

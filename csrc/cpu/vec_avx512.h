@@ -1,0 +1,112 @@
+// Sixteen floats, AVX-512 (F, BW, DQ, VL); with AVX-512-BF16 the bf16 stores use its conversion.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "core/half.h"
+#include "core/macros.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+#if defined(__AVX512BF16__)
+constexpr const char* kIsaName = "avx512_bf16";
+#else
+constexpr const char* kIsaName = "avx512";
+#endif
+// Rows and vectors of the product micro-kernel: 6 * 4 accumulators in 32 registers.
+constexpr int kProductRows = 6;
+constexpr int kProductVectors = 4;
+
+struct Mask {
+  __mmask16 bits;
+};
+
+struct Vec {
+  static constexpr int kWidth = 16;
+  __m512 value;
+  SIGHTLINE_INLINE_MEMBER Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  SIGHTLINE_INLINE_MEMBER Vec load(const float* from) { return {_mm512_loadu_ps(from)}; }
+};
+
+struct IntVec {
+  __m512i value;
+  SIGHTLINE_INLINE_MEMBER IntVec broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  SIGHTLINE_INLINE_MEMBER IntVec load(const int32_t* from) { return {_mm512_loadu_si512(from)}; }
+};
+
+struct UintVec {
+  __m512i value;
+  SIGHTLINE_INLINE_MEMBER UintVec broadcast(uint32_t x) { return {_mm512_set1_epi32(static_cast<int32_t>(x))}; }
+  SIGHTLINE_INLINE_MEMBER UintVec load(const uint32_t* from) { return {_mm512_loadu_si512(from)}; }
+};
+
+SIGHTLINE_INLINE void store(float* to, Vec x) { _mm512_storeu_ps(to, x.value); }
+SIGHTLINE_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.value, b.value)}; }
+SIGHTLINE_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.value, b.value)}; }
+SIGHTLINE_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.value, b.value)}; }
+SIGHTLINE_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.value, b.value)}; }
+SIGHTLINE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.value, b.value, c.value)}; }
+SIGHTLINE_INLINE Vec select(Mask mask, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(mask.bits, no.value, yes.value)};
+}
+SIGHTLINE_INLINE Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.value, b.value, _CMP_LT_OQ)}; }
+SIGHTLINE_INLINE Mask equal(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.value, b.value, _CMP_EQ_OQ)}; }
+SIGHTLINE_INLINE bool any(Mask mask) { return mask.bits != 0; }
+// Where either is NaN this returns b.
+SIGHTLINE_INLINE Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.value, b.value)}; }
+SIGHTLINE_INLINE Vec absolute(Vec x) { return {_mm512_abs_ps(x.value)}; }
+SIGHTLINE_INLINE Vec square_root(Vec x) { return {_mm512_sqrt_ps(x.value)}; }
+SIGHTLINE_INLINE Vec round_to_integer(Vec x) {
+  return {_mm512_roundscale_ps(x.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+SIGHTLINE_INLINE Vec times_power_of_two(Vec factor, Vec whole, Vec x) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(x.value, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(keep, factor.value, whole.value)};
+}
+SIGHTLINE_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
+  mantissa.value = _mm512_getmant_ps(x.value, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  return {_mm512_getexp_ps(x.value)};
+}
+SIGHTLINE_INLINE float sum_of_lanes(Vec x) { return _mm512_reduce_add_ps(x.value); }
+SIGHTLINE_INLINE Mask between(IntVec first, IntVec last, int32_t key) {
+  const __m512i position = _mm512_set1_epi32(key);
+  return {static_cast<__mmask16>(_mm512_cmple_epi32_mask(first.value, position) &
+                                 _mm512_cmple_epi32_mask(position, last.value))};
+}
+SIGHTLINE_INLINE Vec to_float(IntVec x) { return {_mm512_cvtepi32_ps(x.value)}; }
+SIGHTLINE_INLINE IntVec operator-(IntVec a, IntVec b) { return {_mm512_sub_epi32(a.value, b.value)}; }
+
+SIGHTLINE_INLINE UintVec operator^(UintVec a, UintVec b) { return {_mm512_xor_si512(a.value, b.value)}; }
+SIGHTLINE_INLINE UintVec operator*(UintVec a, UintVec b) { return {_mm512_mullo_epi32(a.value, b.value)}; }
+SIGHTLINE_INLINE UintVec shift_right(UintVec x, int bits) { return {_mm512_srli_epi32(x.value, bits)}; }
+SIGHTLINE_INLINE Mask at_least(UintVec a, UintVec b) { return {_mm512_cmpge_epu32_mask(a.value, b.value)}; }
+
+SIGHTLINE_INLINE Vec load_float16(const uint16_t* from) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+}
+SIGHTLINE_INLINE Vec load_bfloat16(const uint16_t* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+SIGHTLINE_INLINE void store_float16(uint16_t* to, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph(x.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+SIGHTLINE_INLINE void store_bfloat16(uint16_t* to, Vec x) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh(x.value);
+  __builtin_memcpy(to, &rounded, sizeof rounded);
+#else
+  const __m512i bits = _mm512_castps_si512(x.value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x.value, x.value, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
+  const __m512i result = _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, rounded, quiet), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(result));
+#endif
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

@@ -1,0 +1,89 @@
+// Per-thread scratch memory, the floating-point mode of a kernel, and the shared counter that hands out work.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+#include "core/visibility.h"
+#include "cpu/vec.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+constexpr int64_t kCacheLine = 64;
+
+// Cuts one aligned allocation into arrays. Used twice: with no memory to measure, then with memory to hand out.
+class Arena {
+ public:
+  explicit Arena(char* memory) : memory_(memory) {}
+
+  template <class T>
+  __attribute__((always_inline)) inline T* take(int64_t count) {
+    char* start = memory_ == nullptr ? nullptr : memory_ + used_;
+    used_ += core::round_up(count * static_cast<int64_t>(sizeof(T)), kCacheLine);
+    return reinterpret_cast<T*>(start);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+class Allocation {
+ public:
+  explicit Allocation(int64_t bytes)
+      : memory_(static_cast<char*>(std::aligned_alloc(kCacheLine, static_cast<size_t>(core::round_up(bytes + 1, kCacheLine))))) {
+    if (memory_ == nullptr) throw std::bad_alloc();
+  }
+  ~Allocation() { std::free(memory_); }
+  Allocation(const Allocation&) = delete;
+  Allocation& operator=(const Allocation&) = delete;
+  char* get() const { return memory_; }
+
+ private:
+  char* memory_;
+};
+
+// Results too small for a normal float become 0: powers of re-weighting underflow all the time, and a denormal costs
+// a hundred cycles.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000u); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned int saved_;
+#else
+  FlushDenormals() {}
+#endif
+};
+
+// Calls unit(index, state) for every index in [0, count), on all threads; each thread makes its own State first.
+// Units are handed out in order, so put the long ones first. A unit's result must not depend on the thread.
+template <class State, class Shared, class Unit>
+static void for_each_unit(const Parallel& parallel, int64_t count, const Shared& shared, Unit unit) {
+  struct Context {
+    const Shared& shared;
+    Unit unit;
+    int64_t count;
+    int64_t next;
+  } context{shared, unit, count, 0};
+  auto body = [](void* pointer) {
+    auto& work = *static_cast<Context*>(pointer);
+    int64_t index = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
+    if (index >= work.count) return;
+    const FlushDenormals mode;
+    State state(work.shared);
+    for (; index < work.count; index = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED)) work.unit(index, state);
+  };
+  if (count <= 1 || parallel.threads <= 1) body(&context);
+  else parallel.run(body, &context, parallel.state);
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS
