@@ -1,0 +1,232 @@
+"""Attention against torch SDPA: time ratios, peak memory, import time and call overhead, as committed JSON.
+
+    python benchmarks/attention_ratio.py --lengths 1024,4096 --dtypes float32,bfloat16
+
+Implementations take turns in one process, so that ratios hold on a machine that drifts; memory and import time are
+measured in fresh processes. docs/performance.md is made from the results by render.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention_cases import BASELINE, IMPLEMENTATIONS, backward_pass, forward_pass, random_inputs
+
+from sightline.cli.environment import describe_device, instruction_sets, versions
+from sightline.cli.measure import Spread, attention_flops, interleave, matmul_peak, seconds_of
+from sightline.cli.peak_memory import MeasurementError, describe_error, measure_peak
+
+SCHEMA = "sightline-attention/1"
+RESULTS = Path(__file__).parent / "results"
+PASSES = {"forward": forward_pass, "forward+backward": backward_pass}
+BACKWARD_PRODUCTS = 3.5  # forward 2 products, backward 5 with the recomputed scores: 7 / 2 of the forward
+IMPORT_RUNS = 7
+OVERHEAD_CALLS, OVERHEAD_BLOCKS = 200, 15
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One forward pass on the CPU for `measure_peak`: causal, B = 1."""
+
+    implementation: str
+    heads: int
+    length: int
+    width: int
+    dtype: str
+    threads: int
+
+    def prepare(self) -> Callable[[], torch.Tensor]:
+        """Warm up on a short context and return the whole pass."""
+        torch.set_num_threads(self.threads)
+        attention, dtype, device = IMPLEMENTATIONS[self.implementation], getattr(torch, self.dtype), torch.device("cpu")
+        forward_pass(attention, random_inputs(self.heads, 1024, self.width, dtype, device))()
+        return forward_pass(attention, random_inputs(self.heads, self.length, self.width, dtype, device))
+
+
+def time_ratios(
+    direction: str, heads: int, length: int, width: int, dtype: str, device: torch.device, repetitions: int
+) -> list[dict[str, Any]]:
+    """Seconds of every implementation in turns, with the ratio of medians to torch SDPA (above 1: faster than SDPA)."""
+    inputs = random_inputs(heads, length, width, getattr(torch, dtype), device)
+    calls = {name: PASSES[direction](attention, inputs) for name, attention in IMPLEMENTATIONS.items()}
+    runs = {name: partial(seconds_of, call, device) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    errors: dict[str, str] = {}
+    for turn, name, sample in interleave(runs, dict.fromkeys(runs, repetitions + 1)):
+        if isinstance(sample, Exception):
+            errors[name] = describe_error(sample)
+        elif turn > 1:  # the first round warms up
+            samples[name].append(sample)
+    case = {"pass": direction, "heads": heads, "length": length, "head_dim": width, "dtype": dtype}
+    products = BACKWARD_PRODUCTS if direction == "forward+backward" else 1.0
+    flops = attention_flops(heads, length, width, width) * products
+    baseline = Spread.of(samples[BASELINE]).median
+    found = []
+    for name, seconds in samples.items():
+        result = case | {"implementation": name, "error": errors.get(name)}
+        if name not in errors:
+            spread = Spread.of(seconds)
+            result |= {
+                "repetitions": len(seconds),
+                "seconds": asdict(spread),
+                "gflops": flops / spread.median / 1e9,
+                "ratio_to_sdpa": baseline / spread.median,
+            }
+        found.append(result)
+    return found
+
+
+def peak_memory(heads: int, length: int, width: int, dtype: str) -> list[dict[str, Any]]:
+    """Peak extra memory of one forward pass of every implementation, with and without its output, in bytes."""
+    output_bytes = heads * length * width * getattr(torch, dtype).itemsize
+    found = []
+    for name in IMPLEMENTATIONS:
+        say(f"peak memory, N = {length:,}: {name}")
+        case = {"implementation": name, "heads": heads, "length": length, "head_dim": width, "dtype": dtype}
+        try:
+            peak = measure_peak(AttentionCall(name, heads, length, width, dtype, torch.get_num_threads()))
+        except MeasurementError as error:
+            found.append(case | {"error": str(error)})
+            continue
+        beyond = max(0, peak.extra_bytes - output_bytes)
+        found.append(
+            case
+            | {"error": None, "method": peak.method, "seconds": peak.seconds}
+            | {"extra_bytes": peak.extra_bytes, "beyond_output_bytes": beyond}
+        )
+    return found
+
+
+def import_seconds() -> dict[str, float]:
+    """Seconds that `import sightline` takes after `import torch`, in fresh processes, and those of torch itself."""
+    program = (
+        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import sightline; "
+        "c = time.perf_counter(); print(b - a, c - b)"
+    )
+    runs = []
+    for _ in range(IMPORT_RUNS):
+        output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+        runs.append([float(part) for part in output.split()])
+    torch_seconds, sightline_seconds = zip(*runs, strict=True)
+    return {
+        "torch": statistics.median(torch_seconds),
+        "sightline_after_torch": statistics.median(sightline_seconds),
+        "runs": IMPORT_RUNS,
+    }
+
+
+def call_overhead(device: torch.device) -> list[dict[str, Any]]:
+    """Microseconds per call on a single query and key: without gradients, recording them, and with backward."""
+    query, key, value = random_inputs(1, 1, 8, torch.float32, device)
+    leaves = tuple(tensor.clone().requires_grad_() for tensor in (query, key, value))
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, attention in IMPLEMENTATIONS.items():
+        calls[name, "no gradients"] = forward_pass(attention, (query, key, value))
+        calls[name, "with gradients"] = partial(attention, *leaves)
+        calls[name, "with gradients and backward"] = backward_pass(attention, (query, key, value))
+
+    def microseconds_per_call(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        for _ in range(OVERHEAD_CALLS):
+            call()
+        return (time.perf_counter() - start) / OVERHEAD_CALLS * 1e6
+
+    runs = {f"{name}/{mode}": partial(microseconds_per_call, call) for (name, mode), call in calls.items()}
+    blocks: dict[str, list[float]] = {name: [] for name in runs}
+    for turn, name, sample in interleave(runs, dict.fromkeys(runs, OVERHEAD_BLOCKS + 1)):
+        if isinstance(sample, Exception):
+            raise sample
+        if turn > 1:
+            blocks[name].append(sample)
+    return [
+        {"implementation": name, "mode": mode, "microseconds": asdict(Spread.of(blocks[f"{name}/{mode}"]))}
+        for name, mode in calls
+    ]
+
+
+def say(message: str) -> None:
+    """Progress, one line per step on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def positive_integers(text: str) -> list[int]:
+    """Whole numbers of at least 1 separated by commas."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError(text)
+    return numbers
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Measure sightline attention against torch SDPA and write JSON.")
+    parser.add_argument("--lengths", type=positive_integers, default=[1024, 4096], metavar="N,N,...")
+    parser.add_argument("--head-dims", type=positive_integers, default=[64, 128], metavar="D,D,...")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["float32", "bfloat16"])
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peak-length", type=int, default=65536, help="N for memory (CPU), 0: leave it out")
+    parser.add_argument("--name", help="name of the result file, by default from device and instruction set")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure everything asked for and write one JSON file into benchmarks/results."""
+    options = arguments()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    peaks = {dtype: matmul_peak(getattr(torch, dtype), device) for dtype in options.dtypes}
+    timings = []
+    for dtype in options.dtypes:
+        for width in options.head_dims:
+            for length in options.lengths:
+                for direction in PASSES:
+                    say(f"{direction}, {dtype}, D = {width}, N = {length:,}")
+                    timings += time_ratios(direction, options.heads, length, width, dtype, device, options.repetitions)
+            peaks[dtype] = max(peaks[dtype], matmul_peak(getattr(torch, dtype), device))
+    for result in timings:
+        if result["error"] is None:
+            result["share_of_peak"] = result["gflops"] / peaks[result["dtype"]]
+    on_cpu = device.type == "cpu"
+    memory = peak_memory(8, options.peak_length, 64, "float32") if on_cpu and options.peak_length else []
+    say("import time and call overhead")
+    described = describe_device(device)
+    document = {
+        "schema": SCHEMA,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": described,
+        "versions": versions(),
+        "instruction_set": instruction_sets(),
+        "deterministic_backward": torch.are_deterministic_algorithms_enabled(),
+        "matmul_peak_gflops": peaks,
+        "timings": timings,
+        "memory": memory,
+        "import_seconds": import_seconds(),
+        "call_overhead": call_overhead(device),
+    }
+    isa = document["instruction_set"]["chosen"] if on_cpu else ""
+    name = options.name or re.sub(r"[^a-z0-9]+", "_", f"attention {described['name']} {isa}".lower()).strip("_")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

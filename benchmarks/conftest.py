@@ -1,0 +1,8 @@
+"""Lets the suites import attention_cases, which the scripts beside them find by themselves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,22 @@
+"""sightline: long-context attention kernels you can see into."""
+
+from __future__ import annotations
+
+from sightline.attention import attention, attention_rows
+from sightline.observe import AttentionStats, Observe
+from sightline.weighting import LSSA, LSSAR, Reweight, Softmax, Softplus, weighting_from_dict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LSSA",
+    "LSSAR",
+    "AttentionStats",
+    "Observe",
+    "Reweight",
+    "Softmax",
+    "Softplus",
+    "attention",
+    "attention_rows",
+    "weighting_from_dict",
+]

@@ -1,0 +1,9 @@
+"""The registered operators of namespace `sightline`: native libraries, fake kernels, autograd, autocast, vmap, backends."""
+
+from sightline.ops.backends import backend_status, choose_backend
+from sightline.ops.library import available_isas, isa_name, native_library
+
+__all__ = ["available_isas", "backend_status", "choose_backend", "isa_name", "native_library"]
+
+if native_library().loaded:
+    from sightline.ops import attention as attention  # registers the Python half of the operators

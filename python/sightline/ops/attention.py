@@ -1,0 +1,303 @@
+"""The operators `sightline::attention` and `sightline::attention_backward`: everything but the kernels themselves.
+
+The schemas stand in csrc/torch/library.cpp. Arguments are passed on as one tuple, since every rule here looks at a few
+of them only; the positions are named once, below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, _C
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from sightline.ops.autocast import autocast_dtype
+
+ATTENTION = torch.ops.sightline.attention.default
+ATTENTION_BACKWARD = torch.ops.sightline.attention_backward.default
+
+# Positions in the schema of `attention`: query, key, value, then these.
+OPTION_TENSORS = slice(3, 12)
+OPTION_SCALARS = slice(14, 26)
+ATTN_MASK, SINKS, SCALE, CU_SEQLENS_Q, DROPOUT_SEED = 5, 7, 8, 9, 11
+REWEIGHT_POWER = 23
+SAVE_FOR_BACKWARD = 26
+ROW_STATISTICS = 27
+
+# What attention_backward takes before the option tensors.
+BACKWARD_LEADING = 8
+
+_CPU_KERNEL = _C.DispatchKeySet(_C.DispatchKey.CPU)
+_PLAIN_TENSORS = {Tensor: None, torch.nn.Parameter: None}
+
+_library = torch.library.Library("sightline", "FRAGMENT")
+
+
+def _empty_heads(like: Tensor, batch: Any, heads: Any, rows: Any, width: Any) -> Tensor:
+    """(B, H, M, W) as a view of (B, M, H, W) memory, as the kernels allocate it."""
+    return like.new_empty((batch, rows, heads, width)).transpose(1, 2)
+
+
+@torch.library.register_fake("sightline::attention", lib=_library)
+def _attention_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    query, _, value = arguments[:3]
+    batch, heads, rows, _ = query.shape
+    width = value.shape[3]
+
+    def nothing(dtype: torch.dtype = torch.float32) -> Tensor:
+        return query.new_empty(0, dtype=dtype)
+
+    saves = arguments[SAVE_FOR_BACKWARD]
+    reweighted = arguments[REWEIGHT_POWER] > 0
+    saved_width = 6 if reweighted else 2
+    return (
+        _empty_heads(query, batch, heads, rows, width),
+        query.new_empty((batch, heads, rows), dtype=torch.float32),
+        query.new_empty((batch, heads, rows, saved_width), dtype=torch.float32) if saves else nothing(),
+        query.new_empty((batch, heads, rows, width), dtype=torch.float32) if saves and reweighted else nothing(),
+        nothing(),
+        nothing(torch.int64),
+        nothing(),
+        nothing(torch.int64),
+        nothing(),
+    )
+
+
+@torch.library.register_fake("sightline::attention_backward", lib=_library)
+def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    query, key, value = arguments[2:5]
+    attn_mask = arguments[BACKWARD_LEADING + ATTN_MASK - OPTION_TENSORS.start]
+    needs_mask, needs_sinks, needs_scale = arguments[-3:]
+    heads = query.shape[1]
+
+    def like(tensor: Tensor) -> Tensor:
+        return _empty_heads(tensor, *tensor.shape)
+
+    return (
+        like(query),
+        like(key),
+        like(value),
+        query.new_empty(attn_mask.shape if needs_mask else 0, dtype=torch.float32),
+        query.new_empty(heads if needs_sinks else 0, dtype=torch.float32),
+        query.new_empty(heads if needs_scale else 0, dtype=torch.float32),
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """Forward with the row quantities saved; the first argument is the dispatcher's key set."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        arguments = (*arguments[:SAVE_FOR_BACKWARD], True, *arguments[SAVE_FOR_BACKWARD + 1 :])
+        if keyset is _CPU_KERNEL:
+            outputs = ATTENTION.redispatch(keyset, *arguments)
+        else:
+            with _C._AutoDispatchBelowAutograd():
+                outputs = ATTENTION.redispatch(keyset & _C._after_autograd_keyset, *arguments)
+        output, _, saved_rows, saved_values = outputs[:4]
+        ctx.save_for_backward(*arguments[:3], output, saved_rows, saved_values, *arguments[OPTION_TENSORS])
+        ctx.scalars = arguments[OPTION_SCALARS]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[2:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, grad_log_normalizer: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        gradients: list[Tensor | None] = [None] * (len(ATTENTION._schema.arguments) + 1)
+        if grad_output is None and grad_log_normalizer is None:
+            return tuple(gradients)
+        query, key, value, output, saved_rows, saved_values, *options = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:]
+        results = _call_attention_backward(
+            torch.zeros_like(output) if grad_output is None else grad_output,
+            grad_log_normalizer,
+            query,
+            key,
+            value,
+            output,
+            saved_rows,
+            saved_values,
+            *options,
+            *ctx.scalars,
+            wanted[ATTN_MASK],
+            wanted[SINKS],
+            wanted[SCALE],
+        )
+        gradients[1:4] = results[:3]
+        for position, gradient in zip((ATTN_MASK, SINKS, SCALE), results[3:], strict=True):
+            if wanted[position]:
+                gradients[position + 1] = gradient.to(options[position - OPTION_TENSORS.start].dtype)
+        return tuple(gradients)
+
+
+def _call_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() or not _reaches_cpu_kernel(*arguments[2:5]):
+        return ATTENTION_BACKWARD(*arguments)
+    return ATTENTION_BACKWARD.redispatch(_CPU_KERNEL, *arguments)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """Backward as a node of the graph, so that differentiating it again says why it cannot."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with _C._AutoDispatchBelowAutograd():
+            return ATTENTION_BACKWARD.redispatch(keyset & _C._after_autograd_keyset, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
+        raise NotImplementedError(
+            "sightline.attention: second derivatives are not available in the kernels; use backend='reference'"
+        )
+
+
+def _autograd_rule(operator: Any, function: Any) -> Any:
+    # A Function under our own key: torch.library.register_autograd costs four times as much per call.
+    def rule(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        if _needs_node(arguments):
+            if not _C._are_functorch_transforms_active():
+                return function.apply(keyset, *arguments)
+            # Called at one level of nested transforms, as the built-in operators are: the rest of the levels follow
+            # from the dispatcher, not from Function.apply.
+            with enable_single_level_autograd_function():
+                return super(torch.autograd.Function, function).apply(keyset, *arguments)
+        with _C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & _C._after_autograd_keyset, *arguments)
+
+    return rule
+
+
+def _needs_node(arguments: tuple[Any, ...]) -> bool:
+    # Inside a forward-mode level the Function is what says that there is no forward-mode derivative.
+    return (torch.is_grad_enabled() and _C._any_requires_grad(*arguments)) or forward_ad._current_level >= 0
+
+
+def _reaches_cpu_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    # Nothing but autograd stands between the call and the kernel: no compiler, transform, mode or tensor subclass.
+    return (
+        type(query) in _PLAIN_TENSORS
+        and type(key) in _PLAIN_TENSORS
+        and type(value) in _PLAIN_TENSORS
+        and not torch.compiler.is_compiling()
+        and not _C._are_functorch_transforms_active()
+        and _C._len_torch_dispatch_stack() == 0
+        and query.is_cpu
+    )
+
+
+def call_attention(*arguments: Any) -> tuple[Tensor, ...]:
+    """`sightline::attention`, in plain eager calls without the dispatcher's detour through Python.
+
+    Half of the call overhead is the dispatcher calling Python back with 33 arguments, so the autograd rule is applied
+    right here. Everything that wants to see the operator (compilers, transforms, modes) does.
+    """
+    if not _reaches_cpu_kernel(*arguments[:3]):
+        return ATTENTION(*arguments)
+    if _needs_node(arguments):
+        return _Attention.apply(_CPU_KERNEL, *arguments)
+    return ATTENTION.redispatch(_CPU_KERNEL, *arguments)
+
+
+_library.impl("attention", _autograd_rule(ATTENTION, _Attention), "Autograd", with_keyset=True)
+_library.impl(
+    "attention_backward", _autograd_rule(ATTENTION_BACKWARD, _AttentionBackward), "Autograd", with_keyset=True
+)
+
+
+def _autocast_rule(key: Any) -> Any:
+    excluded = _C.DispatchKeySet(key)
+
+    def rule(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        dtype = autocast_dtype(arguments[0])
+        if dtype is not None:
+            arguments = (*(tensor.to(dtype) for tensor in arguments[:3]), *arguments[3:])
+        with _C._ExcludeDispatchKeyGuard(excluded):
+            return ATTENTION(*arguments)
+
+    return rule
+
+
+for _key in (_C.DispatchKey.AutocastCPU, _C.DispatchKey.AutocastCUDA):
+    _library.impl("attention", _autocast_rule(_key), _key.name, with_keyset=True)
+
+
+def _fold(tensor: Any, axis: int | None, size: int) -> Any:
+    """Put the mapped axis (or `size` copies) in front of the batch axis and merge the two."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    moved = tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+    return moved.flatten(0, 1)
+
+
+def _fold_mask(mask: Tensor | None, axis: int | None, size: int, batch: int) -> Tensor | None:
+    if mask is None or (axis is None and mask.shape[0] == 1):
+        return mask
+    batched = mask.expand(size, *mask.shape) if axis is None else mask.movedim(axis, 0)
+    return batched.expand(-1, batch, -1, -1, -1).flatten(0, 1)
+
+
+def _map_one_by_one(operator: Any, size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
+    calls = [
+        operator(
+            *(value if axis is None else value.select(axis, index) for axis, value in zip(in_dims, arguments, strict=True))
+        )
+        for index in range(size)
+    ]
+    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+def _vmap_rule(operator: Any, leading: int, is_foldable: Any) -> Any:
+    """Mapping over an axis is a larger batch, unless an argument without a batch axis is mapped or hashed by it."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        size = info.batch_size
+        options = range(leading, leading + OPTION_TENSORS.stop - OPTION_TENSORS.start)
+        mask, sinks, scale, documents, seed = (
+            options[position - OPTION_TENSORS.start]
+            for position in (ATTN_MASK, SINKS, SCALE, CU_SEQLENS_Q, DROPOUT_SEED)
+        )
+        slopes = sinks - 1
+        unbatched = (slopes, sinks, scale)
+        foldable = (
+            size > 0
+            and all(in_dims[position] is None for position in unbatched)
+            and arguments[documents] is None
+            and arguments[seed] is None
+            and is_foldable(arguments)
+        )
+        if not foldable:
+            return _map_one_by_one(operator, size, in_dims, arguments)
+        query = 0 if leading == 3 else 2
+        batch = _sizes_without(arguments[query], in_dims[query])[0]
+        folded = list(arguments)
+        for position, (axis, value) in enumerate(zip(in_dims, arguments, strict=True)):
+            if position == mask:
+                folded[position] = _fold_mask(value, axis, size, batch)
+            elif position not in unbatched:
+                is_empty = isinstance(value, Tensor) and value.numel() == 0 and value.dim() - (axis is not None) == 1
+                folded[position] = value.new_empty(0) if is_empty else _fold(value, axis, size)
+        outputs = operator(*folded)
+        split = tuple(output if output.dim() == 1 else output.unflatten(0, (size, batch)) for output in outputs)
+        return split, tuple(None if output.dim() == 1 else 0 for output in outputs)
+
+    return rule
+
+
+def _sizes_without(tensor: Tensor, axis: int | None) -> list[int]:
+    sizes = list(tensor.shape)
+    if axis is not None:
+        del sizes[axis]
+    return sizes
+
+
+torch.library.register_vmap(
+    "sightline::attention", _vmap_rule(ATTENTION, 3, lambda arguments: True), lib=_library
+)
+torch.library.register_vmap(
+    "sightline::attention_backward",
+    # The gradients of mask, sinks and scale are sums over the batch: mapped, each entry wants its own.
+    _vmap_rule(ATTENTION_BACKWARD, BACKWARD_LEADING, lambda arguments: not any(arguments[-3:])),
+    lib=_library,
+)

@@ -1,0 +1,14 @@
+"""What autocast does to the inputs of attention: query, key and value are cast, states, sinks and masks are not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(query: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives query, key and value now; None where it leaves them alone."""
+    device = query.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or query.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)

@@ -1,0 +1,67 @@
+"""Which implementation computes a call. Chosen in Python, where torch.compile can guard the choice."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from sightline.ops.library import isa_name, native_library
+
+BACKENDS = ("auto", "native", "triton", "reference")
+
+_TRITON_REASON = "the Triton kernels are not part of this version"
+
+# A constant to torch.compile: tracing must not look at the file system.
+_HAS_KERNELS = native_library().loaded
+
+_warned_devices: set[str] = set()
+
+
+def backend_status() -> dict[str, tuple[bool, str]]:
+    """For every backend whether it is available here, and why or why not."""
+    library = native_library()
+    native = f"CPU kernels, instruction set {isa_name()}" if library.loaded else library.reason
+    return {
+        "native": (library.loaded, native),
+        "triton": (False, _TRITON_REASON),
+        "reference": (True, "the formulas in PyTorch, on any device"),
+    }
+
+
+def choose_backend(query: Tensor, backend: str) -> str:
+    """ "native" or "reference" for this query; `backend` as in `sightline.attention`, already checked.
+
+    "auto" takes the environment variable SIGHTLINE_BACKEND where it is set. Falling back to the reference on a device
+    or in an installation without kernels warns once; float64 is the reference's own.
+
+    Raises ValueError for an unknown SIGHTLINE_BACKEND, NotImplementedError for a backend that cannot take this query.
+    """
+    if backend == "auto":
+        backend = os.environ.get("SIGHTLINE_BACKEND", "auto")
+        if backend not in BACKENDS:
+            raise ValueError(f"SIGHTLINE_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "reference":
+        return backend
+    if backend == "triton":
+        raise NotImplementedError(f"backend: 'triton' is not available: {_TRITON_REASON}; use 'auto'")
+    device = query.device.type
+    has_kernels = _HAS_KERNELS and device in ("cpu", "meta")
+    if query.dtype != torch.float64 and has_kernels:
+        return "native"
+    if backend == "native":
+        if query.dtype == torch.float64:
+            raise NotImplementedError("backend: 'native' has no float64 kernels; use 'reference' or 'auto'")
+        reason = native_library().reason if device == "cpu" else f"there are no native kernels for device {device!r}"
+        raise NotImplementedError(f"backend: 'native' is not available: {reason}; use 'reference' or 'auto'")
+    if query.dtype != torch.float64 and not torch.compiler.is_compiling() and device not in _warned_devices:
+        _warned_devices.add(device)
+        reason = native_library().reason if device == "cpu" else f"there are no kernels for device {device!r}"
+        warnings.warn(
+            f"sightline falls back to its PyTorch reference, which is slow: {reason}. backend='reference' asks for it "
+            "without this warning.",
+            stacklevel=3,
+        )
+    return "reference"

@@ -1,0 +1,219 @@
+"""`sightline bench`: what it writes, what it skips, what it refuses, and how it ends early."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sightline.cli import main
+
+SMALL = ("--layers", "1", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--threads", "1", "--device", "cpu")
+ROWS = ["eager", "sdpa", "softmax", "lssa", "lssar"]
+
+
+def load(directory: Path) -> dict:
+    return json.loads((directory / "bench.json").read_text())
+
+
+def test_small_run_measures_every_row_and_draws_it(sightline, tmp_path):
+    result = sightline("bench", *SMALL, "--lengths", "96,32", "--repetitions", "3", "--output", "found/here")
+    assert result.returncode == 0, result.stderr
+    document = load(tmp_path / "found/here")
+    assert document["schema"] == "sightline-bench/1"
+    assert document["interrupted"] is False
+    assert document["backend"] == "native"
+    assert document["command"].startswith("sightline bench --layers 1")
+    assert document["model"]["heads"] == 2
+    assert document["model"]["kv_heads"] == 1
+    assert document["device"]["kind"] == "cpu"
+    assert document["device"]["threads"] == 1
+    assert document["peak"]["gflops"] > 0
+    assert {"sightline", "torch", "python"} <= set(document["versions"])
+    assert document["instruction_set"]["chosen"] in document["instruction_set"]["available"]
+    assert [(found["tokens"], found["row"]) for found in document["results"]] == [
+        (tokens, row) for tokens in (32, 96) for row in ROWS
+    ]
+    for found in document["results"]:
+        assert found["status"] == "measured"
+        assert found["repetitions"] == 3
+        assert found["seconds"]["p10"] <= found["seconds"]["median"] <= found["seconds"]["p90"]
+        assert found["tokens_per_second"]["median"] == pytest.approx(found["tokens"] / found["seconds"]["median"])
+        assert 0 < found["attention_seconds"]["median"] < found["seconds"]["p90"]
+        pairs = found["tokens"] * (found["tokens"] + 1) / 2
+        assert found["attention_gflops"] * found["attention_seconds"]["median"] == pytest.approx(
+            4 * 2 * 16 * pairs / 1e9
+        )
+        assert found["peak_extra_bytes"] >= 0
+        baseline = next(
+            other for other in document["results"] if other["row"] == "sdpa" and other["tokens"] == found["tokens"]
+        )
+        assert found["ratio_to_sdpa"] == pytest.approx(baseline["seconds"]["median"] / found["seconds"]["median"])
+    assert (tmp_path / "found/here/bench.png").read_bytes().startswith(b"\x89PNG")
+    for words in ("32 tokens", "96 tokens", "torch SDPA", "sightline LSSAR", "x SDPA", "bench.json"):
+        assert words in result.stdout
+
+
+def test_progress_is_one_line_per_step_without_a_terminal(sightline):
+    result = sightline("bench", *SMALL, "--lengths", "32", "--repetitions", "2")
+    lines = result.stderr.splitlines()
+    assert "\r" not in result.stderr
+    assert sum("memory of" in line for line in lines) == len(ROWS)
+    assert sum("time, round" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_dtypes_run(sightline, tmp_path, dtype):
+    result = sightline("bench", *SMALL, "--lengths", "48", "--repetitions", "1", "--dtype", dtype)
+    assert result.returncode == 0, result.stderr
+    document = load(tmp_path / "sightline-bench")
+    assert document["dtype"] == dtype
+    assert [found["status"] for found in document["results"]] == ["measured"] * len(ROWS)
+
+
+def test_eager_takes_the_memory_of_all_its_weights_and_sdpa_does_not(sightline, tmp_path):
+    result = sightline("bench", *SMALL, "--lengths", "2048", "--repetitions", "1")
+    assert result.returncode == 0, result.stderr
+    peaks = {found["row"]: found["peak_extra_bytes"] for found in load(tmp_path / "sightline-bench")["results"]}
+    scores_and_weights = 2 * 2 * 2048**2 * 4
+    assert peaks["eager"] > scores_and_weights
+    assert peaks["sdpa"] < scores_and_weights / 2
+
+
+def test_rows_over_the_memory_limit_are_skipped_by_name(sightline, tmp_path):
+    result = sightline("bench", *SMALL, "--lengths", "64,1024", "--repetitions", "1", "--memory-limit", "8MiB")
+    assert result.returncode == 0, result.stderr
+    found = {(entry["tokens"], entry["row"]): entry for entry in load(tmp_path / "sightline-bench")["results"]}
+    assert found[64, "eager"]["status"] == "measured"
+    assert found[1024, "eager"]["status"] == "skipped"
+    assert "memory: needs about" in found[1024, "eager"]["reason"]
+    assert "8.0 MiB" in found[1024, "eager"]["reason"]
+    assert found[1024, "sdpa"]["status"] == "measured"
+    assert "skipped (memory" in result.stdout
+
+
+def test_rows_over_the_time_limit_are_skipped_by_name(sightline, tmp_path):
+    result = sightline("bench", *SMALL, "--lengths", "64,128", "--repetitions", "1", "--time-limit", "1e-9")
+    assert result.returncode == 0, result.stderr
+    results = load(tmp_path / "sightline-bench")["results"]
+    assert {entry["status"] for entry in results} == {"skipped"}
+    assert all(entry["reason"].startswith("time: ") for entry in results)
+
+
+def test_on_the_reference_backend_every_row_of_ours_counts_as_materialising(sightline, tmp_path):
+    environment = os.environ | {"SIGHTLINE_BACKEND": "reference"}
+    arguments = ("--lengths", "1024", "--repetitions", "1", "--memory-limit", "8MiB")
+    result = sightline("bench", *SMALL, *arguments, env=environment)
+    assert result.returncode == 0, result.stderr
+    document = load(tmp_path / "sightline-bench")
+    assert document["backend"] == "reference"
+    assert [found["row"] for found in document["results"] if found["status"] == "measured"] == ["sdpa"]
+
+
+def test_a_backend_that_does_not_exist_is_one_line(sightline):
+    result = sightline("bench", *SMALL, env=os.environ | {"SIGHTLINE_BACKEND": "abacus"})
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "SIGHTLINE_BACKEND" in result.stderr
+
+
+def test_a_short_text_is_repeated_and_the_user_told(sightline, tmp_path):
+    (tmp_path / "short.txt").write_text("twelve chars")
+    result = sightline("bench", *SMALL, "--lengths", "30", "--repetitions", "1", "--text", "short.txt")
+    assert result.returncode == 0, result.stderr
+    assert "text has 12 tokens and is repeated: 3 times for 30 tokens" in result.stdout
+    assert load(tmp_path / "sightline-bench")["text"] == {"source": "short.txt", "tokens": 12, "repeats": {"30": 3}}
+
+
+def test_without_matplotlib_the_json_is_written_and_the_remedy_named(sightline, tmp_path):
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/matplotlib.py").write_text("raise ImportError('hidden from this test')")
+    paths = [str(tmp_path / "hidden"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    result = sightline("bench", *SMALL, "--lengths", "32", "--repetitions", "1", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "pip install sightline[plot]" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(load(tmp_path / "sightline-bench")["results"]) == len(ROWS)
+    assert not (tmp_path / "sightline-bench/bench.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--dtype", "float8"], "--dtype"),
+        (["--lengths", "1024,many"], "--lengths"),
+        (["--lengths", "1024,0"], "--lengths"),
+        (["--lengths", ""], "--lengths"),
+        (["--text", "missing.txt"], "--text"),
+        (["--text", "empty.txt"], "--text"),
+        (["--text", "."], "--text"),
+        (["--output", "empty.txt"], "--output"),
+        (["--heads", "6", "--kv-heads", "4"], "--heads"),
+        (["--kv-heads", "0"], "--kv-heads"),
+        (["--head-dim", "7"], "--head-dim"),
+        (["--layers", "-1"], "--layers"),
+        (["--threads", "two"], "--threads"),
+        (["--repetitions", "0"], "--repetitions"),
+        (["--time-limit", "0"], "--time-limit"),
+        (["--time-limit", "nan"], "--time-limit"),
+        (["--memory-limit", "much"], "--memory-limit"),
+        (["--device", "abacus"], "--device"),
+        (["--device", "cuda:99"], "--device"),
+        (["--no-such-argument"], "--no-such-argument"),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_the_argument(monkeypatch, capsys, tmp_path, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bench", *arguments])
+    assert exit_info.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "error:" in printed.err
+    assert named in printed.err
+
+
+def test_wrong_input_ends_the_process_without_a_traceback(sightline):
+    result = sightline("bench", "--text", "missing.txt")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert (
+        result.stderr == "sightline bench: error: argument --text: cannot read missing.txt: No such file or directory\n"
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process group is interrupted as a terminal does it")
+def test_ctrl_c_half_way_writes_what_was_measured(tmp_path):
+    arguments = [*SMALL, "--lengths", "32,64", "--repetitions", "1000000", "--time-limit", "3600"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sightline", "bench", *arguments],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        for line in process.stderr:
+            if "time, round 3 " in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "interrupted; 5 of 10 rows were measured and written" in errors
+    document = load(tmp_path / "sightline-bench")
+    assert document["interrupted"] is True
+    statuses = {(found["tokens"], found["status"]) for found in document["results"]}
+    assert statuses == {(32, "measured"), (64, "not reached")}

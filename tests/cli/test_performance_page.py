@@ -1,0 +1,76 @@
+"""docs/performance.md says what the committed measurements say, and nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+RENDER = Path(__file__).parents[2] / "benchmarks" / "render.py"
+
+
+@pytest.fixture
+def page() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("performance_page", RENDER)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    directory = tmp_path_factory.mktemp("measured")
+    shape = (
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--kv-heads",
+        "1",
+        "--head-dim",
+        "16",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    )
+    limits = ("--memory-limit", "8MiB", "--repetitions", "1", "--lengths", "64,1024")
+    command = [sys.executable, "-m", "sightline", "bench", *shape, *limits, "--output", str(directory)]
+    subprocess.run(command, check=True, capture_output=True)
+    return json.loads((directory / "bench.json").read_text())
+
+
+def test_committed_page_is_up_to_date():
+    result = subprocess.run([sys.executable, str(RENDER), "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_page_shows_every_row_of_a_bench_run_skipped_ones_with_their_reason(page, measured):
+    text = page.render([measured])
+    for found in measured["results"]:
+        line = next(
+            line for line in text.splitlines() if line.startswith(f"| {found['tokens']:,} | {found['label']} |")
+        )
+        if found["status"] == "measured":
+            assert f"{found['tokens_per_second']['median']:,.0f} (" in line
+            assert f"| {found['ratio_to_sdpa']:.2f} |" in line
+        else:
+            assert f"skipped: {found['reason']}" in line
+    assert "skipped: memory" in text
+    assert measured["command"] in text
+
+
+def test_page_without_gpu_results_says_so(page, measured):
+    assert "Unmeasured" in page.render([measured])
+    on_a_gpu = measured | {"device": measured["device"] | {"kind": "cuda"}}
+    assert "Unmeasured" not in page.render([on_a_gpu])
+
+
+def test_unknown_schema_is_refused(page):
+    with pytest.raises(ValueError, match="sightline-bench/1"):
+        page.render([{"schema": "something else", "device": {"kind": "cpu"}}])

@@ -1,0 +1,61 @@
+"""Random numbers that differ from run to run and can be repeated, and memory that never holds a right answer by chance.
+
+Every test draws from a seed of its own, made from the seed of the run and the test's name: a test that fails is repeated
+alone or among the others with the SIGHTLINE_TEST_SEED that its report names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import zlib
+from collections.abc import Generator, Iterator
+
+import pytest
+import torch
+
+SEED_VARIABLE = "SIGHTLINE_TEST_SEED"
+
+# mallopt(M_PERTURB, value) of glibc fills what malloc hands out with value ^ 0xff. Every byte 0x7f is 3.4e38 in float32
+# and bfloat16, NaN in float16 and far outside every index. (0xff, NaN in every dtype, would need the value 0, which
+# turns the filling off; and torch's own fill_uninitialized_memory does not reach tensors made through the stable ABI.)
+M_PERTURB = -6
+FILL_WITH_0X7F = 0x80
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # In the environment, so that xdist's workers and tests that start another pytest share it.
+    os.environ.setdefault(SEED_VARIABLE, str(random.SystemRandom().randrange(2**32)))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random numbers: {SEED_VARIABLE}={os.environ[SEED_VARIABLE]}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        report.sections.append(("Random numbers", f"{SEED_VARIABLE}={os.environ[SEED_VARIABLE]} repeats this test"))
+    return report
+
+
+@pytest.fixture(autouse=True)
+def fresh_random_numbers(request: pytest.FixtureRequest) -> None:
+    """Seeds torch and random for this test."""
+    seed = zlib.crc32(f"{os.environ[SEED_VARIABLE]}:{request.node.nodeid}".encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_memory() -> Iterator[bool]:
+    """Fills what malloc hands out, so that an entry which a kernel forgets to write cannot pass for a result."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # a C library other than glibc
+        yield False
+        return
+    yield mallopt(M_PERTURB, FILL_WITH_0X7F) == 1
+    mallopt(M_PERTURB, 0)

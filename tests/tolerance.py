@@ -1,0 +1,58 @@
+"""The tolerance rule of MATH.md, section 5: the one place that says how close to the reference is close enough."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FROBENIUS_BOUND = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+REWEIGHTED_FLOAT32_BOUND = 1e-4
+GRADIENT_FACTOR = 3
+
+
+def assert_close_to_reference(
+    actual: Tensor,
+    reference: Tensor,
+    reference_in_dtype: Tensor,
+    *,
+    name: str = "output",
+    dtype: torch.dtype | None = None,
+    gradient: bool = False,
+    reweighted: bool = False,
+    amplification: float = 1.0,
+    magnitude: Tensor | None = None,
+) -> None:
+    """Assert both conditions: a relative Frobenius error, and an element-wise one against what torch itself makes.
+
+    actual: what a kernel made. reference: the same in float64 from the same rounded inputs. reference_in_dtype: the
+    reference run in the inputs' dtype, which says what error that dtype makes unavoidable. dtype: whose bound applies,
+    by default that of `actual`. reweighted: LSSAR and its kin. amplification: max f / m of the rows, by which gradients
+    of re-weighting may be worse. magnitude: where `reference` is a sum of terms that may cancel, the sum of their
+    absolute values; the error is then relative to it.
+
+    NaN never passes; infinities must stand where the reference has them.
+    """
+    assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(reference.shape)}"
+    dtype = actual.dtype if dtype is None else dtype
+    actual, reference, torch_made = (tensor.detach().double() for tensor in (actual, reference, reference_in_dtype))
+    assert not actual.isnan().any(), f"{name}: {int(actual.isnan().sum())} of {actual.numel()} entries are NaN"
+    infinite = reference.isinf()
+    assert torch.equal(actual[infinite], reference[infinite]), f"{name}: infinities differ from the reference's"
+    actual, reference, torch_made = actual[~infinite], reference[~infinite], torch_made[~infinite]
+    if actual.numel() == 0:
+        return
+
+    bound = FROBENIUS_BOUND[dtype]
+    if reweighted and dtype == torch.float32:
+        bound = REWEIGHTED_FLOAT32_BOUND
+    if gradient:
+        bound *= GRADIENT_FACTOR * amplification
+    error = (actual - reference).norm()
+    size = reference.norm() if magnitude is None else magnitude.double()[~infinite].norm()
+    assert error <= bound * size, f"{name}: relative Frobenius error {float(error / size):.2e} exceeds {bound:.1e}"
+
+    largest = (actual - reference).abs().max()
+    unavoidable = (torch_made - reference).abs().max()
+    rounding = (((reference.to(dtype) + 0.3) - 0.3).double() - reference).abs().max()
+    limit = 2 * unavoidable + 2 * rounding
+    assert largest <= limit, f"{name}: largest error {float(largest):.2e} exceeds {float(limit):.2e}"
