@@ -91,7 +91,8 @@ py::tuple attention(const std::string& isa, const FloatArray& query, const Float
     throw std::invalid_argument("weighting: expected 'softmax', 'lssa' or 'lssar', got '" + weighting + "'");
   const bool softplus = weighting != "softmax";
   const float width = static_cast<float>(problem.head_width);
-  const std::vector<float> scales(static_cast<size_t>(problem.heads), softplus ? std::log(width) : 1.0f / std::sqrt(width));
+  const std::vector<float> scales(static_cast<size_t>(problem.heads),
+                                  softplus ? std::log(width) : 1.0f / std::sqrt(width));
   problem.scales = scales.data();
   problem.causal = causal;
   problem.weight_function = softplus ? WeightFunction::kSoftplus : WeightFunction::kSoftmax;
@@ -114,10 +115,12 @@ PYBIND11_MODULE(_bench, module) {
   module.doc() = "NumPy access to sightline's torch-free kernels; `isa` is one of isas().";
   module.def("isas", isas, "Instruction sets of this machine, narrowest first.");
   module.def("exp2", [](const std::string& isa, const FloatArray& x) { return apply(x, table_of(isa).exp2); });
-  module.def("log2_one_plus", [](const std::string& isa, const FloatArray& x) { return apply(x, table_of(isa).log2_one_plus); });
+  module.def("log2_one_plus",
+             [](const std::string& isa, const FloatArray& x) { return apply(x, table_of(isa).log2_one_plus); });
   module.def("tanh", [](const std::string& isa, const FloatArray& x) { return apply(x, table_of(isa).tanh); });
   module.def("power", [](const std::string& isa, const FloatArray& x, float exponent) {
-    return apply(x, [&](const float* from, float* to, int64_t count) { table_of(isa).power(from, exponent, to, count); });
+    return apply(x,
+                 [&](const float* from, float* to, int64_t count) { table_of(isa).power(from, exponent, to, count); });
   });
   module.def("softplus", softplus, "softplus(x) and its derivative.");
   module.def("attention", attention, py::arg("isa"), py::arg("query"), py::arg("key"), py::arg("value"),

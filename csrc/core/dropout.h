@@ -1,7 +1,7 @@
 // Counter-based dropout: keep (i, j) when a hash of (seed, b, h, i, j) is at least p * 2^32.
 //
-// The mixer is "lowbias32" (C. Wellons, "Prospecting for Hash Functions", 2018). U is uint32_t or a vector of them, with
-// operators ^ + * and shift_right. Every backend computes the same bits, forward and backward.
+// The mixer is "lowbias32" (C. Wellons, "Prospecting for Hash Functions", 2018). U is uint32_t or a vector of them,
+// with operators ^ + * and shift_right. Every backend computes the same bits, forward and backward.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,8 @@
 //
 // V is a type with arithmetic operators and these free functions found by its namespace: fma, maximum, select, less,
 // round_to_integer, times_power_of_two, split_exponent, absolute; V::broadcast(float). The coefficients are minimax
-// in relative error (tools/fit_polynomials.py); tests/csrc/test_elementwise.py sweeps the whole range per instruction set.
+// in relative error (tools/fit_polynomials.py); tests/csrc/test_elementwise.py sweeps the whole range per instruction
+// set.
 #pragma once
 
 #include "core/macros.h"
@@ -13,9 +14,9 @@ namespace sightline::core {
 constexpr float kExp2[] = {1.000000001e+00f, 6.931472057e-01f, 2.402264689e-01f, 5.550328777e-02f,
                            9.618488957e-03f, 1.339993122e-03f, 1.534581200e-04f};
 // log2(1 + y) = y P(y) on [0, 1], relative error 4.7e-9 before rounding.
-constexpr float kLog2OnePlus[] = {1.442695034e+00f,  -7.213461127e-01f, 4.808497149e-01f,  -3.600120487e-01f,
-                                  2.838637999e-01f,  -2.208130250e-01f, 1.529784031e-01f,  -8.217523761e-02f,
-                                  2.863960631e-02f,  -4.680139039e-03f};
+constexpr float kLog2OnePlus[] = {1.442695034e+00f, -7.213461127e-01f, 4.808497149e-01f, -3.600120487e-01f,
+                                  2.838637999e-01f, -2.208130250e-01f, 1.529784031e-01f, -8.217523761e-02f,
+                                  2.863960631e-02f, -4.680139039e-03f};
 // tanh(u) = u P(u^2) for |u| <= 1/4: the Taylor series to u^9, truncation 8e-9.
 constexpr float kTanh[] = {1.0f, -0.333333333f, 0.133333333f, -0.0539682540f, 0.0218694885f};
 

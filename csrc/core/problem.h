@@ -1,6 +1,7 @@
 // What one call of an attention kernel is given: sizes, pointers with strides, and options. Plain data, no torch.
 //
-// Strides count elements. Symbols as in MATH.md: B batch, H query heads, Hk key heads, M queries, N keys, D and Dv widths.
+// Strides count elements. Symbols as in MATH.md: B batch, H query heads, Hk key heads, M queries, N keys, D and Dv
+// widths.
 #pragma once
 
 #include <cstdint>

@@ -17,7 +17,9 @@ struct KeyInterval {
 
 SIGHTLINE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SIGHTLINE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-SIGHTLINE_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+SIGHTLINE_INLINE int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // The document of a row: the last d with cu_seqlens[d] <= row, or -1 past the end.
 SIGHTLINE_INLINE int64_t find_document(const int32_t* cu_seqlens, int64_t documents, int64_t row) {

@@ -11,9 +11,8 @@
 // units that share a mask entry run one after the other in one group.
 #include <cmath>
 
-#include "core/weights.h"
+#include "cpu/differentiate_tile.h"
 #include "cpu/kernel_table.h"
-#include "cpu/score_tile.h"
 #include "cpu/workspace.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
@@ -26,27 +25,14 @@ struct Plan {
   const AttentionProblem* problem;
   const AttentionGradients* gradients;
   int64_t splits;
-  int64_t rows;            // of one key head: G * M
-  int64_t key_width;       // D padded to vectors
+  int64_t rows;       // of one key head: G * M
+  int64_t key_width;  // D padded to vectors
   int64_t padded_value_width;
   int64_t key_tiles;
   int64_t tiles_per_split;
   float* partial_queries;  // (splits, B * Hk, rows, D) or null when there is one split
   double* partial_scales;  // (splits, B, H) or null
   double* partial_sinks;   // (B, H) or null
-};
-
-struct RowGradients {
-  alignas(64) float shift[kRowTile];
-  alignas(64) float inverse_normalizer[kRowTile];
-  alignas(64) float delta[kRowTile];          // <do, o>
-  alignas(64) float log_gradient[kRowTile];   // g_i
-  alignas(64) float mean[kRowTile];
-  alignas(64) float inverse_peak[kRowTile];
-  alignas(64) float inverse_weight_sum[kRowTile];
-  alignas(64) float response_factor[kRowTile];  // p / (m S)
-  alignas(64) float coupling[kRowTile];         // (O / n) E - g / Z, subtracted from every visible df
-  alignas(64) float flat[kRowTile];
 };
 
 struct BackwardScratch {
@@ -84,22 +70,6 @@ struct BackwardScratch {
   bool finite = true;
 };
 
-SIGHTLINE_INLINE void zero(float* values, int64_t count) {
-  for (int64_t index = 0; index < count; ++index) values[index] = 0.0f;
-}
-
-SIGHTLINE_INLINE bool is_finite(const float* values, int64_t count) {
-  float probe = 0.0f;
-  for (int64_t index = 0; index < count; ++index) probe += values[index] * 0.0f;
-  return probe == 0.0f;
-}
-
-SIGHTLINE_INLINE float dot(const float* a, const float* b, int64_t count) {
-  float sum = 0.0f;
-  for (int64_t index = 0; index < count; ++index) sum += a[index] * b[index];
-  return sum;
-}
-
 SIGHTLINE_INLINE const void* row_of(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t row) {
   return advance(static_cast<const void*>(view.data),
                  batch * view.batch_stride + head * view.head_stride + row * view.row_stride, dtype);
@@ -121,7 +91,8 @@ void load_keys(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_
       float* value = scratch.values + (local + j) * problem.value_width;
       widen(row_of(problem.key, problem.dtype, batch, key_head, first + j), problem.dtype, key, problem.head_width);
       zero(key + problem.head_width, plan.key_width - problem.head_width);
-      widen(row_of(problem.value, problem.dtype, batch, key_head, first + j), problem.dtype, value, problem.value_width);
+      widen(row_of(problem.value, problem.dtype, batch, key_head, first + j), problem.dtype, value,
+            problem.value_width);
       scratch.finite &= is_finite(key, problem.head_width);
     }
   }
@@ -129,113 +100,30 @@ void load_keys(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_
   zero(scratch.value_gradients, local * plan.padded_value_width);
 }
 
-// Output gradients of the row tile in both layouts, and the row quantities that saved tensors give.
+// Output gradients of the row tile in both layouts, and what the saved tensors say of its rows.
 void load_row_gradients(const Plan& plan, BackwardScratch& scratch) {
   const AttentionProblem& problem = *plan.problem;
   const AttentionGradients& gradients = *plan.gradients;
   const RowTile& rows = *scratch.rows;
-  RowGradients& state = *scratch.row_gradients;
-  const bool reweighted = problem.reweight.power > 0.0f;
-  const int saved_width = reweighted ? kSavedWidthReweight : kSavedWidthPlain;
+  *scratch.row_gradients = RowGradients{};  // lanes past the last row: all zero
   for (int lane = 0; lane < rows.lanes; ++lane) {
     float* gradient = scratch.output_gradients + lane * plan.padded_value_width;
-    if (lane >= rows.rows) {
-      zero(gradient, plan.padded_value_width);
-      for (int64_t d = 0; d < problem.value_width; ++d) scratch.transposed_output_gradients[d * rows.lanes + lane] = 0.0f;
-      state.shift[lane] = state.inverse_normalizer[lane] = state.delta[lane] = state.log_gradient[lane] = 0.0f;
-      state.mean[lane] = state.inverse_peak[lane] = state.inverse_weight_sum[lane] = 0.0f;
-      state.response_factor[lane] = state.coupling[lane] = 0.0f;
-      state.flat[lane] = 1.0f;
-      continue;
+    zero(gradient, plan.padded_value_width);
+    if (lane < rows.rows) {
+      const int64_t head = rows.head[lane], query = rows.query[lane];
+      widen(row_of(gradients.grad_output, problem.dtype, rows.batch, head, query), problem.dtype, gradient,
+            problem.value_width);
+      widen(row_of(problem.output, problem.dtype, rows.batch, head, query), problem.dtype, scratch.row,
+            problem.value_width);
+      scratch.finite &= is_finite(gradient, problem.value_width);
+      const int64_t row_index = (rows.batch * problem.heads + head) * problem.queries + query;
+      const float log_gradient =
+          gradients.grad_log_normalizer == nullptr ? 0.0f : gradients.grad_log_normalizer[row_index];
+      set_row_gradient(problem, rows, lane, gradient, dot(gradient, scratch.row, problem.value_width), log_gradient,
+                       *scratch.row_gradients);
     }
-    const int64_t head = rows.head[lane], query = rows.query[lane];
-    const int64_t row_index = (rows.batch * problem.heads + head) * problem.queries + query;
-    widen(row_of(gradients.grad_output, problem.dtype, rows.batch, head, query), problem.dtype, gradient, problem.value_width);
-    zero(gradient + problem.value_width, plan.padded_value_width - problem.value_width);
     for (int64_t d = 0; d < problem.value_width; ++d)
       scratch.transposed_output_gradients[d * rows.lanes + lane] = gradient[d];
-    widen(row_of(problem.output, problem.dtype, rows.batch, head, query), problem.dtype, scratch.row, problem.value_width);
-    const float delta = dot(gradient, scratch.row, problem.value_width);
-    scratch.finite &= is_finite(gradient, problem.value_width);
-
-    const float* saved = problem.saved_rows + row_index * saved_width;
-    const float normalizer = saved[kSavedNormalizer];
-    const bool empty = normalizer == 0.0f;
-    const float inverse = empty ? 0.0f : 1.0f / normalizer;
-    const float log_gradient =
-        gradients.grad_log_normalizer == nullptr || empty ? 0.0f : gradients.grad_log_normalizer[row_index];
-    state.shift[lane] = saved[kSavedShift];
-    state.inverse_normalizer[lane] = inverse;
-    state.delta[lane] = delta;
-    state.log_gradient[lane] = log_gradient;
-    state.flat[lane] = 1.0f;
-    if (!reweighted || saved[kSavedWeightSum] == 0.0f || empty) continue;
-    const float peak = saved[kSavedPeak];
-    const float visible = rows.visible_keys[lane];
-    const bool exempt = visible <= static_cast<float>(problem.reweight.exempt_rows);
-    const float offset = exempt ? 0.0f : problem.reweight.offset;
-    const float* response = problem.saved_values + row_index * problem.value_width;
-    const float total = problem.reweight.power / peak *
-                        (dot(gradient, response, problem.value_width) - delta * saved[kSavedResponse]);  // E
-    state.flat[lane] = 0.0f;
-    state.mean[lane] = saved[kSavedMean];
-    state.inverse_peak[lane] = 1.0f / peak;
-    state.inverse_weight_sum[lane] = 1.0f / saved[kSavedWeightSum];
-    state.response_factor[lane] = problem.reweight.power / (peak * saved[kSavedWeightSum]);
-    state.coupling[lane] = offset / visible * total - log_gradient * inverse;
-  }
-}
-
-// Scores and <do, v> to weights (for dV) and score gradients times 1 / |k_j| (for dK and dQ), both in place.
-template <class Weight, bool kReweight>
-void differentiate(const Plan& plan, const BackwardScratch& scratch, const KeyTile& keys) {
-  const AttentionProblem& problem = *plan.problem;
-  const RowTile& rows = *scratch.rows;
-  const RowGradients& state = *scratch.row_gradients;
-  const Vec zeros = Vec::broadcast(0.0f);
-  const Vec ones = Vec::broadcast(1.0f);
-  const Vec minus_infinity = Vec::broadcast(-INFINITY);
-  const float power = problem.reweight.power;
-  for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
-    const Vec shift = Vec::load(state.shift + lane);
-    const Vec inverse_normalizer = Vec::load(state.inverse_normalizer + lane);
-    const Vec delta = Vec::load(state.delta + lane);
-    const Vec log_gradient = Vec::load(state.log_gradient + lane);
-    const UintVec row_key = UintVec::load(rows.dropout_key + lane);
-    const Vec mean = Vec::load(state.mean + lane);
-    const Vec inverse_peak = Vec::load(state.inverse_peak + lane);
-    const Vec inverse_weight_sum = Vec::load(state.inverse_weight_sum + lane);
-    const Vec response_factor = Vec::load(state.response_factor + lane);
-    const Vec coupling = Vec::load(state.coupling + lane);
-    const Mask flat = equal(Vec::load(state.flat + lane), ones);
-    for (int j = 0; j < keys.count; ++j) {
-      const int64_t index = j * rows.lanes + lane;
-      const Vec score = Vec::load(scratch.scores + index);
-      Vec keep = ones;
-      if (problem.dropout)
-        keep = dropout_factor(problem, row_key, core::dropout_key_key(static_cast<uint32_t>(keys.first + j)));
-      const Vec value_product = Vec::load(scratch.score_gradients + index) * keep;
-      Vec slope;
-      const Vec weight = Weight::forward_and_derivative(Weight::kShifted ? score - shift : score, slope);
-      Vec attention = weight * inverse_normalizer;
-      Vec gradient = (value_product - delta + log_gradient) * inverse_normalizer;
-      if (kReweight) {
-        const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
-        Vec response = core::power(excess, power - 1.0f);
-        if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
-        const Vec sharp_gradient = response * response_factor * (value_product - delta) - coupling;
-        attention = select(flat, attention, response * excess * inverse_weight_sum);
-        gradient = select(flat, gradient, sharp_gradient);
-      }
-      gradient = gradient * slope;
-      if (problem.softcap > 0.0f) {
-        const Vec ratio = score * Vec::broadcast(1.0f / problem.softcap);
-        gradient = gradient * (ones - ratio * ratio);
-      }
-      const Mask invisible = equal(score, minus_infinity);
-      store(scratch.scores + index, select(invisible, zeros, attention * keep));
-      store(scratch.score_gradients + index, select(invisible, zeros, gradient));
-    }
   }
 }
 
@@ -243,7 +131,8 @@ void add_mask_gradients(const AttentionGradients& gradients, const RowTile& rows
                         const float* score_gradients) {
   const int64_t* strides = gradients.grad_mask_strides;
   for (int lane = 0; lane < rows.rows; ++lane) {
-    float* row = gradients.grad_mask + rows.batch * strides[0] + rows.head[lane] * strides[1] + rows.query[lane] * strides[2];
+    float* row =
+        gradients.grad_mask + rows.batch * strides[0] + rows.head[lane] * strides[1] + rows.query[lane] * strides[2];
     for (int j = 0; j < keys.count; ++j) row[(keys.first + j) * strides[3]] += score_gradients[j * rows.lanes + lane];
   }
 }
@@ -255,8 +144,8 @@ SIGHTLINE_INLINE void project_out(float* gradient, const float* vector, float in
 }
 
 // A finished fp32 row of dQ (the factor of the row not yet applied): factor, projection, rounding.
-void write_query_gradient(const Plan& plan, int64_t batch, int64_t head, int64_t query, float* gradient, const float* vector,
-                          float factor, float inverse_norm, bool floored) {
+void write_query_gradient(const Plan& plan, int64_t batch, int64_t head, int64_t query, float* gradient,
+                          const float* vector, float factor, float inverse_norm, bool floored) {
   const AttentionProblem& problem = *plan.problem;
   for (int64_t d = 0; d < problem.head_width; ++d) gradient[d] *= factor;
   if (problem.normalize_qk && !floored) project_out(gradient, vector, inverse_norm, problem.head_width);
@@ -264,7 +153,8 @@ void write_query_gradient(const Plan& plan, int64_t batch, int64_t head, int64_t
          problem.head_width);
 }
 
-void finish_row_tile(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_t key_head, int64_t begin, int64_t split) {
+void finish_row_tile(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_t key_head, int64_t begin,
+                     int64_t split) {
   const AttentionProblem& problem = *plan.problem;
   const RowTile& rows = *scratch.rows;
   const RowGradients& state = *scratch.row_gradients;
@@ -308,8 +198,8 @@ void write_key_gradients(const Plan& plan, BackwardScratch& scratch, int64_t bat
         const float inverse_norm = inverse_of_norm(key, problem.head_width, &floored);
         if (!floored) project_out(key_gradient, key, inverse_norm, problem.head_width);
       }
-      narrow(key_gradient, writable_row_of(plan.gradients->grad_key, problem.dtype, batch, key_head, first + j), problem.dtype,
-             problem.head_width);
+      narrow(key_gradient, writable_row_of(plan.gradients->grad_key, problem.dtype, batch, key_head, first + j),
+             problem.dtype, problem.head_width);
       narrow(scratch.value_gradients + (local + j) * plan.padded_value_width,
              writable_row_of(plan.gradients->grad_value, problem.dtype, batch, key_head, first + j), problem.dtype,
              problem.value_width);
@@ -350,17 +240,24 @@ void differentiate_unit(const Plan& plan, BackwardScratch& scratch, int64_t batc
       compute_scores(problem, rows, keys, scratch.transposed_queries, scratch.bias, scratch.scores, largest);
       product<false>({keys.values, keys.value_stride, 1}, scratch.transposed_output_gradients, rows.lanes,
                      scratch.score_gradients, rows.lanes, keys.count, rows.lanes, problem.value_width);
-      if (problem.reweight.power > 0.0f) differentiate<Weight, true>(plan, scratch, keys);
-      else differentiate<Weight, false>(plan, scratch, keys);
-      if (plan.gradients->grad_mask != nullptr) add_mask_gradients(*plan.gradients, rows, keys, scratch.score_gradients);
+      if (problem.reweight.power > 0.0f)
+        differentiate<Weight, true>(problem, rows, *scratch.row_gradients, keys, scratch.scores,
+                                    scratch.score_gradients);
+      else
+        differentiate<Weight, false>(problem, rows, *scratch.row_gradients, keys, scratch.scores,
+                                     scratch.score_gradients);
+      if (plan.gradients->grad_mask != nullptr)
+        add_mask_gradients(*plan.gradients, rows, keys, scratch.score_gradients);
       if (problem.normalize_qk)
         for (int j = 0; j < keys.count; ++j)
-          for (int lane = 0; lane < rows.lanes; ++lane) scratch.score_gradients[j * rows.lanes + lane] *= keys.factor[j];
-      accumulate_product(scratch.finite, {scratch.scores, rows.lanes, 1}, scratch.output_gradients, plan.padded_value_width,
-                         scratch.value_gradients + local * plan.padded_value_width, plan.padded_value_width, keys.count,
-                         plan.padded_value_width, rows.rows);
+          for (int lane = 0; lane < rows.lanes; ++lane)
+            scratch.score_gradients[j * rows.lanes + lane] *= keys.factor[j];
+      accumulate_product(scratch.finite, {scratch.scores, rows.lanes, 1}, scratch.output_gradients,
+                         plan.padded_value_width, scratch.value_gradients + local * plan.padded_value_width,
+                         plan.padded_value_width, keys.count, plan.padded_value_width, rows.rows);
       accumulate_product(scratch.finite, {scratch.score_gradients, rows.lanes, 1}, scratch.queries, plan.key_width,
-                         scratch.key_gradients + local * plan.key_width, plan.key_width, keys.count, plan.key_width, rows.rows);
+                         scratch.key_gradients + local * plan.key_width, plan.key_width, keys.count, plan.key_width,
+                         rows.rows);
       accumulate_product(scratch.finite, {scratch.score_gradients, 1, rows.lanes}, keys.keys, plan.key_width,
                          scratch.query_gradients, plan.key_width, rows.rows, plan.key_width, keys.count);
     }
@@ -383,8 +280,9 @@ void reduce_query_gradients(const Plan& plan, BackwardScratch& scratch, int64_t 
         const float* part = plan.partial_queries + row * problem.head_width;
         for (int64_t d = 0; d < problem.head_width; ++d) scratch.row[d] += part[d];
       }
-      write_query_gradient(plan, batch, rows.head[lane], rows.query[lane], scratch.row, scratch.queries + lane * plan.key_width,
-                           rows.factor[lane], rows.inverse_norm[lane], rows.norm_floored[lane]);
+      write_query_gradient(plan, batch, rows.head[lane], rows.query[lane], scratch.row,
+                           scratch.queries + lane * plan.key_width, rows.factor[lane], rows.inverse_norm[lane],
+                           rows.norm_floored[lane]);
     }
   }
 }
@@ -396,7 +294,8 @@ struct Groups {
 
 }  // namespace
 
-void attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients, const Parallel& parallel) {
+void attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients,
+                        const Parallel& parallel) {
   const int64_t key_heads = problem.batch * problem.key_heads;
   const int64_t heads = problem.batch * problem.heads;
   Plan plan{};
@@ -418,8 +317,10 @@ void attention_backward(const AttentionProblem& problem, const AttentionGradient
 
   const bool has_rows = plan.rows > 0 && key_heads > 0;
   const bool partial = plan.splits > 1;
-  const Allocation partials(partial ? plan.splits * key_heads * plan.rows * problem.head_width * static_cast<int64_t>(sizeof(float)) : 0);
-  const Allocation scale_sums((gradients.grad_scales != nullptr ? plan.splits * heads : 0) * static_cast<int64_t>(sizeof(double)));
+  const Allocation partials(
+      partial ? plan.splits * key_heads * plan.rows * problem.head_width * static_cast<int64_t>(sizeof(float)) : 0);
+  const Allocation scale_sums((gradients.grad_scales != nullptr ? plan.splits * heads : 0) *
+                              static_cast<int64_t>(sizeof(double)));
   const Allocation sink_sums((gradients.grad_sinks != nullptr ? heads : 0) * static_cast<int64_t>(sizeof(double)));
   if (partial) plan.partial_queries = reinterpret_cast<float*>(partials.get());
   if (gradients.grad_scales != nullptr) {
@@ -431,19 +332,21 @@ void attention_backward(const AttentionProblem& problem, const AttentionGradient
     for (int64_t index = 0; index < heads; ++index) plan.partial_sinks[index] = 0.0;
   }
 
-  for_each_unit<BackwardScratch>(
-      parallel, plan.splits * groups.batches * groups.key_heads, plan, [&plan, groups](int64_t index, BackwardScratch& scratch) {
-        const AttentionProblem& task = *plan.problem;
-        const int64_t split = index % plan.splits;
-        const int64_t group = index / plan.splits;
-        const int64_t group_batch = group / groups.key_heads, group_head = group % groups.key_heads;
-        for (int64_t batch = group_batch; batch < task.batch; batch += groups.batches)
-          for (int64_t head = group_head; head < task.key_heads; head += groups.key_heads) {
-            if (task.weight_function == WeightFunction::kSoftmax)
-              differentiate_unit<core::Exponential>(plan, scratch, batch, head, split);
-            else differentiate_unit<core::SoftPlus>(plan, scratch, batch, head, split);
-          }
-      });
+  for_each_unit<BackwardScratch>(parallel, plan.splits * groups.batches * groups.key_heads, plan,
+                                 [&plan, groups](int64_t index, BackwardScratch& scratch) {
+                                   const AttentionProblem& task = *plan.problem;
+                                   const int64_t split = index % plan.splits;
+                                   const int64_t group = index / plan.splits;
+                                   const int64_t group_batch = group / groups.key_heads,
+                                                 group_head = group % groups.key_heads;
+                                   for (int64_t batch = group_batch; batch < task.batch; batch += groups.batches)
+                                     for (int64_t head = group_head; head < task.key_heads; head += groups.key_heads) {
+                                       if (task.weight_function == WeightFunction::kSoftmax)
+                                         differentiate_unit<core::Exponential>(plan, scratch, batch, head, split);
+                                       else
+                                         differentiate_unit<core::SoftPlus>(plan, scratch, batch, head, split);
+                                     }
+                                 });
   if (partial && has_rows)
     for_each_unit<BackwardScratch>(parallel, key_heads, plan, [&plan](int64_t index, BackwardScratch& scratch) {
       reduce_query_gradients(plan, scratch, index / plan.problem->key_heads, index % plan.problem->key_heads);
@@ -454,7 +357,8 @@ void attention_backward(const AttentionProblem& problem, const AttentionGradient
     for (int64_t batch = 0; batch < problem.batch; ++batch) {
       const int64_t head_index = batch * problem.heads + head;
       if (gradients.grad_scales != nullptr)
-        for (int64_t split = 0; split < plan.splits; ++split) scale_sum += plan.partial_scales[split * heads + head_index];
+        for (int64_t split = 0; split < plan.splits; ++split)
+          scale_sum += plan.partial_scales[split * heads + head_index];
       if (gradients.grad_sinks != nullptr) sink_sum += plan.partial_sinks[head_index];
     }
     if (gradients.grad_scales != nullptr) gradients.grad_scales[head] = static_cast<float>(scale_sum);

@@ -14,9 +14,8 @@
 // is computed again with products that skip zero weights, so finite data pays nothing.
 #include <cmath>
 
-#include "core/weights.h"
 #include "cpu/kernel_table.h"
-#include "cpu/score_tile.h"
+#include "cpu/weigh_tile.h"
 #include "cpu/workspace.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
@@ -24,29 +23,10 @@ namespace {
 
 constexpr int kMaxTilesPerUnit = 4;
 constexpr int64_t kChunkKeys = 2048;
-constexpr float kFlatRow = 0x1p-16f;
-
-// What a tile of rows has gathered so far.
-struct RowState {
-  RowTile rows;
-  float* transposed_queries;              // (D, lanes)
-  float* values;                          // (lanes, padded Dv): weighted values of finished chunks
-  float* chunk_values;                    // the same of the current chunk
-  float* response_values;                 // U, likewise, when saved
-  float* chunk_response_values;
-  alignas(64) float shift[kRowTile];      // softmax: running maximum; softplus: 0
-  alignas(64) float largest[kRowTile];    // largest score so far
-  alignas(64) float chunk_decay[kRowTile];  // what the shift's growth within the chunk does to finished chunks
-  alignas(64) float mean[kRowTile];
-  alignas(64) float inverse_peak[kRowTile];
-  alignas(64) float flat[kRowTile];       // 1 where the row is flat
-  double normalizer[kRowTile];
-  double weight_sum[kRowTile];
-  double response[kRowTile];
-};
-
 struct ForwardScratch {
-  explicit ForwardScratch(const AttentionProblem& problem) : memory(layout(problem, nullptr)) { layout(problem, memory.get()); }
+  explicit ForwardScratch(const AttentionProblem& problem) : memory(layout(problem, nullptr)) {
+    layout(problem, memory.get());
+  }
 
   int64_t layout(const AttentionProblem& problem, char* base) {
     Arena arena(base);
@@ -63,7 +43,8 @@ struct ForwardScratch {
     for (int tile = 0; tile < kMaxTilesPerUnit; ++tile) {
       float* transposed = arena.take<float>(kRowTile * problem.head_width);
       float* sums[4];
-      for (int which = 0; which < 4; ++which) sums[which] = arena.take<float>(which < 2 || saves_response ? tile_values : 0);
+      for (int which = 0; which < 4; ++which)
+        sums[which] = arena.take<float>(which < 2 || saves_response ? tile_values : 0);
       if (base == nullptr) continue;
       RowState& state = states[tile];
       state.transposed_queries = transposed;
@@ -78,17 +59,14 @@ struct ForwardScratch {
   Allocation memory;
   int64_t padded_width = 0;
   RowState* states = nullptr;
-  float *queries = nullptr, *scores = nullptr, *responses = nullptr, *bias = nullptr, *keys = nullptr, *values = nullptr;
+  float *queries = nullptr, *scores = nullptr, *responses = nullptr, *bias = nullptr, *keys = nullptr,
+        *values = nullptr;
 };
 
 struct Unit {
   int64_t batch, key_head, begin, end;  // rows [begin, end) of the key head
   bool finite;                          // false: products must skip zero weights
 };
-
-SIGHTLINE_INLINE void zero(float* values, int64_t count) {
-  for (int64_t index = 0; index < count; ++index) values[index] = 0.0f;
-}
 
 void start_rows(const AttentionProblem& problem, const ForwardScratch& scratch, RowState& state) {
   const bool has_sink = problem.sinks != nullptr;
@@ -111,110 +89,6 @@ void start_rows(const AttentionProblem& problem, const ForwardScratch& scratch, 
   }
 }
 
-SIGHTLINE_INLINE void scale_row(float* row, float factor, int64_t width) {
-  for (int64_t column = 0; column < width; column += Vec::kWidth)
-    store(row + column, Vec::load(row + column) * Vec::broadcast(factor));
-}
-
-// Softmax: a larger maximum rescales what the row has gathered.
-void raise_shift(const ForwardScratch& scratch, RowState& state, const float* tile_largest) {
-  for (int lane = 0; lane < state.rows.lanes; ++lane) {
-    const float before = state.shift[lane];
-    const float after = tile_largest[lane] > before ? tile_largest[lane] : before;
-    if (after == before) continue;
-    const float decay = std::exp(before - after);
-    state.shift[lane] = after;
-    state.normalizer[lane] *= decay;
-    state.chunk_decay[lane] *= decay;
-    scale_row(state.chunk_values + lane * scratch.padded_width, decay, scratch.padded_width);
-  }
-}
-
-// Scores to weights, in place; adds the tile's row sums to the normaliser.
-template <class Weight, bool kStore>
-void weigh(RowState& state, int keys, float* tile) {
-  const int lanes = state.rows.lanes;
-  for (int lane = 0; lane < lanes; lane += Vec::kWidth) {
-    Vec shift = Vec::load(state.shift + lane);
-    shift = select(equal(shift, Vec::broadcast(-INFINITY)), Vec::broadcast(0.0f), shift);
-    Vec sum = Vec::broadcast(0.0f);
-    for (int j = 0; j < keys; ++j) {
-      float* entry = tile + j * lanes + lane;
-      const Vec score = Vec::load(entry);
-      const Vec weight = Weight::forward(Weight::kShifted ? score - shift : score);
-      if (kStore) store(entry, weight);
-      sum = sum + weight;
-    }
-    alignas(64) float sums[Vec::kWidth];
-    store(sums, sum);
-    for (int offset = 0; offset < Vec::kWidth; ++offset) state.normalizer[lane + offset] += sums[offset];
-  }
-}
-
-// Scores to re-weighted weights w = (r / m)^p, in place, and (r / m)^(p - 1) where the response is saved.
-template <class Weight>
-void reweigh(const AttentionProblem& problem, RowState& state, int keys, float* tile, float* responses) {
-  const int lanes = state.rows.lanes;
-  const Vec zeros = Vec::broadcast(0.0f);
-  const float power = problem.reweight.power;
-  for (int lane = 0; lane < lanes; lane += Vec::kWidth) {
-    Vec shift = Vec::load(state.shift + lane);
-    shift = select(equal(shift, Vec::broadcast(-INFINITY)), zeros, shift);
-    const Vec mean = Vec::load(state.mean + lane);
-    const Vec inverse_peak = Vec::load(state.inverse_peak + lane);
-    const Mask flat = equal(Vec::load(state.flat + lane), Vec::broadcast(1.0f));
-    Vec sum = zeros;
-    Vec response_sum = zeros;
-    for (int j = 0; j < keys; ++j) {
-      float* entry = tile + j * lanes + lane;
-      const Vec score = Vec::load(entry);
-      const Vec weight = Weight::forward(Weight::kShifted ? score - shift : score);
-      const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
-      Vec sharp;
-      if (responses != nullptr) {
-        Vec response = core::power(excess, power - 1.0f);
-        // 0^0 at p = 1: a key at or below the mean has no response.
-        if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
-        response_sum = response_sum + response;
-        store(responses + j * lanes + lane, response);
-        sharp = response * excess;
-      } else {
-        sharp = core::power(excess, power);
-      }
-      sharp = select(flat, weight, sharp);
-      sum = sum + sharp;
-      store(entry, sharp);
-    }
-    alignas(64) float sums[Vec::kWidth];
-    alignas(64) float response_sums[Vec::kWidth];
-    store(sums, sum);
-    store(response_sums, response_sum);
-    for (int offset = 0; offset < Vec::kWidth; ++offset) {
-      state.weight_sum[lane + offset] += sums[offset];
-      state.response[lane + offset] += response_sums[offset];
-    }
-  }
-}
-
-// Between the two sweeps: mean, peak and the flat-row rule.
-template <class Weight>
-void find_peaks(const AttentionProblem& problem, RowState& state) {
-  for (int lane = 0; lane < state.rows.lanes; ++lane) {
-    const float visible = state.rows.visible_keys[lane];
-    const bool exempt = visible <= static_cast<float>(problem.reweight.exempt_rows) || problem.reweight.offset == 0.0f;
-    const float shift = state.shift[lane];
-    const Vec top = Weight::forward(Vec::broadcast(state.largest[lane] - (Weight::kShifted ? shift : 0.0f)));
-    const float largest_weight = sum_of_lanes(top) * (1.0f / Vec::kWidth);
-    const float mean =
-        exempt || visible == 0.0f ? 0.0f : static_cast<float>(problem.reweight.offset * state.normalizer[lane] / visible);
-    const float peak = largest_weight - mean;
-    const bool flat = (!exempt && !(peak > kFlatRow * largest_weight)) || !(peak > 0.0f);
-    state.mean[lane] = mean;
-    state.inverse_peak[lane] = flat ? 0.0f : 1.0f / peak;
-    state.flat[lane] = flat ? 1.0f : 0.0f;
-  }
-}
-
 void finish_chunk(const ForwardScratch& scratch, float* values, float* chunk, const RowState& state) {
   for (int lane = 0; lane < state.rows.rows; ++lane) {
     const Vec decay = Vec::broadcast(state.chunk_decay[lane]);
@@ -230,30 +104,31 @@ void finish_chunks(const AttentionProblem& problem, const ForwardScratch& scratc
   for (int tile = 0; tile < tiles; ++tile) {
     RowState& state = states[tile];
     finish_chunk(scratch, state.values, state.chunk_values, state);
-    if (problem.saved_values != nullptr) finish_chunk(scratch, state.response_values, state.chunk_response_values, state);
+    if (problem.saved_values != nullptr)
+      finish_chunk(scratch, state.response_values, state.chunk_response_values, state);
     for (int lane = 0; lane < state.rows.lanes; ++lane) state.chunk_decay[lane] = 1.0f;
   }
 }
 
-void load_key_tile(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch, int64_t first, bool with_values,
-                   KeyTile& tile) {
+void load_key_tile(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch, int64_t first,
+                   bool with_values, KeyTile& tile) {
   tile.first = first;
   tile.count = static_cast<int>(core::smaller(kKeyTile, problem.keys - first));
   const void* keys = advance(
       static_cast<const void*>(problem.key.data),
       unit.batch * problem.key.batch_stride + unit.key_head * problem.key.head_stride + first * problem.key.row_stride,
       problem.dtype);
-  const void* values = advance(
-      static_cast<const void*>(problem.value.data),
-      unit.batch * problem.value.batch_stride + unit.key_head * problem.value.head_stride + first * problem.value.row_stride,
-      problem.dtype);
+  const void* values = advance(static_cast<const void*>(problem.value.data),
+                               unit.batch * problem.value.batch_stride + unit.key_head * problem.value.head_stride +
+                                   first * problem.value.row_stride,
+                               problem.dtype);
   const bool direct = problem.dtype == DType::kFloat32;
   tile.keys = direct ? static_cast<const float*>(keys) : scratch.keys;
   tile.key_stride = direct ? problem.key.row_stride : problem.head_width;
   if (!direct)
     for (int j = 0; j < tile.count; ++j)
-      widen(advance(keys, j * problem.key.row_stride, problem.dtype), problem.dtype, scratch.keys + j * problem.head_width,
-            problem.head_width);
+      widen(advance(keys, j * problem.key.row_stride, problem.dtype), problem.dtype,
+            scratch.keys + j * problem.head_width, problem.head_width);
   set_up_key_factors(problem, unit.batch, tile);
   if (!with_values) return;
   const bool values_direct = direct && scratch.padded_width == problem.value_width;
@@ -276,7 +151,7 @@ void process_tile(const AttentionProblem& problem, const Unit& unit, ForwardScra
   if (!kReweight || kFirstSweep) {
     for (int lane = 0; lane < state.rows.lanes; ++lane)
       state.largest[lane] = tile_largest[lane] > state.largest[lane] ? tile_largest[lane] : state.largest[lane];
-    if (Weight::kShifted) raise_shift(scratch, state, tile_largest);
+    if (Weight::kShifted) raise_shift(state, tile_largest, scratch.padded_width);
     weigh<Weight, !kFirstSweep>(state, keys.count, scratch.scores);
     if (kFirstSweep) return;
   } else {
@@ -287,11 +162,12 @@ void process_tile(const AttentionProblem& problem, const Unit& unit, ForwardScra
     if (scratch.responses != nullptr && problem.saved_values != nullptr)
       drop_weights(problem, state.rows, keys, scratch.responses);
   }
-  accumulate_product(unit.finite, {scratch.scores, 1, state.rows.lanes}, keys.values, keys.value_stride, state.chunk_values,
-                     scratch.padded_width, state.rows.rows, scratch.padded_width, keys.count);
+  accumulate_product(unit.finite, {scratch.scores, 1, state.rows.lanes}, keys.values, keys.value_stride,
+                     state.chunk_values, scratch.padded_width, state.rows.rows, scratch.padded_width, keys.count);
   if (problem.saved_values != nullptr)
     accumulate_product(unit.finite, {scratch.responses, 1, state.rows.lanes}, keys.values, keys.value_stride,
-                       state.chunk_response_values, scratch.padded_width, state.rows.rows, scratch.padded_width, keys.count);
+                       state.chunk_response_values, scratch.padded_width, state.rows.rows, scratch.padded_width,
+                       keys.count);
 }
 
 template <class Weight, bool kReweight, bool kFirstSweep>
@@ -313,12 +189,6 @@ void sweep(const AttentionProblem& problem, const Unit& unit, ForwardScratch& sc
   if (!kFirstSweep) finish_chunks(problem, scratch, scratch.states, tiles);
 }
 
-SIGHTLINE_INLINE bool row_is_finite(const float* row, int64_t width) {
-  float probe = 0.0f;
-  for (int64_t column = 0; column < width; ++column) probe += row[column] * 0.0f;
-  return probe == 0.0f;
-}
-
 bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowState& state) {
   const bool reweighted = problem.reweight.power > 0.0f;
   const int saved_width = reweighted ? kSavedWidthReweight : kSavedWidthPlain;
@@ -329,7 +199,7 @@ bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowSta
     const double divisor = reweighted ? state.weight_sum[lane] : state.normalizer[lane];
     const float inverse = divisor == 0.0 ? 0.0f : static_cast<float>(1.0 / divisor);
     float* values = state.values + lane * scratch.padded_width;
-    finite &= row_is_finite(values, problem.value_width);
+    finite &= is_finite(values, problem.value_width);
     scale_row(values, inverse, scratch.padded_width);
     narrow(values,
            advance(problem.output.data,
@@ -355,7 +225,7 @@ bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowSta
     }
     if (problem.saved_values != nullptr) {
       float* responses = state.response_values + lane * scratch.padded_width;
-      finite &= row_is_finite(responses, problem.value_width);
+      finite &= is_finite(responses, problem.value_width);
       scale_row(responses, inverse, scratch.padded_width);
       float* target = problem.saved_values + row_index * problem.value_width;
       for (int64_t column = 0; column < problem.value_width; ++column) target[column] = responses[column];
@@ -404,16 +274,17 @@ void attention_forward(const AttentionProblem& problem, const Parallel& parallel
   const int64_t unit_rows = kRowTile * (rows <= 512 ? 1 : rows <= 2048 ? 2 : kMaxTilesPerUnit);
   const int64_t blocks = (rows + unit_rows - 1) / unit_rows;
   const int64_t key_heads = problem.batch * problem.key_heads;
-  for_each_unit<ForwardScratch>(
-      parallel, blocks * key_heads, problem, [&problem, rows, unit_rows, blocks, key_heads](int64_t index, ForwardScratch& scratch) {
-        const int64_t block = blocks - 1 - index / key_heads;  // the last rows see most keys under causality
-        const int64_t head = index % key_heads;
-        Unit unit{head / problem.key_heads, head % problem.key_heads, block * unit_rows,
-                  core::smaller(rows, (block + 1) * unit_rows), true};
-        if (attend_unit(problem, unit, scratch)) return;
-        unit.finite = false;
-        attend_unit(problem, unit, scratch);
-      });
+  for_each_unit<ForwardScratch>(parallel, blocks * key_heads, problem,
+                                [&problem, rows, unit_rows, blocks, key_heads](int64_t index, ForwardScratch& scratch) {
+                                  const int64_t block =
+                                      blocks - 1 - index / key_heads;  // the last rows see most keys under causality
+                                  const int64_t head = index % key_heads;
+                                  Unit unit{head / problem.key_heads, head % problem.key_heads, block * unit_rows,
+                                            core::smaller(rows, (block + 1) * unit_rows), true};
+                                  if (attend_unit(problem, unit, scratch)) return;
+                                  unit.finite = false;
+                                  attend_unit(problem, unit, scratch);
+                                });
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

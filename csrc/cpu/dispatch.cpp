@@ -55,7 +55,8 @@ const KernelTable& choose() {
     if (std::strcmp(tables[index]->name, wanted) == 0) return *tables[index];
     names += std::string(index == 0 ? "" : ", ") + tables[index]->name;
   }
-  throw std::runtime_error(std::string("SIGHTLINE_ISA: expected one of ") + names + " (what this machine can run), got " + wanted);
+  throw std::runtime_error(std::string("SIGHTLINE_ISA: expected one of ") + names +
+                           " (what this machine can run), got " + wanted);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The polynomials of csrc/core over whole arrays, for the accuracy sweeps of the bench module.
-#include "cpu/kernel_table.h"
 #include "core/weights.h"
+#include "cpu/kernel_table.h"
 #include "cpu/vec.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {

@@ -14,7 +14,7 @@ void softplus_array(const float*, float*, float*, int64_t);
 void power_array(const float*, float, float*, int64_t);
 
 extern const KernelTable kTable;
-const KernelTable kTable = {kIsaName,        attention_forward,   attention_backward, exp2_array,
-                            log2_one_plus_array, tanh_array, softplus_array,     power_array};
+const KernelTable kTable = {kIsaName,   attention_forward, attention_backward, exp2_array, log2_one_plus_array,
+                            tanh_array, softplus_array,    power_array};
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

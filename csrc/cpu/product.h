@@ -25,8 +25,7 @@ SIGHTLINE_INLINE void product_block(Broadcast a, const float* b, int64_t b_strid
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 8
     for (int vector = 0; vector < kVectors; ++vector)
-      sums[row][vector] =
-          kAccumulate ? Vec::load(c + row * c_stride + vector * Vec::kWidth) : Vec::broadcast(0.0f);
+      sums[row][vector] = kAccumulate ? Vec::load(c + row * c_stride + vector * Vec::kWidth) : Vec::broadcast(0.0f);
   for (int64_t k = 0; k < depth; ++k) {
     Vec columns[kVectors];
 #pragma GCC unroll 8
@@ -52,17 +51,28 @@ static void product_panel(Broadcast a, const float* b, int64_t b_stride, float* 
                           int64_t depth) {
   int64_t row = 0;
   for (; row + kProductRows <= rows; row += kProductRows)
-    product_block<kProductRows, kVectors, kAccumulate>(
-        {a.data + row * a.row_stride, a.row_stride, a.depth_stride}, b, b_stride, c + row * c_stride, c_stride, depth);
+    product_block<kProductRows, kVectors, kAccumulate>({a.data + row * a.row_stride, a.row_stride, a.depth_stride}, b,
+                                                       b_stride, c + row * c_stride, c_stride, depth);
   const Broadcast rest{a.data + row * a.row_stride, a.row_stride, a.depth_stride};
   float* rest_c = c + row * c_stride;
   switch (rows - row) {
-    case 5: product_block<5, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth); break;
-    case 4: product_block<4, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth); break;
-    case 3: product_block<3, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth); break;
-    case 2: product_block<2, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth); break;
-    case 1: product_block<1, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth); break;
-    default: break;
+    case 5:
+      product_block<5, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth);
+      break;
+    case 4:
+      product_block<4, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth);
+      break;
+    case 3:
+      product_block<3, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth);
+      break;
+    case 2:
+      product_block<2, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth);
+      break;
+    case 1:
+      product_block<1, kVectors, kAccumulate>(rest, b, b_stride, rest_c, c_stride, depth);
+      break;
+    default:
+      break;
   }
 }
 
@@ -74,10 +84,17 @@ static void product(Broadcast a, const float* b, int64_t b_stride, float* c, int
   for (; column + kProductVectors * Vec::kWidth <= columns; column += kProductVectors * Vec::kWidth)
     product_panel<kProductVectors, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
   switch ((columns - column) / Vec::kWidth) {
-    case 3: product_panel<3, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth); break;
-    case 2: product_panel<2, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth); break;
-    case 1: product_panel<1, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth); break;
-    default: break;
+    case 3:
+      product_panel<3, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
+      break;
+    case 2:
+      product_panel<2, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
+      break;
+    case 1:
+      product_panel<1, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
+      break;
+    default:
+      break;
   }
 }
 
@@ -89,14 +106,17 @@ static void product(Broadcast a, const float* b, int64_t b_stride, float* c, int
     for (int64_t k = 0; k < depth; ++k) {
       const float weight = a.data[row * a.row_stride + k * a.depth_stride];
       if (weight == 0.0f) continue;
-      for (int64_t column = 0; column < columns; ++column) c[row * c_stride + column] += weight * b[k * b_stride + column];
+      for (int64_t column = 0; column < columns; ++column)
+        c[row * c_stride + column] += weight * b[k * b_stride + column];
     }
 }
 
 SIGHTLINE_INLINE void accumulate_product(bool finite, Broadcast a, const float* b, int64_t b_stride, float* c,
                                          int64_t c_stride, int64_t rows, int64_t columns, int64_t depth) {
-  if (finite) product<true>(a, b, b_stride, c, c_stride, rows, columns, depth);
-  else product_of_nonzero(a, b, b_stride, c, c_stride, rows, columns, depth);
+  if (finite)
+    product<true>(a, b, b_stride, c, c_stride, rows, columns, depth);
+  else
+    product_of_nonzero(a, b, b_stride, c, c_stride, rows, columns, depth);
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

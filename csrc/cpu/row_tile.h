@@ -9,14 +9,13 @@
 
 #include "core/dropout.h"
 #include "core/visibility.h"
-#include "cpu/vec.h"
+#include "cpu/row_math.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
 // 64 x 64: a score tile (16 KiB) and a tile of V at D = 64 share the 48 KiB first-level cache.
 constexpr int kRowTile = 64;
 constexpr int kKeyTile = 64;
-constexpr float kNormFloor = 1e-6f;
 
 struct RowTile {
   int64_t batch;
@@ -37,26 +36,8 @@ struct RowTile {
   bool norm_floored[kRowTile];
 };
 
-SIGHTLINE_INLINE float sum_of_squares(const float* values, int64_t count) {
-  Vec sum = Vec::broadcast(0.0f);
-  int64_t index = 0;
-  for (; index + Vec::kWidth <= count; index += Vec::kWidth) {
-    const Vec value = Vec::load(values + index);
-    sum = fma(value, value, sum);
-  }
-  float total = sum_of_lanes(sum);
-  for (; index < count; ++index) total += values[index] * values[index];
-  return total;
-}
-
-SIGHTLINE_INLINE float inverse_of_norm(const float* values, int64_t count, bool* floored = nullptr) {
-  const float norm = std::sqrt(sum_of_squares(values, count));
-  const bool below = norm < kNormFloor;  // false for NaN, which must stay
-  if (floored != nullptr) *floored = below;
-  return 1.0f / (below ? kNormFloor : norm);
-}
-
-SIGHTLINE_INLINE const char* mask_element(const MaskView& mask, int64_t batch, int64_t head, int64_t query, int64_t key) {
+SIGHTLINE_INLINE const char* mask_element(const MaskView& mask, int64_t batch, int64_t head, int64_t query,
+                                          int64_t key) {
   const int64_t size = mask.kind == MaskKind::kBool ? 1 : mask.kind == MaskKind::kFloat32 ? 4 : 2;
   return static_cast<const char*>(mask.data) +
          size * (batch * mask.strides[0] + head * mask.strides[1] + query * mask.strides[2] + key * mask.strides[3]);
@@ -65,11 +46,16 @@ SIGHTLINE_INLINE const char* mask_element(const MaskView& mask, int64_t batch, i
 // A mask entry as a bias: what is invisible is -inf.
 SIGHTLINE_INLINE float mask_bias(const char* element, MaskKind kind) {
   switch (kind) {
-    case MaskKind::kBool: return *reinterpret_cast<const uint8_t*>(element) != 0 ? 0.0f : -INFINITY;
-    case MaskKind::kFloat32: return *reinterpret_cast<const float*>(element);
-    case MaskKind::kFloat16: return core::float16_to_float(*reinterpret_cast<const uint16_t*>(element));
-    case MaskKind::kBFloat16: return core::bfloat16_to_float(*reinterpret_cast<const uint16_t*>(element));
-    default: return 0.0f;
+    case MaskKind::kBool:
+      return *reinterpret_cast<const uint8_t*>(element) != 0 ? 0.0f : -INFINITY;
+    case MaskKind::kFloat32:
+      return *reinterpret_cast<const float*>(element);
+    case MaskKind::kFloat16:
+      return core::float16_to_float(*reinterpret_cast<const uint16_t*>(element));
+    case MaskKind::kBFloat16:
+      return core::bfloat16_to_float(*reinterpret_cast<const uint16_t*>(element));
+    default:
+      return 0.0f;
   }
 }
 
@@ -96,8 +82,8 @@ SIGHTLINE_INLINE float mask_bias(const char* element, MaskKind kind) {
 
 // Rows [begin, begin + rows) of one key head. `queries` receives them widened, row after row with this stride (the
 // padding of the stride and of the lanes zeroed), `transposed` the same as (D, lanes).
-[[maybe_unused]] static void set_up_rows(const AttentionProblem& problem, int64_t batch, int64_t key_head, int64_t begin,
-                                         int rows, RowTile& tile, float* queries, int64_t query_stride,
+[[maybe_unused]] static void set_up_rows(const AttentionProblem& problem, int64_t batch, int64_t key_head,
+                                         int64_t begin, int rows, RowTile& tile, float* queries, int64_t query_stride,
                                          float* transposed) {
   const int64_t group = problem.heads / problem.key_heads;
   const bool needs_count = problem.length_scale || problem.reweight.power > 0.0f;
@@ -113,7 +99,8 @@ SIGHTLINE_INLINE float mask_bias(const char* element, MaskKind kind) {
     const int64_t query = source % problem.queries;
     if (lane < rows) {
       widen(advance(problem.query.data,
-                    batch * problem.query.batch_stride + head * problem.query.head_stride + query * problem.query.row_stride,
+                    batch * problem.query.batch_stride + head * problem.query.head_stride +
+                        query * problem.query.row_stride,
                     problem.dtype),
             problem.dtype, row, problem.head_width);
       for (int64_t d = problem.head_width; d < query_stride; ++d) row[d] = 0.0f;
@@ -133,16 +120,18 @@ SIGHTLINE_INLINE float mask_bias(const char* element, MaskKind kind) {
     tile.min_last = core::smaller(tile.min_last, tile.last[lane]);
     tile.max_last = core::larger(tile.max_last, tile.last[lane]);
     tile.dropout_key[lane] =
-        problem.dropout ? core::dropout_row_key(problem.dropout_seed, static_cast<uint32_t>(batch * problem.heads + head),
-                                                static_cast<uint32_t>(query))
-                        : 0;
+        problem.dropout
+            ? core::dropout_row_key(problem.dropout_seed, static_cast<uint32_t>(batch * problem.heads + head),
+                                    static_cast<uint32_t>(query))
+            : 0;
     const int64_t visible =
         needs_count ? count_visible(problem, batch, head, query, tile.first[lane], tile.last[lane]) : 0;
     tile.visible_keys[lane] = static_cast<float>(visible);
     tile.norm_floored[lane] = false;
     tile.inverse_norm[lane] =
         problem.normalize_qk ? inverse_of_norm(row, problem.head_width, &tile.norm_floored[lane]) : 1.0f;
-    const float length = problem.length_scale ? (visible > 0 ? static_cast<float>(std::log(static_cast<double>(visible))) : 0.0f) : 1.0f;
+    const float length =
+        problem.length_scale ? (visible > 0 ? static_cast<float>(std::log(static_cast<double>(visible))) : 0.0f) : 1.0f;
     tile.unit_factor[lane] = length * tile.inverse_norm[lane];
     tile.factor[lane] = problem.scales[head] * tile.unit_factor[lane];
     tile.slope[lane] = problem.alibi_slopes != nullptr ? problem.alibi_slopes[head] : 0.0f;

@@ -5,15 +5,15 @@
 #pragma once
 
 #include "core/polynomials.h"
-#include "cpu/row_tile.h"
 #include "cpu/product.h"
+#include "cpu/row_tile.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
 struct KeyTile {
   int64_t first;  // index of the first key
   int count;
-  const float* keys;   // widened where the dtype asks for it
+  const float* keys;  // widened where the dtype asks for it
   int64_t key_stride;
   const float* values;
   int64_t value_stride;
@@ -43,8 +43,9 @@ SIGHTLINE_INLINE void set_up_key_factors(const AttentionProblem& problem, int64_
                                        float* bias) {
   for (int lane = 0; lane < rows.lanes; ++lane)
     for (int j = 0; j < keys.count; ++j)
-      bias[j * rows.lanes + lane] = mask_bias(
-          mask_element(problem.attn_mask, rows.batch, rows.head[lane], rows.query[lane], keys.first + j), problem.attn_mask.kind);
+      bias[j * rows.lanes + lane] =
+          mask_bias(mask_element(problem.attn_mask, rows.batch, rows.head[lane], rows.query[lane], keys.first + j),
+                    problem.attn_mask.kind);
 }
 
 SIGHTLINE_INLINE bool tile_is_visible_to_any(const RowTile& rows, int64_t first_key, int64_t count) {
@@ -100,11 +101,15 @@ static void finish_scores(const AttentionProblem& problem, const RowTile& rows, 
   const bool extras = has_mask || problem.alibi_slopes != nullptr || problem.softcap > 0.0f;
   const bool masked = !keys.all_take_part || keys.first < rows.max_first || keys.first + keys.count - 1 > rows.min_last;
   if (masked) {
-    if (extras) finish_scores<true, true>(problem, rows, keys, bias, tile, largest);
-    else finish_scores<true, false>(problem, rows, keys, bias, tile, largest);
+    if (extras)
+      finish_scores<true, true>(problem, rows, keys, bias, tile, largest);
+    else
+      finish_scores<true, false>(problem, rows, keys, bias, tile, largest);
   } else {
-    if (extras) finish_scores<false, true>(problem, rows, keys, bias, tile, largest);
-    else finish_scores<false, false>(problem, rows, keys, bias, tile, largest);
+    if (extras)
+      finish_scores<false, true>(problem, rows, keys, bias, tile, largest);
+    else
+      finish_scores<false, false>(problem, rows, keys, bias, tile, largest);
   }
 }
 

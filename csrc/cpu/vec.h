@@ -55,8 +55,10 @@ SIGHTLINE_INLINE void narrow(const float* from, void* to, DType dtype, int64_t c
   int64_t index = 0;
   for (; index + Vec::kWidth <= count; index += Vec::kWidth) {
     const Vec value = Vec::load(from + index);
-    if (half) store_float16(bits + index, value);
-    else store_bfloat16(bits + index, value);
+    if (half)
+      store_float16(bits + index, value);
+    else
+      store_bfloat16(bits + index, value);
   }
   for (; index < count; ++index)
     bits[index] = half ? core::float_to_float16(from[index]) : core::float_to_bfloat16(from[index]);

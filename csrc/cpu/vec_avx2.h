@@ -60,7 +60,8 @@ SIGHTLINE_INLINE Vec round_to_integer(Vec x) {
   return {_mm256_round_ps(x.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 SIGHTLINE_INLINE Vec times_power_of_two(Vec factor, Vec whole, Vec x) {
-  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole.value), _mm256_set1_epi32(127)), 23);
+  const __m256i exponent =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole.value), _mm256_set1_epi32(127)), 23);
   const __m256 keep = _mm256_cmp_ps(x.value, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
   return {_mm256_and_ps(keep, _mm256_mul_ps(factor.value, _mm256_castsi256_ps(exponent)))};
 }

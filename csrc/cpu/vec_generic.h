@@ -108,8 +108,8 @@ SIGHTLINE_INLINE Vec load_float16(const uint16_t* from) {
                  core::float16_to_float(from[3])}};
 }
 SIGHTLINE_INLINE Vec load_bfloat16(const uint16_t* from) {
-  return {Float4{core::bfloat16_to_float(from[0]), core::bfloat16_to_float(from[1]),
-                 core::bfloat16_to_float(from[2]), core::bfloat16_to_float(from[3])}};
+  return {Float4{core::bfloat16_to_float(from[0]), core::bfloat16_to_float(from[1]), core::bfloat16_to_float(from[2]),
+                 core::bfloat16_to_float(from[3])}};
 }
 SIGHTLINE_INLINE void store_float16(uint16_t* to, Vec x) {
   for (int lane = 0; lane < 4; ++lane) to[lane] = core::float_to_float16(x.value[lane]);

@@ -37,7 +37,8 @@ class Arena {
 class Allocation {
  public:
   explicit Allocation(int64_t bytes)
-      : memory_(static_cast<char*>(std::aligned_alloc(kCacheLine, static_cast<size_t>(core::round_up(bytes + 1, kCacheLine))))) {
+      : memory_(static_cast<char*>(
+            std::aligned_alloc(kCacheLine, static_cast<size_t>(core::round_up(bytes + 1, kCacheLine))))) {
     if (memory_ == nullptr) throw std::bad_alloc();
   }
   ~Allocation() { std::free(memory_); }
@@ -82,8 +83,10 @@ static void for_each_unit(const Parallel& parallel, int64_t count, const Shared&
     State state(work.shared);
     for (; index < work.count; index = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED)) work.unit(index, state);
   };
-  if (count <= 1 || parallel.threads <= 1) body(&context);
-  else parallel.run(body, &context, parallel.state);
+  if (count <= 1 || parallel.threads <= 1)
+    body(&context);
+  else
+    parallel.run(body, &context, parallel.state);
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

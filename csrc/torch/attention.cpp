@@ -14,8 +14,8 @@ constexpr int64_t kLargestIndex = INT32_MAX - 64;
 
 // The options that forward and backward share, in the order of the schema, and the memory that the problem points to.
 struct Options {
-  std::optional<Tensor> key_lengths, key_mask, attn_mask, alibi_slopes, sinks, scale_per_head, cu_seqlens_q, cu_seqlens_k,
-      dropout_seed;
+  std::optional<Tensor> key_lengths, key_mask, attn_mask, alibi_slopes, sinks, scale_per_head, cu_seqlens_q,
+      cu_seqlens_k, dropout_seed;
   bool causal = false;
   int64_t window_left = -1, window_right = -1;
   double scale = 1.0, dropout_p = 0.0;
@@ -63,11 +63,15 @@ void set_up_sizes(const Tensor& query, const Tensor& key, const Tensor& value, A
   problem.key_heads = key.size(1);
   problem.keys = key.size(2);
   problem.value_width = value.size(3);
-  STD_TORCH_CHECK(key.size(0) == problem.batch && value.size(0) == problem.batch, "key and value: expected the batch of query");
-  STD_TORCH_CHECK(value.size(1) == problem.key_heads && value.size(2) == problem.keys, "value: expected the heads and rows of key");
+  STD_TORCH_CHECK(key.size(0) == problem.batch && value.size(0) == problem.batch,
+                  "key and value: expected the batch of query");
+  STD_TORCH_CHECK(value.size(1) == problem.key_heads && value.size(2) == problem.keys,
+                  "value: expected the heads and rows of key");
   STD_TORCH_CHECK(key.size(3) == problem.head_width, "key: expected the width of query");
-  STD_TORCH_CHECK(problem.key_heads > 0 && problem.heads % problem.key_heads == 0, "query: expected a multiple of the key heads");
-  STD_TORCH_CHECK(problem.queries <= kLargestIndex && problem.keys <= kLargestIndex, "query and key: expected fewer than 2^31 rows");
+  STD_TORCH_CHECK(problem.key_heads > 0 && problem.heads % problem.key_heads == 0,
+                  "query: expected a multiple of the key heads");
+  STD_TORCH_CHECK(problem.queries <= kLargestIndex && problem.keys <= kLargestIndex,
+                  "query and key: expected fewer than 2^31 rows");
   problem.query = heads_view(query);
   problem.key = heads_view(key);
   problem.value = heads_view(value);
@@ -99,16 +103,26 @@ void set_up_masks(Options& options, AttentionProblem& problem) {
     STD_TORCH_CHECK(mask.dim() == 4, "attn_mask: expected 4 axes");
     const int64_t full[4] = {problem.batch, problem.heads, problem.queries, problem.keys};
     for (int axis = 0; axis < 4; ++axis) {
-      STD_TORCH_CHECK(mask.size(axis) == full[axis] || mask.size(axis) == 1, "attn_mask: expected a shape that broadcasts to (B, H, M, N)");
+      STD_TORCH_CHECK(mask.size(axis) == full[axis] || mask.size(axis) == 1,
+                      "attn_mask: expected a shape that broadcasts to (B, H, M, N)");
       problem.attn_mask.strides[axis] = mask.size(axis) == 1 ? 0 : mask.stride(axis);
     }
     problem.attn_mask.data = mask.const_data_ptr();
     switch (mask.scalar_type()) {
-      case ScalarType::Bool: problem.attn_mask.kind = MaskKind::kBool; break;
-      case ScalarType::Float: problem.attn_mask.kind = MaskKind::kFloat32; break;
-      case ScalarType::Half: problem.attn_mask.kind = MaskKind::kFloat16; break;
-      case ScalarType::BFloat16: problem.attn_mask.kind = MaskKind::kBFloat16; break;
-      default: STD_TORCH_CHECK(false, "attn_mask: expected bool, float32, float16 or bfloat16");
+      case ScalarType::Bool:
+        problem.attn_mask.kind = MaskKind::kBool;
+        break;
+      case ScalarType::Float:
+        problem.attn_mask.kind = MaskKind::kFloat32;
+        break;
+      case ScalarType::Half:
+        problem.attn_mask.kind = MaskKind::kFloat16;
+        break;
+      case ScalarType::BFloat16:
+        problem.attn_mask.kind = MaskKind::kBFloat16;
+        break;
+      default:
+        STD_TORCH_CHECK(false, "attn_mask: expected bool, float32, float16 or bfloat16");
     }
   }
 }
@@ -121,14 +135,16 @@ std::vector<float> read_per_head(const Tensor& tensor, int64_t heads, const char
 void set_up_options(Options& options, AttentionProblem& problem) {
   set_up_masks(options, problem);
   if (options.key_lengths) {
-    STD_TORCH_CHECK(options.key_lengths->dim() == 1 && options.key_lengths->size(0) == problem.batch, "key_lengths: expected shape (B,)");
+    STD_TORCH_CHECK(options.key_lengths->dim() == 1 && options.key_lengths->size(0) == problem.batch,
+                    "key_lengths: expected shape (B,)");
     options.lengths = read_integers<int64_t>(*options.key_lengths, "key_lengths");
     for (int64_t& length : options.lengths) length = length < 0 ? 0 : length > problem.keys ? problem.keys : length;
     problem.key_lengths = options.lengths.data();
   }
   if (options.cu_seqlens_q) {
     STD_TORCH_CHECK(options.cu_seqlens_k && problem.batch == 1 && options.cu_seqlens_q->dim() == 1 &&
-                        options.cu_seqlens_k->dim() == 1 && options.cu_seqlens_q->size(0) == options.cu_seqlens_k->size(0) &&
+                        options.cu_seqlens_k->dim() == 1 &&
+                        options.cu_seqlens_q->size(0) == options.cu_seqlens_k->size(0) &&
                         options.cu_seqlens_q->size(0) >= 1,
                     "cu_seqlens_q and cu_seqlens_k: expected equal lengths and a batch of 1");
     options.documents_q = read_integers<int32_t>(*options.cu_seqlens_q, "cu_seqlens_q");
@@ -145,15 +161,18 @@ void set_up_options(Options& options, AttentionProblem& problem) {
     options.sink_logits = read_per_head(*options.sinks, problem.heads, "sinks");
     problem.sinks = options.sink_logits.data();
   }
-  if (options.scale_per_head) options.scales = read_per_head(*options.scale_per_head, problem.heads, "scale");
-  else options.scales.assign(static_cast<size_t>(problem.heads), static_cast<float>(options.scale));
+  if (options.scale_per_head)
+    options.scales = read_per_head(*options.scale_per_head, problem.heads, "scale");
+  else
+    options.scales.assign(static_cast<size_t>(problem.heads), static_cast<float>(options.scale));
   problem.scales = options.scales.data();
 
   const auto window = [](int64_t side) { return side > kLargestIndex ? int64_t{-1} : side; };
   problem.causal = options.causal;
   problem.window_left = window(options.window_left);
   problem.window_right = window(options.window_right);
-  STD_TORCH_CHECK(options.weight_function == 0 || options.weight_function == 1, "weight_function: expected 0 (softmax) or 1 (softplus)");
+  STD_TORCH_CHECK(options.weight_function == 0 || options.weight_function == 1,
+                  "weight_function: expected 0 (softmax) or 1 (softplus)");
   problem.weight_function = static_cast<WeightFunction>(options.weight_function);
   problem.length_scale = options.length_scale;
   problem.normalize_qk = options.normalize_qk;
@@ -209,7 +228,8 @@ void attention(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor nothing = empty_contiguous({0}, ScalarType::Float);
   Tensor saved_rows = nothing, saved_values = nothing;
   if (save_for_backward) {
-    saved_rows = empty_contiguous({batch, heads, rows, reweighted ? kSavedWidthReweight : kSavedWidthPlain}, ScalarType::Float);
+    saved_rows =
+        empty_contiguous({batch, heads, rows, reweighted ? kSavedWidthReweight : kSavedWidthPlain}, ScalarType::Float);
     problem.saved_rows = static_cast<float*>(saved_rows.mutable_data_ptr());
     if (reweighted) {
       saved_values = empty_contiguous({batch, heads, rows, problem.value_width}, ScalarType::Float);
@@ -247,8 +267,9 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   const bool reweighted = problem.reweight.power > 0.0f;
   const int64_t saved_width = reweighted ? kSavedWidthReweight : kSavedWidthPlain;
   for (const Tensor* tensor : {&grad_output, &output})
-    STD_TORCH_CHECK(tensor->dim() == 4 && tensor->size(0) == batch && tensor->size(1) == heads && tensor->size(2) == rows &&
-                        tensor->size(3) == problem.value_width && tensor->scalar_type() == query.scalar_type(),
+    STD_TORCH_CHECK(tensor->dim() == 4 && tensor->size(0) == batch && tensor->size(1) == heads &&
+                        tensor->size(2) == rows && tensor->size(3) == problem.value_width &&
+                        tensor->scalar_type() == query.scalar_type(),
                     "grad_output and output: expected (B, H, M, Dv) in the dtype of query");
   STD_TORCH_CHECK(saved_rows.numel() == batch * heads * rows * saved_width && saved_rows.is_contiguous() &&
                       saved_rows.scalar_type() == ScalarType::Float,
@@ -268,7 +289,8 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   gradients.grad_query = writable_heads_view(grad_query);
   gradients.grad_key = writable_heads_view(grad_key);
   gradients.grad_value = writable_heads_view(grad_value);
-  Tensor grad_log = grad_log_normalizer ? torch::stable::contiguous(*grad_log_normalizer) : empty_contiguous({0}, ScalarType::Float);
+  Tensor grad_log =
+      grad_log_normalizer ? torch::stable::contiguous(*grad_log_normalizer) : empty_contiguous({0}, ScalarType::Float);
   if (grad_log_normalizer) {
     STD_TORCH_CHECK(grad_log.numel() == batch * heads * rows && grad_log.scalar_type() == ScalarType::Float,
                     "grad_log_normalizer: expected float32 (B, H, M)");
@@ -278,13 +300,15 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad_sinks = empty_contiguous({needs_sinks ? heads : 0}, ScalarType::Float);
   Tensor grad_scale = empty_contiguous({needs_scale ? heads : 0}, ScalarType::Float);
   if (needs_mask) {
-    STD_TORCH_CHECK(options.attn_mask && problem.attn_mask.kind != MaskKind::kBool, "attn_mask: expected a float mask where its gradient is asked for");
+    STD_TORCH_CHECK(options.attn_mask && problem.attn_mask.kind != MaskKind::kBool,
+                    "attn_mask: expected a float mask where its gradient is asked for");
     std::vector<int64_t> sizes;
     for (int axis = 0; axis < 4; ++axis) sizes.push_back(options.attn_mask->size(axis));
     grad_mask = empty_contiguous(sizes, ScalarType::Float);
     torch::stable::zero_(grad_mask);
     gradients.grad_mask = static_cast<float*>(grad_mask.mutable_data_ptr());
-    for (int axis = 0; axis < 4; ++axis) gradients.grad_mask_strides[axis] = sizes[static_cast<size_t>(axis)] == 1 ? 0 : grad_mask.stride(axis);
+    for (int axis = 0; axis < 4; ++axis)
+      gradients.grad_mask_strides[axis] = sizes[static_cast<size_t>(axis)] == 1 ? 0 : grad_mask.stride(axis);
   }
   if (needs_sinks) {
     STD_TORCH_CHECK(problem.sinks != nullptr, "sinks: expected a tensor where its gradient is asked for");

@@ -15,12 +15,12 @@ void register_attention_cpu(torch::stable::detail::StableLibrary& library);
 
 // Options that forward and backward share: first the tensors, then the scalars. A window side of -1 is unlimited, a
 // softcap or a reweight_power of 0 is none; weight_function: 0 softmax, 1 softplus.
-#define SIGHTLINE_OPTION_TENSORS                                                                                     \
-  "Tensor? key_lengths, Tensor? key_mask, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, "                  \
+#define SIGHTLINE_OPTION_TENSORS                                                                    \
+  "Tensor? key_lengths, Tensor? key_mask, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, " \
   "Tensor? scale_per_head, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? dropout_seed"
-#define SIGHTLINE_OPTION_SCALARS                                                                                     \
-  "bool causal, SymInt window_left, SymInt window_right, float scale, float dropout_p, int weight_function, "        \
-  "bool length_scale, bool normalize_qk, float softcap, float reweight_power, float reweight_offset, "               \
+#define SIGHTLINE_OPTION_SCALARS                                                                              \
+  "bool causal, SymInt window_left, SymInt window_right, float scale, float dropout_p, int weight_function, " \
+  "bool length_scale, bool normalize_qk, float softcap, float reweight_power, float reweight_offset, "        \
   "int reweight_exempt_rows"
 
 STABLE_TORCH_LIBRARY(sightline, library) {
@@ -30,11 +30,12 @@ STABLE_TORCH_LIBRARY(sightline, library) {
               "int distance_window) -> (Tensor output, Tensor log_normalizer, Tensor saved_rows, "
               "Tensor saved_values, Tensor row_statistics, Tensor max_key, Tensor top_weights, Tensor top_keys, "
               "Tensor segment_mass)");
-  library.def("attention_backward(Tensor grad_output, Tensor? grad_log_normalizer, Tensor query, Tensor key, "
-              "Tensor value, Tensor output, Tensor saved_rows, Tensor saved_values, " SIGHTLINE_OPTION_TENSORS
-              ", " SIGHTLINE_OPTION_SCALARS
-              ", bool needs_mask_gradient, bool needs_sink_gradient, bool needs_scale_gradient) -> (Tensor grad_query, "
-              "Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask, Tensor grad_sinks, Tensor grad_scale)");
+  library.def(
+      "attention_backward(Tensor grad_output, Tensor? grad_log_normalizer, Tensor query, Tensor key, "
+      "Tensor value, Tensor output, Tensor saved_rows, Tensor saved_values, " SIGHTLINE_OPTION_TENSORS
+      ", " SIGHTLINE_OPTION_SCALARS
+      ", bool needs_mask_gradient, bool needs_sink_gradient, bool needs_scale_gradient) -> (Tensor grad_query, "
+      "Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask, Tensor grad_sinks, Tensor grad_scale)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) { register_attention_cpu(library); }

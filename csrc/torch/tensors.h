@@ -16,8 +16,8 @@
 
 namespace sightline::binding {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 // Takes the arguments of a boxed call one after the other. Every argument must be taken: taking frees it.
 class ArgumentReader {
@@ -39,9 +39,10 @@ class ArgumentReader {
 // Uninitialised memory with these sizes and strides on the CPU.
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -60,10 +61,14 @@ inline Tensor empty_heads(int64_t batch, int64_t heads, int64_t rows, int64_t wi
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float16 or bfloat16");
   }
 }
 
@@ -89,11 +94,20 @@ inline std::vector<float> read_floats(const Tensor& tensor, const char* name) {
   for (int64_t index = 0; index < count; ++index) {
     float& value = values[static_cast<size_t>(index)];
     switch (tensor.scalar_type()) {
-      case ScalarType::Float: value = static_cast<const float*>(data)[index * stride]; break;
-      case ScalarType::Double: value = static_cast<float>(static_cast<const double*>(data)[index * stride]); break;
-      case ScalarType::Half: value = core::float16_to_float(static_cast<const uint16_t*>(data)[index * stride]); break;
-      case ScalarType::BFloat16: value = core::bfloat16_to_float(static_cast<const uint16_t*>(data)[index * stride]); break;
-      default: STD_TORCH_CHECK(false, name, ": expected a floating dtype");
+      case ScalarType::Float:
+        value = static_cast<const float*>(data)[index * stride];
+        break;
+      case ScalarType::Double:
+        value = static_cast<float>(static_cast<const double*>(data)[index * stride]);
+        break;
+      case ScalarType::Half:
+        value = core::float16_to_float(static_cast<const uint16_t*>(data)[index * stride]);
+        break;
+      case ScalarType::BFloat16:
+        value = core::bfloat16_to_float(static_cast<const uint16_t*>(data)[index * stride]);
+        break;
+      default:
+        STD_TORCH_CHECK(false, name, ": expected a floating dtype");
     }
   }
   return values;
@@ -107,9 +121,14 @@ std::vector<T> read_integers(const Tensor& tensor, const char* name) {
   const void* data = tensor.const_data_ptr();
   for (int64_t index = 0; index < count; ++index) {
     switch (tensor.scalar_type()) {
-      case ScalarType::Int: values[static_cast<size_t>(index)] = static_cast<T>(static_cast<const int32_t*>(data)[index * stride]); break;
-      case ScalarType::Long: values[static_cast<size_t>(index)] = static_cast<T>(static_cast<const int64_t*>(data)[index * stride]); break;
-      default: STD_TORCH_CHECK(false, name, ": expected int32 or int64");
+      case ScalarType::Int:
+        values[static_cast<size_t>(index)] = static_cast<T>(static_cast<const int32_t*>(data)[index * stride]);
+        break;
+      case ScalarType::Long:
+        values[static_cast<size_t>(index)] = static_cast<T>(static_cast<const int64_t*>(data)[index * stride]);
+        break;
+      default:
+        STD_TORCH_CHECK(false, name, ": expected int32 or int64");
     }
   }
   return values;

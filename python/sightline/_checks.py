@@ -86,7 +86,7 @@ def check_attention(
         _check_sinks(sinks, query, weighting)
     if scale is not None:
         _check_scale(scale, query)
-    if dropout_p != 0.0 or isinstance(dropout_p, bool):
+    if type(dropout_p) is not float or dropout_p != 0.0:
         _check_dropout(dropout_p)
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         _check_documents(cu_seqlens_q, cu_seqlens_k, key_lengths, query)

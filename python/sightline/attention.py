@@ -89,7 +89,7 @@ def attention(
         TypeError, ValueError: an argument has the wrong type, dtype, shape or value; the message names it.
         NotImplementedError: no backend has this combination.
 
-    Sources: LSSA and LSSAR, arXiv 2501.13428, equations 5 to 9; scalable softmax, arXiv 2501.19399.
+    Sources: LSSA and LSSAR, arXiv 2501.13428; scalable softmax, arXiv 2501.19399; docs/MATH.md sections 1 and 2.
 
     >>> import torch
     >>> import sightline as sl

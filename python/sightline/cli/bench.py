@@ -20,7 +20,7 @@ from sightline import ops
 from sightline.cli import environment, limits, report
 from sightline.cli.bench_settings import BenchSettings, WrongArgumentError
 from sightline.cli.corpus import VOCABULARY, Corpus, read_corpus
-from sightline.cli.measure import interleave, matmul_peak, repetitions_within
+from sightline.cli.measure import interleave, matmul_peak, matmul_size, repetitions_within
 from sightline.cli.peak_memory import MeasurementError, describe_error, measure_peak
 from sightline.cli.plot import draw
 from sightline.cli.progress import Progress
@@ -39,7 +39,6 @@ from sightline.cli.stack import (
 
 _MEMORY_SHARE = 0.6  # of the available memory: an estimate must not be what brings a machine to swapping
 _WARM_UP_BELOW = 1.0  # seconds; longer runs outweigh what a warm-up would change
-_PEAK_SECONDS = 0.3
 _GPU_METHOD = "torch.cuda.max_memory_allocated"
 
 
@@ -72,7 +71,7 @@ class _Benchmark:
 
     def measure_peak_rate(self) -> None:
         """Keep the best matrix-product rate seen so far: measured once, a busy moment would flatter every row."""
-        self.peak_gflops = max(self.peak_gflops, matmul_peak(self.dtype, self.device, seconds=_PEAK_SECONDS))
+        self.peak_gflops = max(self.peak_gflops, matmul_peak(self.dtype, self.device))
 
     def _first_run(self, row: str, context: bytes) -> float | None:
         """Measure a row's memory; returns the expected seconds of one run, or None when the row takes no part."""
@@ -265,7 +264,10 @@ def _document(benchmark: _Benchmark, command: Sequence[str], *, interrupted: boo
             "tokens": len(benchmark.corpus.tokens),
             "repeats": {str(length): benchmark.corpus.repeats(length) for length in settings.lengths},
         },
-        "peak": {"kind": f"matmul of 2048 x 2048 matrices, {settings.dtype}", "gflops": benchmark.peak_gflops},
+        "peak": {
+            "kind": f"best product of two square matrices, {matmul_size(benchmark.device)} rows, {settings.dtype}",
+            "gflops": benchmark.peak_gflops,
+        },
         "methods": {
             "seconds": "wall clock of one forward pass under inference mode, rows taking turns",
             "peak_extra_bytes": "above the state before the pass, of one layer: each layer frees its buffers",

@@ -101,11 +101,20 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, seconds: float = 0.5) -> float:
+def matmul_size(device: torch.device) -> int:
+    """Rows and columns of the matrices behind `matmul_peak`.
+
+    Large enough to fill the device, and on the CPU small enough (some 10 ms) to find a moment without neighbours.
+    """
+    return 8192 if device.type == "cuda" else 1024
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
     """The matrix-product rate this machine reaches, in GFLOP/s: the yardstick for shares of peak.
 
-    The best of repeated products of two size x size matrices over the given time, after one warm-up.
+    The best of repeated products of two square matrices over the given time, after one warm-up.
     """
+    size = matmul_size(device)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     with torch.inference_mode():
         seconds_of(lambda: left @ right, device)

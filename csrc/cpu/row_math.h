@@ -1,0 +1,49 @@
+// Short loops over one row of fp32 numbers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/vec.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+constexpr float kNormFloor = 1e-6f;
+
+SIGHTLINE_INLINE void zero(float* values, int64_t count) {
+  for (int64_t index = 0; index < count; ++index) values[index] = 0.0f;
+}
+
+SIGHTLINE_INLINE float dot(const float* a, const float* b, int64_t count) {
+  Vec sum = Vec::broadcast(0.0f);
+  int64_t index = 0;
+  for (; index + Vec::kWidth <= count; index += Vec::kWidth) sum = fma(Vec::load(a + index), Vec::load(b + index), sum);
+  float total = sum_of_lanes(sum);
+  for (; index < count; ++index) total += a[index] * b[index];
+  return total;
+}
+
+SIGHTLINE_INLINE bool is_finite(const float* values, int64_t count) {
+  // Zero times anything finite is zero, times NaN or infinity NaN.
+  Vec probe = Vec::broadcast(0.0f);
+  int64_t index = 0;
+  for (; index + Vec::kWidth <= count; index += Vec::kWidth)
+    probe = fma(Vec::load(values + index), Vec::broadcast(0.0f), probe);
+  float total = sum_of_lanes(probe);
+  for (; index < count; ++index) total += values[index] * 0.0f;
+  return total == 0.0f;
+}
+
+SIGHTLINE_INLINE void scale_row(float* row, float factor, int64_t width) {
+  for (int64_t column = 0; column < width; column += Vec::kWidth)
+    store(row + column, Vec::load(row + column) * Vec::broadcast(factor));
+}
+
+SIGHTLINE_INLINE float inverse_of_norm(const float* values, int64_t count, bool* floored = nullptr) {
+  const float norm = std::sqrt(dot(values, values, count));
+  const bool below = norm < kNormFloor;  // false for NaN, which must stay
+  if (floored != nullptr) *floored = below;
+  return 1.0f / (below ? kNormFloor : norm);
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

@@ -1,0 +1,132 @@
+// From scores to weights, tile by tile, and what a tile of query rows gathers on the way (MATH.md sections 1 and 2).
+#pragma once
+
+#include <cmath>
+
+#include "core/weights.h"
+#include "cpu/score_tile.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+constexpr float kFlatRow = 0x1p-16f;
+
+// What a tile of rows has gathered so far.
+struct RowState {
+  RowTile rows;
+  float* transposed_queries;  // (D, lanes)
+  float* values;              // (lanes, padded Dv): weighted values of finished chunks
+  float* chunk_values;        // the same of the current chunk
+  float* response_values;     // U, likewise, when saved
+  float* chunk_response_values;
+  alignas(64) float shift[kRowTile];        // softmax: running maximum; softplus: 0
+  alignas(64) float largest[kRowTile];      // largest score so far
+  alignas(64) float chunk_decay[kRowTile];  // what the shift's growth within the chunk does to finished chunks
+  alignas(64) float mean[kRowTile];
+  alignas(64) float inverse_peak[kRowTile];
+  alignas(64) float flat[kRowTile];  // 1 where the row is flat
+  double normalizer[kRowTile];
+  double weight_sum[kRowTile];
+  double response[kRowTile];
+};
+
+// Softmax: a larger maximum rescales what the row has gathered.
+[[maybe_unused]] static void raise_shift(RowState& state, const float* tile_largest, int64_t padded_width) {
+  for (int lane = 0; lane < state.rows.lanes; ++lane) {
+    const float before = state.shift[lane];
+    const float after = tile_largest[lane] > before ? tile_largest[lane] : before;
+    if (after == before) continue;
+    const float decay = std::exp(before - after);
+    state.shift[lane] = after;
+    state.normalizer[lane] *= decay;
+    state.chunk_decay[lane] *= decay;
+    scale_row(state.chunk_values + lane * padded_width, decay, padded_width);
+  }
+}
+
+// Scores to weights, in place; adds the tile's row sums to the normaliser.
+template <class Weight, bool kStore>
+static void weigh(RowState& state, int keys, float* tile) {
+  const int lanes = state.rows.lanes;
+  for (int lane = 0; lane < lanes; lane += Vec::kWidth) {
+    Vec shift = Vec::load(state.shift + lane);
+    shift = select(equal(shift, Vec::broadcast(-INFINITY)), Vec::broadcast(0.0f), shift);
+    Vec sum = Vec::broadcast(0.0f);
+    for (int j = 0; j < keys; ++j) {
+      float* entry = tile + j * lanes + lane;
+      const Vec score = Vec::load(entry);
+      const Vec weight = Weight::forward(Weight::kShifted ? score - shift : score);
+      if (kStore) store(entry, weight);
+      sum = sum + weight;
+    }
+    alignas(64) float sums[Vec::kWidth];
+    store(sums, sum);
+    for (int offset = 0; offset < Vec::kWidth; ++offset) state.normalizer[lane + offset] += sums[offset];
+  }
+}
+
+// Scores to re-weighted weights w = (r / m)^p, in place, and (r / m)^(p - 1) where the response is saved.
+template <class Weight>
+static void reweigh(const AttentionProblem& problem, RowState& state, int keys, float* tile, float* responses) {
+  const int lanes = state.rows.lanes;
+  const Vec zeros = Vec::broadcast(0.0f);
+  const float power = problem.reweight.power;
+  for (int lane = 0; lane < lanes; lane += Vec::kWidth) {
+    Vec shift = Vec::load(state.shift + lane);
+    shift = select(equal(shift, Vec::broadcast(-INFINITY)), zeros, shift);
+    const Vec mean = Vec::load(state.mean + lane);
+    const Vec inverse_peak = Vec::load(state.inverse_peak + lane);
+    const Mask flat = equal(Vec::load(state.flat + lane), Vec::broadcast(1.0f));
+    Vec sum = zeros;
+    Vec response_sum = zeros;
+    for (int j = 0; j < keys; ++j) {
+      float* entry = tile + j * lanes + lane;
+      const Vec score = Vec::load(entry);
+      const Vec weight = Weight::forward(Weight::kShifted ? score - shift : score);
+      const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
+      Vec sharp;
+      if (responses != nullptr) {
+        Vec response = core::power(excess, power - 1.0f);
+        // 0^0 at p = 1: a key at or below the mean has no response.
+        if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
+        response_sum = response_sum + response;
+        store(responses + j * lanes + lane, response);
+        sharp = response * excess;
+      } else {
+        sharp = core::power(excess, power);
+      }
+      sharp = select(flat, weight, sharp);
+      sum = sum + sharp;
+      store(entry, sharp);
+    }
+    alignas(64) float sums[Vec::kWidth];
+    alignas(64) float response_sums[Vec::kWidth];
+    store(sums, sum);
+    store(response_sums, response_sum);
+    for (int offset = 0; offset < Vec::kWidth; ++offset) {
+      state.weight_sum[lane + offset] += sums[offset];
+      state.response[lane + offset] += response_sums[offset];
+    }
+  }
+}
+
+// Between the two sweeps: mean, peak and the flat-row rule.
+template <class Weight>
+static void find_peaks(const AttentionProblem& problem, RowState& state) {
+  for (int lane = 0; lane < state.rows.lanes; ++lane) {
+    const float visible = state.rows.visible_keys[lane];
+    const bool exempt = visible <= static_cast<float>(problem.reweight.exempt_rows) || problem.reweight.offset == 0.0f;
+    const float shift = state.shift[lane];
+    const Vec top = Weight::forward(Vec::broadcast(state.largest[lane] - (Weight::kShifted ? shift : 0.0f)));
+    const float largest_weight = sum_of_lanes(top) * (1.0f / Vec::kWidth);
+    const float mean = exempt || visible == 0.0f
+                           ? 0.0f
+                           : static_cast<float>(problem.reweight.offset * state.normalizer[lane] / visible);
+    const float peak = largest_weight - mean;
+    const bool flat = (!exempt && !(peak > kFlatRow * largest_weight)) || !(peak > 0.0f);
+    state.mean[lane] = mean;
+    state.inverse_peak[lane] = flat ? 0.0f : 1.0f / peak;
+    state.flat[lane] = flat ? 1.0f : 0.0f;
+  }
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS
