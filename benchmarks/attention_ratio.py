@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_cases import BASELINE, IMPLEMENTATIONS, backward_pass, forward_pass, random_inputs
+from attention_peers import BASELINE, IMPLEMENTATIONS, backward_pass, forward_pass, random_inputs
 
 from sightline.cli.environment import describe_device, instruction_sets, versions
 from sightline.cli.measure import Spread, attention_flops, interleave, matmul_peak, seconds_of

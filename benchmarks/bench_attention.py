@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import IMPLEMENTATIONS, backward_pass, forward_pass, random_inputs
+from attention_peers import IMPLEMENTATIONS, backward_pass, forward_pass, random_inputs
 
 SHAPES = {"1K": (8, 1024, 64), "4K": (8, 4096, 64), "4K wide heads": (4, 4096, 128)}
 DTYPES = (torch.float32, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Lets the suites import attention_cases, which the scripts beside them find by themselves."""
+"""Lets the suites import attention_peers, which the scripts beside them find by themselves."""
 
 from __future__ import annotations
 

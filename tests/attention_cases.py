@@ -117,7 +117,10 @@ OPTIONS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "causal_window": lambda s: {"causal": True, "window": (33, 5)},
     "unlimited_window": lambda s: {"window": (None, None)},
     "lengths": lambda s: {"key_lengths": torch.randint(1, s.keys + 1, (s.batch,))},
-    "causal_lengths": lambda s: {"causal": True, "key_lengths": torch.randint(0, s.keys + 1, (s.batch,), dtype=torch.int32)},
+    "causal_lengths": lambda s: {
+        "causal": True,
+        "key_lengths": torch.randint(0, s.keys + 1, (s.batch,), dtype=torch.int32),
+    },
     "no_length": lambda s: {"key_lengths": torch.zeros(s.batch, dtype=torch.int64)},
     "key_mask": lambda s: {"key_mask": torch.rand(s.batch, s.keys) < 0.6},
     "strided_key_mask": lambda s: {"key_mask": (torch.rand(s.keys, s.batch) < 0.6).T},
@@ -125,7 +128,9 @@ OPTIONS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "bool_mask": lambda s: {"attn_mask": torch.rand(s.scores()) < 0.7},
     "bool_mask_of_rows": lambda s: {"attn_mask": torch.rand(s.queries, s.keys) < 0.7, "causal": True},
     "bool_mask_of_keys": lambda s: {"attn_mask": torch.rand(s.batch, 1, 1, s.keys) < 0.7},
-    "expanded_bool_mask": lambda s: {"attn_mask": (torch.rand(s.heads, 1, s.keys) < 0.7).expand(s.heads, s.queries, -1)},
+    "expanded_bool_mask": lambda s: {
+        "attn_mask": (torch.rand(s.heads, 1, s.keys) < 0.7).expand(s.heads, s.queries, -1)
+    },
     "blind_rows": lambda s: {"attn_mask": _mask_with_blind_rows(s)},
     "nothing_visible": lambda s: {"key_mask": torch.zeros(s.batch, s.keys, dtype=torch.bool)},
     "float_mask": lambda s: {"attn_mask": _float_mask(*s.scores())},

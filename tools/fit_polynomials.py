@@ -5,7 +5,8 @@ Both are fitted in relative error by the Remez exchange in double precision:
 * ``exp2``: 2^f = P(f) on f in [-1/2, 1/2]
 * ``log2_1p``: log2(1 + y) = y * P(y) on y in [0, 1], so that the error stays relative as y goes to 0
 
-Run ``python tools/fit_polynomials.py`` and paste the result; tests/csrc/test_elementwise.py measures what the kernels make of it.
+Run ``python tools/fit_polynomials.py`` and paste the result; tests/csrc/test_elementwise.py measures what the kernels
+make of it.
 """
 
 from __future__ import annotations

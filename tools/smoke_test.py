@@ -44,7 +44,7 @@ def check_weighting(weighting: object, output_bound: float, gradient_bound: floa
 
     error = relative_error(output.detach(), expected.detach())
     gradient_error = max(map(relative_error, gradients, expected_gradients))
-    print(f"{weighting}: relative error {error:.1e}, of gradients {gradient_error:.1e}")
+    print(f"{weighting}: relative error {error:.1e}, of gradients {gradient_error:.1e}", flush=True)
     # Written so that NaN fails.
     if not (error <= output_bound and gradient_error <= gradient_bound):
         raise SystemExit(f"smoke test: {weighting} is out of bounds ({output_bound}, {gradient_bound})")

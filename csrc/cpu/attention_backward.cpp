@@ -119,12 +119,23 @@ void load_row_gradients(const Plan& plan, BackwardScratch& scratch) {
       const int64_t row_index = (rows.batch * problem.heads + head) * problem.queries + query;
       const float log_gradient =
           gradients.grad_log_normalizer == nullptr ? 0.0f : gradients.grad_log_normalizer[row_index];
-      set_row_gradient(problem, rows, lane, gradient, dot(gradient, scratch.row, problem.value_width), log_gradient,
-                       *scratch.row_gradients);
+      set_row_gradient(problem, rows, lane, gradient, dot_in_order(gradient, scratch.row, problem.value_width),
+                       log_gradient, *scratch.row_gradients);
     }
     for (int64_t d = 0; d < problem.value_width; ++d)
       scratch.transposed_output_gradients[d * rows.lanes + lane] = gradient[d];
   }
+}
+
+// A key of infinite or undefined norm has a factor of 0 or NaN; rows that do not see it keep their 0.
+void scale_by_key_factors(const RowTile& rows, const KeyTile& keys, float* score_gradients) {
+  const Vec zeros = Vec::broadcast(0.0f);
+  for (int j = 0; j < keys.count; ++j)
+    for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
+      float* entry = score_gradients + j * rows.lanes + lane;
+      const Vec gradient = Vec::load(entry);
+      store(entry, select(equal(gradient, zeros), zeros, gradient * Vec::broadcast(keys.factor[j])));
+    }
 }
 
 void add_mask_gradients(const AttentionGradients& gradients, const RowTile& rows, const KeyTile& keys,
@@ -248,10 +259,7 @@ void differentiate_unit(const Plan& plan, BackwardScratch& scratch, int64_t batc
                                      scratch.score_gradients);
       if (plan.gradients->grad_mask != nullptr)
         add_mask_gradients(*plan.gradients, rows, keys, scratch.score_gradients);
-      if (problem.normalize_qk)
-        for (int j = 0; j < keys.count; ++j)
-          for (int lane = 0; lane < rows.lanes; ++lane)
-            scratch.score_gradients[j * rows.lanes + lane] *= keys.factor[j];
+      if (problem.normalize_qk) scale_by_key_factors(rows, keys, scratch.score_gradients);
       accumulate_product(scratch.finite, {scratch.scores, rows.lanes, 1}, scratch.output_gradients,
                          plan.padded_value_width, scratch.value_gradients + local * plan.padded_value_width,
                          plan.padded_value_width, keys.count, plan.padded_value_width, rows.rows);

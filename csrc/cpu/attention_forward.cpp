@@ -23,25 +23,41 @@ namespace {
 
 constexpr int kMaxTilesPerUnit = 4;
 constexpr int64_t kChunkKeys = 2048;
-struct ForwardScratch {
-  explicit ForwardScratch(const AttentionProblem& problem) : memory(layout(problem, nullptr)) {
-    layout(problem, memory.get());
-  }
+// How the query rows of a key head are cut into units.
+struct Plan {
+  const AttentionProblem* problem;
+  int64_t rows;       // G * M
+  int64_t unit_rows;  // at most kMaxTilesPerUnit tiles
+  int64_t units;      // per key head
 
-  int64_t layout(const AttentionProblem& problem, char* base) {
+  explicit Plan(const AttentionProblem& of) : problem(&of), rows(of.heads / of.key_heads * of.queries) {
+    // More rows per unit read K and V less often; fewer keep all threads busy on short sequences.
+    unit_rows = kRowTile * (rows <= 512 ? 1 : rows <= 2048 ? 2 : kMaxTilesPerUnit);
+    units = (rows + unit_rows - 1) / unit_rows;
+  }
+};
+
+struct ForwardScratch {
+  explicit ForwardScratch(const Plan& plan) : memory(layout(plan, nullptr)) { layout(plan, memory.get()); }
+
+  int64_t layout(const Plan& plan, char* base) {
+    const AttentionProblem& problem = *plan.problem;
+    // One-row decoding must not pay for clearing and mapping the memory of full tiles.
+    const int64_t tile_rows = core::smaller(kRowTile, core::round_up(plan.rows, Vec::kWidth));
+    const int64_t tiles = core::smaller(plan.unit_rows, core::round_up(plan.rows, kRowTile)) / kRowTile;
     Arena arena(base);
     padded_width = core::round_up(problem.value_width, Vec::kWidth);
     const bool saves_response = problem.saved_values != nullptr;
-    states = arena.take<RowState>(kMaxTilesPerUnit);
-    queries = arena.take<float>(kRowTile * problem.head_width);
-    scores = arena.take<float>(kRowTile * kKeyTile);
-    responses = arena.take<float>(saves_response ? kRowTile * kKeyTile : 0);
-    bias = arena.take<float>(problem.attn_mask.kind != MaskKind::kNone ? kRowTile * kKeyTile : 0);
+    states = arena.take<RowState>(tiles);
+    queries = arena.take<float>(tile_rows * problem.head_width);
+    scores = arena.take<float>(tile_rows * kKeyTile);
+    responses = arena.take<float>(saves_response ? tile_rows * kKeyTile : 0);
+    bias = arena.take<float>(problem.attn_mask.kind != MaskKind::kNone ? tile_rows * kKeyTile : 0);
     keys = arena.take<float>(kKeyTile * problem.head_width);
     values = arena.take<float>(kKeyTile * padded_width);
-    const int64_t tile_values = kRowTile * padded_width;
-    for (int tile = 0; tile < kMaxTilesPerUnit; ++tile) {
-      float* transposed = arena.take<float>(kRowTile * problem.head_width);
+    const int64_t tile_values = tile_rows * padded_width;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      float* transposed = arena.take<float>(tile_rows * problem.head_width);
       float* sums[4];
       for (int which = 0; which < 4; ++which)
         sums[which] = arena.take<float>(which < 2 || saves_response ? tile_values : 0);
@@ -268,23 +284,20 @@ bool attend_unit(const AttentionProblem& problem, const Unit& unit, ForwardScrat
 }  // namespace
 
 void attention_forward(const AttentionProblem& problem, const Parallel& parallel) {
-  const int64_t rows = problem.heads / problem.key_heads * problem.queries;
-  if (rows == 0 || problem.batch == 0) return;
-  // More rows per unit read K and V less often; fewer keep all threads busy on short sequences.
-  const int64_t unit_rows = kRowTile * (rows <= 512 ? 1 : rows <= 2048 ? 2 : kMaxTilesPerUnit);
-  const int64_t blocks = (rows + unit_rows - 1) / unit_rows;
   const int64_t key_heads = problem.batch * problem.key_heads;
-  for_each_unit<ForwardScratch>(parallel, blocks * key_heads, problem,
-                                [&problem, rows, unit_rows, blocks, key_heads](int64_t index, ForwardScratch& scratch) {
-                                  const int64_t block =
-                                      blocks - 1 - index / key_heads;  // the last rows see most keys under causality
-                                  const int64_t head = index % key_heads;
-                                  Unit unit{head / problem.key_heads, head % problem.key_heads, block * unit_rows,
-                                            core::smaller(rows, (block + 1) * unit_rows), true};
-                                  if (attend_unit(problem, unit, scratch)) return;
-                                  unit.finite = false;
-                                  attend_unit(problem, unit, scratch);
-                                });
+  if (problem.queries == 0 || key_heads == 0) return;
+  const Plan plan(problem);
+  for_each_unit<ForwardScratch>(
+      parallel, plan.units * key_heads, plan, [&plan, key_heads](int64_t index, ForwardScratch& scratch) {
+        const AttentionProblem& task = *plan.problem;
+        const int64_t block = plan.units - 1 - index / key_heads;  // under causality the last rows see most keys
+        const int64_t head = index % key_heads;
+        Unit unit{head / task.key_heads, head % task.key_heads, block * plan.unit_rows,
+                  core::smaller(plan.rows, (block + 1) * plan.unit_rows), true};
+        if (attend_unit(task, unit, scratch)) return;
+        unit.finite = false;
+        attend_unit(task, unit, scratch);
+      });
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

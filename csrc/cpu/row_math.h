@@ -23,6 +23,20 @@ SIGHTLINE_INLINE float dot(const float* a, const float* b, int64_t count) {
   return total;
 }
 
+// The sum in the order in which product.h takes <do, v>: a row that attends to one key alone has o = v, and its score
+// gradient <do, v> - <do, o> is then exactly 0.
+SIGHTLINE_INLINE float dot_in_order(const float* a, const float* b, int64_t count) {
+  float sum = 0.0f;
+  for (int64_t index = 0; index < count; ++index) {
+#if defined(__FMA__)
+    sum = __builtin_fmaf(a[index], b[index], sum);
+#else
+    sum += a[index] * b[index];
+#endif
+  }
+  return sum;
+}
+
 SIGHTLINE_INLINE bool is_finite(const float* values, int64_t count) {
   // Zero times anything finite is zero, times NaN or infinity NaN.
   Vec probe = Vec::broadcast(0.0f);

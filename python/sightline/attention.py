@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,6 @@ _DEFAULT = Softmax()
 _REFERENCE_CHUNK = 1 << 24
 
 
-@overload
-def attention(query: Tensor, key: Tensor, value: Tensor, *, observe: None = None, **options: Any) -> Tensor: ...
-@overload
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, observe: Observe, **options: Any
-) -> tuple[Tensor, AttentionStats]: ...
 def attention(
     query: Tensor,
     key: Tensor,
@@ -82,8 +76,8 @@ def attention(
         backend: "auto", "native", "triton" or "reference"; SIGHTLINE_BACKEND overrides "auto".
 
     Returns:
-        (B, H, M, Dv) in the query's dtype, a view of (B, M, H, Dv) memory; with `observe` the pair of it and an
-        `AttentionStats`, whose ``log_normalizer`` (B, H, M), in nats, carries gradients. A row that sees no key gives 0.
+        (B, H, M, Dv) in the query's dtype, a view of (B, M, H, Dv) memory; a row that sees no key gives 0. With `observe`
+        the pair of it and an `AttentionStats`, whose ``log_normalizer`` (B, H, M), in nats, carries gradients.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or value; the message names it.
@@ -210,7 +204,7 @@ def attention_rows(
     tensor([[[1.0000, 1.0000],
              [1.0000, 1.0000]]])
     """
-    options = {
+    options: dict[str, Any] = {
         "weighting": weighting,
         "causal": causal,
         "window": window,

@@ -132,7 +132,9 @@ def test_every_shape_of_attn_mask(kind: str, shape: str, weighting: Any, dtype: 
 def test_inputs_in_any_memory_give_the_same_bits(layout: str, weighting: Any, dtype: torch.dtype) -> None:
     problem = random_problem(Sizes(), dtype, causal=True, attn_mask=torch.randn(2, 4, 70, 130))
     rearrange = LAYOUTS[layout]
-    elsewhere = Problem(*(rearrange(tensor) for tensor in (problem.query, problem.key, problem.value)), dict(problem.options))
+    elsewhere = Problem(
+        *(rearrange(tensor) for tensor in (problem.query, problem.key, problem.value)), dict(problem.options)
+    )
     elsewhere.options["attn_mask"] = rearrange(problem.options["attn_mask"])
     assert elsewhere.query.data_ptr() % 8 or not elsewhere.query.is_contiguous()
     expected, actual = run(problem, weighting, "native"), run(elsewhere, weighting, "native")
@@ -145,8 +147,11 @@ def test_heads_that_share_memory_by_expansion(weighting: Any) -> None:
     query, key, value = torch.randn(1, 1, 30, 16), torch.randn(1, 1, 30, 16), torch.randn(1, 1, 30, 16)
     one = sl.attention(query, key, value, weighting=weighting, backend="native")
     many = sl.attention(
-        query.expand(2, 4, -1, -1), key.expand(2, 4, -1, -1), value.expand(2, 2, -1, -1).repeat(1, 2, 1, 1),
-        weighting=weighting, backend="native",
+        query.expand(2, 4, -1, -1),
+        key.expand(2, 4, -1, -1),
+        value.expand(2, 2, -1, -1).repeat(1, 2, 1, 1),
+        weighting=weighting,
+        backend="native",
     )
     assert torch.equal(many, one.expand(2, 4, -1, -1))
 
@@ -164,7 +169,9 @@ def test_one_row_against_a_cache(weighting: Any, dtype: torch.dtype) -> None:
 
 @every_dtype
 @every_weighting
-def test_query_block_at_the_end_of_a_cache_equals_the_last_rows_of_the_whole(weighting: Any, dtype: torch.dtype) -> None:
+def test_query_block_at_the_end_of_a_cache_equals_the_last_rows_of_the_whole(
+    weighting: Any, dtype: torch.dtype
+) -> None:
     problem = random_problem(Sizes(queries=200, keys=200), dtype, causal=True, window=(150, None))
     block = replace(problem, query=problem.query[:, :, -37:])
     whole, part = run(problem, weighting, "native"), assert_forward_is_close(block, weighting)

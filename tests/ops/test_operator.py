@@ -94,7 +94,8 @@ def test_opcheck_of_backward():
 
 
 @pytest.mark.parametrize(
-    ("name", "compiler"), [("softmax", "inductor"), ("softcap", "aot_eager"), ("lssa", "aot_eager"), ("lssar", "aot_eager")]
+    ("name", "compiler"),
+    [("softmax", "inductor"), ("softcap", "aot_eager"), ("lssa", "aot_eager"), ("lssar", "aot_eager")],
 )
 def test_compiled_forward_and_backward_equal_eager(name, compiler):
     weighting = WEIGHTINGS[name]
@@ -267,7 +268,7 @@ def test_second_derivatives_say_that_they_are_missing():
 
 def test_forward_mode_says_that_it_is_missing():
     query, key, value = make_inputs()
-    with pytest.raises(Exception, match="jvp|forward"):
+    with pytest.raises(Exception, match=r"jvp|forward"):
         torch.func.jvp(lambda q: sl.attention(q, key, value), (query,), (torch.ones_like(query),))
 
 
@@ -315,7 +316,8 @@ def test_inference_mode_and_no_grad_save_nothing():
 def test_deepcopied_and_meta_tensors_go_through_the_fake_kernel():
     query, key, value = (tensor.to("meta") for tensor in make_inputs())
     output, stats = sl.attention(query, key, value, observe=sl.Observe(log_normalizer=True))
-    assert output.shape == query.shape and output.is_meta
+    assert output.shape == query.shape
+    assert output.is_meta
     assert output.transpose(1, 2).is_contiguous()
     assert stats.log_normalizer.shape == (2, 4, 9)
 

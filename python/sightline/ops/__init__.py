@@ -1,4 +1,6 @@
-"""The registered operators of namespace `sightline`: native libraries, fake kernels, autograd, autocast, vmap, backends."""
+"""The registered operators of namespace `sightline`: native library, fake kernels, autograd, autocast, vmap, backends."""
+
+from __future__ import annotations
 
 from sightline.ops.backends import backend_status, choose_backend
 from sightline.ops.library import available_isas, isa_name, native_library

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, _C
+from torch import _C, Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
@@ -241,7 +241,10 @@ def _fold_mask(mask: Tensor | None, axis: int | None, size: int, batch: int) -> 
 def _map_one_by_one(operator: Any, size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
     calls = [
         operator(
-            *(value if axis is None else value.select(axis, index) for axis, value in zip(in_dims, arguments, strict=True))
+            *(
+                value if axis is None else value.select(axis, index)
+                for axis, value in zip(in_dims, arguments, strict=True)
+            )
         )
         for index in range(size)
     ]
@@ -292,9 +295,7 @@ def _sizes_without(tensor: Tensor, axis: int | None) -> list[int]:
     return sizes
 
 
-torch.library.register_vmap(
-    "sightline::attention", _vmap_rule(ATTENTION, 3, lambda arguments: True), lib=_library
-)
+torch.library.register_vmap("sightline::attention", _vmap_rule(ATTENTION, 3, lambda arguments: True), lib=_library)
 torch.library.register_vmap(
     "sightline::attention_backward",
     # The gradients of mask, sinks and scale are sums over the batch: mapped, each entry wants its own.

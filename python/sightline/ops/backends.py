@@ -16,6 +16,7 @@ _TRITON_REASON = "the Triton kernels are not part of this version"
 
 # A constant to torch.compile: tracing must not look at the file system.
 _HAS_KERNELS = native_library().loaded
+_MISCONFIGURED = native_library().misconfigured
 
 _warned_devices: set[str] = set()
 
@@ -37,7 +38,8 @@ def choose_backend(query: Tensor, backend: str) -> str:
     "auto" takes the environment variable SIGHTLINE_BACKEND where it is set. Falling back to the reference on a device
     or in an installation without kernels warns once; float64 is the reference's own.
 
-    Raises ValueError for an unknown SIGHTLINE_BACKEND, NotImplementedError for a backend that cannot take this query.
+    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot take
+    this query.
     """
     if backend == "auto":
         backend = os.environ.get("SIGHTLINE_BACKEND", "auto")
@@ -45,6 +47,8 @@ def choose_backend(query: Tensor, backend: str) -> str:
             raise ValueError(f"SIGHTLINE_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return backend
+    if _MISCONFIGURED:
+        raise ValueError(native_library().reason)
     if backend == "triton":
         raise NotImplementedError(f"backend: 'triton' is not available: {_TRITON_REASON}; use 'auto'")
     device = query.device.type

@@ -17,6 +17,7 @@ class NativeLibrary:
 
     handle: ctypes.CDLL | None
     reason: str
+    misconfigured: bool = False  # the user asked for what cannot be: no call may fall back to something else
 
     @property
     def loaded(self) -> bool:
@@ -34,10 +35,7 @@ class NativeLibrary:
 
 @functools.cache
 def native_library() -> NativeLibrary:
-    """Load libsightline.so once.
-
-    Raises RuntimeError where SIGHTLINE_ISA names an instruction set that does not exist or that this machine lacks.
-    """
+    """Load libsightline.so once. Where that fails the answer says why; a call that needs it raises."""
     path = Path(__file__).parent.parent / "_lib" / "libsightline.so"
     if not path.exists():
         return NativeLibrary(None, f"{path.name} was not built for this installation ({platform.machine()})")
@@ -47,7 +45,7 @@ def native_library() -> NativeLibrary:
         return NativeLibrary(None, f"{path.name} does not load with torch {torch.__version__}: {error}")
     library = NativeLibrary(ctypes.CDLL(str(path)), "loaded")
     if library.text("sightline_isa_name") is None:
-        raise RuntimeError(library.text("sightline_isa_error"))
+        return NativeLibrary(None, str(library.text("sightline_isa_error")), misconfigured=True)
     return library
 
 
