@@ -124,9 +124,7 @@ def test_every_width(width: int, weighting: Any, dtype: torch.dtype) -> None:
 @every_dtype
 @main_weightings
 @pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (3, 1), (6, 2), (5, 5), (16, 1)])
-def test_grouped_heads_add_up_in_their_key_head(
-    heads: int, key_heads: int, weighting: Any, dtype: torch.dtype
-) -> None:
+def test_grouped_heads_add_up_in_their_key_head(heads: int, key_heads: int, weighting: Any, dtype: torch.dtype) -> None:
     sizes = Sizes(heads=heads, key_heads=key_heads, queries=30, keys=70)
     assert_gradients_are_close(random_problem(sizes, dtype, causal=True), weighting)
 
@@ -134,7 +132,9 @@ def test_grouped_heads_add_up_in_their_key_head(
 @pytest.mark.isa
 @every_dtype
 @main_weightings
-@pytest.mark.parametrize("full_axes", ["", "n", "m", "h", "b", "mn", "hn", "bn", "hm", "bm", "bh", "hmn", "bmn", "bhn", "bhm", "bhmn"])
+@pytest.mark.parametrize(
+    "full_axes", ["", "n", "m", "h", "b", "mn", "hn", "bn", "hm", "bm", "bh", "hmn", "bmn", "bhn", "bhm", "bhmn"]
+)
 def test_every_shape_of_a_float_mask(full_axes: str, weighting: Any, dtype: torch.dtype) -> None:
     sizes = Sizes(queries=33)
     shape = [size if axis in full_axes else 1 for axis, size in zip("bhmn", sizes.scores(), strict=True)]
@@ -147,7 +147,9 @@ def test_every_shape_of_a_float_mask(full_axes: str, weighting: Any, dtype: torc
 
 @pytest.mark.parametrize("shape", [(4, 1, 130), (70, 130), (130,), ()])
 def test_a_mask_with_fewer_axes_gets_a_gradient_of_its_own_shape(shape: tuple[int, ...]) -> None:
-    gradients = assert_gradients_are_close(random_problem(Sizes(), torch.float32, attn_mask=torch.randn(shape)), sl.LSSA())
+    gradients = assert_gradients_are_close(
+        random_problem(Sizes(), torch.float32, attn_mask=torch.randn(shape)), sl.LSSA()
+    )
     assert gradients["attn_mask"].shape == shape
 
 
