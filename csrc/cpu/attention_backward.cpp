@@ -177,11 +177,9 @@ void finish_row_tile(const Plan& plan, BackwardScratch& scratch, int64_t batch, 
     if (plan.partial_scales != nullptr)
       plan.partial_scales[split * problem.batch * problem.heads + head_index] +=
           rows.unit_factor[lane] * static_cast<double>(dot(gradient, scratch.row, problem.head_width));
-    const float sink = plan.partial_sinks != nullptr ? problem.sinks[rows.head[lane]] : 0.0f;
-    // A row whose normaliser is the sink alone sees no key and has no gradient.
-    const bool sink_alone = state.shift[lane] == sink && state.inverse_normalizer[lane] == 1.0f;
-    if (plan.partial_sinks != nullptr && split == 0 && !sink_alone) {
-      const double share = std::exp(static_cast<double>(sink) - state.shift[lane]) * state.inverse_normalizer[lane];
+    if (plan.partial_sinks != nullptr && split == 0) {
+      const double share = std::exp(static_cast<double>(problem.sinks[rows.head[lane]]) - state.shift[lane]) *
+                           state.inverse_normalizer[lane];
       plan.partial_sinks[head_index] += share * (state.log_gradient[lane] - state.delta[lane]);
     }
     if (plan.partial_queries == nullptr) {

@@ -230,7 +230,9 @@ bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowSta
     if (problem.saved_rows != nullptr) {
       float* saved = problem.saved_rows + row_index * saved_width;
       saved[kSavedShift] = state.shift[lane] == -INFINITY ? 0.0f : state.shift[lane];
-      saved[kSavedNormalizer] = static_cast<float>(normalizer);
+      // A row that sees no key has no gradient, also where a sink gives it a normaliser.
+      const bool sees_nothing = state.largest[lane] == -INFINITY && normalizer == normalizer;
+      saved[kSavedNormalizer] = sees_nothing ? 0.0f : static_cast<float>(normalizer);
       if (reweighted) {
         const bool flat = state.flat[lane] == 1.0f;
         saved[kSavedMean] = state.mean[lane];

@@ -16,14 +16,15 @@ namespace sightline::SIGHTLINE_ISA_NS {
 
 constexpr int64_t kCacheLine = 64;
 
-// Cuts one aligned allocation into arrays. Used twice: with no memory to measure, then with memory to hand out.
+// Cuts one aligned allocation into arrays; an array of nothing is null. Used twice: with no memory to measure, then
+// with memory to hand out.
 class Arena {
  public:
   explicit Arena(char* memory) : memory_(memory) {}
 
   template <class T>
   __attribute__((always_inline)) inline T* take(int64_t count) {
-    char* start = memory_ == nullptr ? nullptr : memory_ + used_;
+    char* start = memory_ == nullptr || count == 0 ? nullptr : memory_ + used_;
     used_ += core::round_up(count * static_cast<int64_t>(sizeof(T)), kCacheLine);
     return reinterpret_cast<T*>(start);
   }
