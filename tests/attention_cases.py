@@ -53,6 +53,12 @@ class Sizes:
         return self.batch, self.heads, self.queries, self.keys
 
 
+def ragged_sizes(queries: int, keys: int) -> Sizes:
+    """Small sizes for RAGGED_SIZES, with enough rows for the largest error of a handful not to be a matter of luck."""
+    batch = max(1, min(64, 16384 // keys) // queries)
+    return Sizes(batch=batch, heads=2, key_heads=1, queries=queries, keys=keys)
+
+
 @dataclass
 class Problem:
     """Inputs of one call; `options` are those of `sightline.attention`, `seed` is for dropout."""

@@ -1,6 +1,7 @@
 // NumPy access to the torch-free kernels, for accuracy sweeps and microbenchmarks. Development only: not in the wheel.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cmath>
 #include <stdexcept>

@@ -37,7 +37,7 @@ struct ReweightOptions {
 // Columns of `saved_rows`, what backward needs to know of a row. The last four only under re-weighting.
 enum SavedRow : int {
   kSavedShift = 0,       // subtracted from every score before exp (softmax), 0 for softplus
-  kSavedNormalizer = 1,  // Z of the shifted scores, 0 where the row sees no key
+  kSavedNormalizer = 1,  // Z of the shifted scores in the weight function's unit, 0 where the row sees no key
   kSavedMean = 2,        // mu
   kSavedPeak = 3,        // m
   kSavedWeightSum = 4,   // S; 0 marks a flat row, which is plain attention

@@ -2,7 +2,8 @@
 //
 // forward(score): phi(score). A masked score is -inf and gets exactly 0.
 // forward_and_derivative: both from one exp2.
-// A weight function whose values need a shift by the row maximum says so with kShifted.
+// A weight function whose values need a shift by the row maximum says so with kShifted; kLogUnit is the logarithm of
+// the unit in which its values come.
 #pragma once
 
 #include "core/polynomials.h"
@@ -11,6 +12,7 @@ namespace sightline::core {
 
 struct Exponential {
   static constexpr bool kShifted = true;
+  static constexpr double kLogUnit = 0.0;
 
   template <class V>
   SIGHTLINE_INLINE V forward(V score) {
@@ -22,23 +24,25 @@ struct Exponential {
   }
 };
 
-// log(1 + e^s) = ln2 * (max(x, 0) + log2(1 + 2^-|x|)), x = s log2(e); its derivative is the logistic function.
+// log(1 + e^s) in units of ln 2: max(x, 0) + log2(1 + 2^-|x|), x = s log2(e). The unit cancels in every weight, and a
+// row with one key and score 0 gets exactly 1. The derivative is the logistic function, in the same unit.
 struct SoftPlus {
   static constexpr bool kShifted = false;
+  static constexpr double kLogUnit = -0.36651292058166432;  // ln(ln 2)
 
   template <class V>
   SIGHTLINE_INLINE V forward(V score) {
     const V x = score * V::broadcast(kLog2E);
     const V decay = exp2(V::broadcast(0.0f) - absolute(x));
-    return V::broadcast(kLn2) * (maximum(V::broadcast(0.0f), x) + log2_one_plus(decay));
+    return maximum(V::broadcast(0.0f), x) + log2_one_plus(decay);
   }
   template <class V>
   SIGHTLINE_INLINE V forward_and_derivative(V score, V& derivative) {
-    const V one = V::broadcast(1.0f);
+    const V zero = V::broadcast(0.0f);
     const V x = score * V::broadcast(kLog2E);
-    const V decay = exp2(V::broadcast(0.0f) - absolute(x));
-    derivative = select(less(x, V::broadcast(0.0f)), decay, one) / (one + decay);
-    return V::broadcast(kLn2) * (maximum(V::broadcast(0.0f), x) + log2_one_plus(decay));
+    const V decay = exp2(zero - absolute(x));
+    derivative = select(less(x, zero), decay, V::broadcast(1.0f)) * V::broadcast(kLog2E) / (V::broadcast(1.0f) + decay);
+    return maximum(zero, x) + log2_one_plus(decay);
   }
 };
 

@@ -205,6 +205,7 @@ void sweep(const AttentionProblem& problem, const Unit& unit, ForwardScratch& sc
   if (!kFirstSweep) finish_chunks(problem, scratch, scratch.states, tiles);
 }
 
+template <class Weight>
 bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowState& state) {
   const bool reweighted = problem.reweight.power > 0.0f;
   const int saved_width = reweighted ? kSavedWidthReweight : kSavedWidthPlain;
@@ -226,7 +227,7 @@ bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowSta
     const double normalizer = state.normalizer[lane];
     const bool empty = normalizer == 0.0;
     problem.log_normalizer[row_index] =
-        empty ? -INFINITY : static_cast<float>(static_cast<double>(state.shift[lane]) + std::log(normalizer));
+        empty ? -INFINITY : static_cast<float>(state.shift[lane] + std::log(normalizer) + Weight::kLogUnit);
     if (problem.saved_rows != nullptr) {
       float* saved = problem.saved_rows + row_index * saved_width;
       saved[kSavedShift] = state.shift[lane] == -INFINITY ? 0.0f : state.shift[lane];
@@ -274,7 +275,7 @@ bool attend(const AttentionProblem& problem, const Unit& unit, ForwardScratch& s
     sweep<Weight, false, false>(problem, unit, scratch, tiles);
   }
   bool finite = true;
-  for (int tile = 0; tile < tiles; ++tile) finite &= write_rows(problem, scratch, scratch.states[tile]);
+  for (int tile = 0; tile < tiles; ++tile) finite &= write_rows<Weight>(problem, scratch, scratch.states[tile]);
   return finite;
 }
 

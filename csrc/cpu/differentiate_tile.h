@@ -41,8 +41,9 @@ struct RowGradients {
   const float visible = rows.visible_keys[lane];
   const float offset = visible <= static_cast<float>(problem.reweight.exempt_rows) ? 0.0f : problem.reweight.offset;
   const float* response = problem.saved_values + row_index * problem.value_width;
-  const float row_sum = problem.reweight.power / peak *
-                        (dot(output_gradient, response, problem.value_width) - delta * saved[kSavedResponse]);  // E_i
+  const float row_sum =
+      problem.reweight.power / peak *
+      (dot_in_order(output_gradient, response, problem.value_width) - delta * saved[kSavedResponse]);  // E_i
   state.flat[lane] = 0.0f;
   state.mean[lane] = saved[kSavedMean];
   state.inverse_peak[lane] = 1.0f / peak;

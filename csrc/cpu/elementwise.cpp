@@ -32,11 +32,11 @@ void tanh_array(const float* x, float* result, int64_t count) {
 }
 
 void softplus_array(const float* x, float* result, float* derivative, int64_t count) {
-  apply(x, result, count, [](Vec value) { return core::SoftPlus::forward(value); });
+  apply(x, result, count, [](Vec value) { return core::SoftPlus::forward(value) * Vec::broadcast(core::kLn2); });
   apply(x, derivative, count, [](Vec value) {
     Vec slope;
     core::SoftPlus::forward_and_derivative(value, slope);
-    return slope;
+    return slope * Vec::broadcast(core::kLn2);
   });
 }
 

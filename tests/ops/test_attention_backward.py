@@ -16,6 +16,7 @@ from attention_cases import (
     WEIGHTINGS,
     Problem,
     Sizes,
+    ragged_sizes,
     random_problem,
     run,
 )
@@ -81,8 +82,8 @@ def assert_gradients_are_close(
 @every_weighting
 @pytest.mark.parametrize(("queries", "keys"), RAGGED_SIZES)
 def test_every_weighting_at_ragged_sizes(queries: int, keys: int, weighting: Any, dtype: torch.dtype) -> None:
-    sizes = Sizes(batch=max(1, 64 // queries), heads=2, key_heads=1, queries=queries, keys=keys)
-    for causal in (False, True):
+    sizes = ragged_sizes(queries, keys)
+    for causal in (False, True) if queries < 500 else (True,):
         assert_gradients_are_close(random_problem(sizes, dtype, causal=causal), weighting)
 
 

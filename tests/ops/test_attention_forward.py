@@ -17,6 +17,7 @@ from attention_cases import (
     WEIGHTINGS,
     Problem,
     Sizes,
+    ragged_sizes,
     random_problem,
     run,
 )
@@ -52,9 +53,8 @@ def test_kernels_are_those_of_the_instruction_set_asked_for() -> None:
 @every_weighting
 @pytest.mark.parametrize(("queries", "keys"), RAGGED_SIZES)
 def test_every_weighting_at_ragged_sizes(queries: int, keys: int, weighting: Any, dtype: torch.dtype) -> None:
-    # Enough rows for the largest error of a handful not to be a matter of luck.
-    sizes = Sizes(batch=max(1, 64 // queries), heads=2, key_heads=1, queries=queries, keys=keys)
-    for causal in (False, True):
+    sizes = ragged_sizes(queries, keys)
+    for causal in (False, True) if queries < 500 else (True,):
         assert_forward_is_close(random_problem(sizes, dtype, causal=causal), weighting)
 
 
