@@ -85,7 +85,7 @@ struct AttentionGradients {
   HeadsView grad_output;
   const float* grad_log_normalizer = nullptr;  // (B,H,M) or null
   HeadsView grad_query, grad_key, grad_value;  // written, in the query's dtype
-  float* grad_mask = nullptr;                  // fp32, zeroed by the caller, addressed with grad_mask_strides
+  double* grad_mask = nullptr;  // zeroed by the caller; an entry of a broadcast mask sums up to B * H * M * N numbers
   int64_t grad_mask_strides[4] = {0, 0, 0, 0};
   float* grad_sinks = nullptr;   // (H,), written
   float* grad_scales = nullptr;  // (H,), written

@@ -142,13 +142,13 @@ void add_mask_gradients(const AttentionGradients& gradients, const RowTile& rows
                         const float* score_gradients) {
   const int64_t* strides = gradients.grad_mask_strides;
   for (int lane = 0; lane < rows.rows; ++lane) {
-    float* row =
-        gradients.grad_mask + rows.batch * strides[0] + rows.head[lane] * strides[1] + rows.query[lane] * strides[2];
-    for (int j = 0; j < keys.count; ++j) row[(keys.first + j) * strides[3]] += score_gradients[j * rows.lanes + lane];
+    double* row = gradients.grad_mask + rows.batch * strides[0] + rows.head[lane] * strides[1] +
+                  rows.query[lane] * strides[2] + keys.first * strides[3];
+    for (int j = 0; j < keys.count; ++j) row[j * strides[3]] += score_gradients[j * rows.lanes + lane];
   }
 }
 
-// Through the normalisation q^ = q / |q|: takes off the part along q^. Nothing flows where the norm is at its floor.
+// Through the normalisation q^ = q / |q|: takes off the part along q^.
 SIGHTLINE_INLINE void project_out(float* gradient, const float* vector, float inverse_norm, int64_t width) {
   const float along = dot(gradient, vector, width) * inverse_norm * inverse_norm;
   for (int64_t d = 0; d < width; ++d) gradient[d] -= vector[d] * along;
@@ -158,7 +158,7 @@ SIGHTLINE_INLINE void project_out(float* gradient, const float* vector, float in
 void write_query_gradient(const Plan& plan, int64_t batch, int64_t head, int64_t query, float* gradient,
                           const float* vector, float factor, float inverse_norm, bool floored) {
   const AttentionProblem& problem = *plan.problem;
-  for (int64_t d = 0; d < problem.head_width; ++d) gradient[d] *= factor;
+  for (int64_t d = 0; d < problem.head_width; ++d) gradient[d] = floored ? 0.0f : gradient[d] * factor;
   if (problem.normalize_qk && !floored) project_out(gradient, vector, inverse_norm, problem.head_width);
   narrow(gradient, writable_row_of(plan.gradients->grad_query, problem.dtype, batch, head, query), problem.dtype,
          problem.head_width);
@@ -205,7 +205,10 @@ void write_key_gradients(const Plan& plan, BackwardScratch& scratch, int64_t bat
       if (problem.normalize_qk) {
         bool floored = false;
         const float inverse_norm = inverse_of_norm(key, problem.head_width, &floored);
-        if (!floored) project_out(key_gradient, key, inverse_norm, problem.head_width);
+        if (floored)
+          zero(key_gradient, problem.head_width);
+        else
+          project_out(key_gradient, key, inverse_norm, problem.head_width);
       }
       narrow(key_gradient, writable_row_of(plan.gradients->grad_key, problem.dtype, batch, key_head, first + j),
              problem.dtype, problem.head_width);

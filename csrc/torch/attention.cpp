@@ -4,6 +4,8 @@
 // call of the raw operator from touching memory it should not.
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+
 #include "cpu/kernel_table.h"
 #include "torch/tensors.h"
 
@@ -297,6 +299,7 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
     gradients.grad_log_normalizer = static_cast<const float*>(grad_log.const_data_ptr());
   }
   Tensor grad_mask = empty_contiguous({0}, ScalarType::Float);
+  std::vector<double> mask_sums;
   Tensor grad_sinks = empty_contiguous({needs_sinks ? heads : 0}, ScalarType::Float);
   Tensor grad_scale = empty_contiguous({needs_scale ? heads : 0}, ScalarType::Float);
   if (needs_mask) {
@@ -305,8 +308,8 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
     std::vector<int64_t> sizes;
     for (int axis = 0; axis < 4; ++axis) sizes.push_back(options.attn_mask->size(axis));
     grad_mask = empty_contiguous(sizes, ScalarType::Float);
-    torch::stable::zero_(grad_mask);
-    gradients.grad_mask = static_cast<float*>(grad_mask.mutable_data_ptr());
+    mask_sums.assign(static_cast<size_t>(grad_mask.numel()), 0.0);
+    gradients.grad_mask = mask_sums.data();
     for (int axis = 0; axis < 4; ++axis)
       gradients.grad_mask_strides[axis] = sizes[static_cast<size_t>(axis)] == 1 ? 0 : grad_mask.stride(axis);
   }
@@ -316,6 +319,7 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   }
   if (needs_scale) gradients.grad_scales = static_cast<float*>(grad_scale.mutable_data_ptr());
   kernels().attention_backward(problem, gradients, torch_threads(multiply_adds(problem)));
+  std::copy(mask_sums.begin(), mask_sums.end(), static_cast<float*>(grad_mask.mutable_data_ptr()));
   put_results(stack, grad_query, grad_key, grad_value, grad_mask, grad_sinks, grad_scale);
 }
 
