@@ -76,8 +76,8 @@ def attention(
         backend: "auto", "native", "triton" or "reference"; SIGHTLINE_BACKEND overrides "auto".
 
     Returns:
-        (B, H, M, Dv) in the query's dtype, a view of (B, M, H, Dv) memory; a row that sees no key gives 0. With `observe`
-        the pair of it and an `AttentionStats`, whose ``log_normalizer`` (B, H, M), in nats, carries gradients.
+        (B, H, M, Dv) in the query's dtype, a view of (B, M, H, Dv) memory; a row that sees no key gives 0. With
+        `observe` the pair of it and an `AttentionStats`; its ``log_normalizer`` (B, H, M), in nats, carries gradients.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or value; the message names it.

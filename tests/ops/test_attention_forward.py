@@ -59,7 +59,7 @@ def test_every_weighting_at_ragged_sizes(queries: int, keys: int, weighting: Any
 
 
 @every_dtype
-@pytest.mark.parametrize("weighting", ["softmax", "capped", "lssa", "raw_softplus", "lssar", "lssar2.5"])
+@pytest.mark.parametrize("weighting", ["softmax", "capped", "lssa", "lssar"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option(option: str, weighting: str, dtype: torch.dtype) -> None:
     sizes = Sizes()

@@ -38,8 +38,8 @@ def choose_backend(query: Tensor, backend: str) -> str:
     "auto" takes the environment variable SIGHTLINE_BACKEND where it is set. Falling back to the reference on a device
     or in an installation without kernels warns once; float64 is the reference's own.
 
-    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot take
-    this query.
+    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot
+    take this query.
     """
     if backend == "auto":
         backend = os.environ.get("SIGHTLINE_BACKEND", "auto")
