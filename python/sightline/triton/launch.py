@@ -1,0 +1,241 @@
+"""The operators `sightline::attention_triton` and its backward: allocate, choose tiles, launch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sightline.triton.arguments import (
+    heads_view,
+    make_problem,
+    make_variant,
+    mask_view,
+    split_arguments,
+    split_backward_arguments,
+    with_contiguous_rows,
+)
+from sightline.triton.backward import key_gradients, query_gradients
+from sightline.triton.compat import interpretable, launching_on
+from sightline.triton.counting import count_visible_keys
+from sightline.triton.forward import attention_forward
+from sightline.triton.gradients import PLAIN_COLUMNS, REWEIGHT_COLUMNS, prepare_rows
+from sightline.triton.mask_gradient import mask_gradient
+from sightline.triton.problem import Problem, SavedRows, Variant
+from sightline.triton.tiles import Tile, choose_tile
+
+
+def _tiled(variant: Variant, tile: Tile, **changes: Any) -> Variant:
+    return replace(variant, row_tile=tile.rows, key_tile=tile.keys, **changes)
+
+
+def _tiles_of(length: int, tile: int) -> int:
+    return -(-length // tile)
+
+
+def with_visible_counts(problem: Problem, variant: Variant, query: Tensor) -> Problem:
+    """The problem with n_i of its attn_mask, where there is one and a row's length is asked for."""
+    if problem.mask.data is None or not variant.needs_count:
+        return problem
+    batch, heads, queries, _ = query.shape
+    counts = query.new_empty((batch, heads, queries), dtype=torch.int32)
+    tile = choose_tile("forward", variant)
+    launched = _tiled(variant, tile)
+    grid = (batch * heads * _tiles_of(queries, tile.rows),)
+    count_visible_keys[grid](problem, counts, batch * heads, launched, num_warps=tile.warps)
+    return problem._replace(visible_counts=counts)
+
+
+def attention(*arguments: Any) -> tuple[Tensor, ...]:
+    """`sightline::attention_triton`."""
+    (query, key, value), options, (saves, row_statistics, *_) = split_arguments(arguments)
+    if row_statistics != 0:
+        raise RuntimeError("row_statistics: the Triton kernels compute none yet")
+    batch, heads, queries, _ = query.shape
+    width = value.shape[3]
+
+    def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return query.new_empty(shape, dtype=dtype)
+
+    problem = make_problem(query, key, value, options)
+    variant = make_variant(query, value, options)
+    output = fresh(batch, queries, heads, width, dtype=query.dtype).transpose(1, 2)
+    log_normalizer = fresh(batch, heads, queries)
+    reweights = options.reweights
+    saved_rows = fresh(batch, heads, queries, 6 if reweights else 2) if saves else fresh(0)
+    saved_values = fresh(batch, heads, queries, width) if saves and reweights else fresh(0)
+    if output.numel() > 0:
+        with launching_on(query.device):
+            problem = with_visible_counts(problem, variant, query)
+            written = interpretable(output)
+            tile = choose_tile("forward", variant)
+            tiles = _tiles_of(queries, tile.rows)
+            attention_forward[(tiles * batch * heads,)](
+                problem,
+                heads_view(written),
+                log_normalizer,
+                SavedRows(saved_rows, saved_values),
+                batch * heads,
+                tiles,
+                _tiled(variant, tile, saves=saves),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+            if written is not output:
+                output.copy_(written)
+    return (
+        output,
+        log_normalizer,
+        saved_rows,
+        saved_values,
+        fresh(0),
+        fresh(0, dtype=torch.int64),
+        fresh(0),
+        fresh(0, dtype=torch.int64),
+        fresh(0),
+    )
+
+
+class _Backward:
+    """One call of the backward: its tensors as kernels read them."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        tensors, self.options, _ = split_backward_arguments(arguments)
+        grad_output, grad_log_normalizer, query, key, value, output, saved_rows, saved_values = tensors
+        self.query, self.key, self.value = query, key, value
+        batch, self.heads, self.queries, _ = query.shape
+        self.units = batch * self.heads
+        self.variant = make_variant(query, value, self.options)
+        self.problem = with_visible_counts(make_problem(query, key, value, self.options), self.variant, query)
+        self.grad_output = heads_view(with_contiguous_rows(grad_output))
+        self.output = heads_view(with_contiguous_rows(output))
+        self.grad_log_normalizer = None if grad_log_normalizer is None else grad_log_normalizer.contiguous()
+        self.saved = SavedRows(saved_rows, saved_values)
+        self.rows = self.units * self.queries
+        columns = REWEIGHT_COLUMNS if self.options.reweights else PLAIN_COLUMNS
+        self.table = self.per_row(columns)
+
+    def per_row(self, columns: int = 1) -> Tensor:
+        return self.query.new_empty((columns, self.rows), dtype=torch.float32)
+
+    def prepare(self, sink_terms: Tensor | None) -> None:
+        tile = choose_tile("rows", self.variant)
+        prepare_rows[(_tiles_of(self.queries, tile.rows) * self.units,)](
+            self.problem,
+            self.output,
+            self.grad_output,
+            self.grad_log_normalizer,
+            self.saved,
+            self.table,
+            self.rows,
+            sink_terms,
+            self.units,
+            _tiled(self.variant, tile),
+            num_warps=tile.warps,
+        )
+
+    def differentiate_queries(self, target: Tensor, scale_terms: Tensor | None) -> None:
+        tile = choose_tile("queries", self.variant)
+        tiles = _tiles_of(self.queries, tile.rows)
+        query_gradients[(tiles * self.units,)](
+            self.problem,
+            self.grad_output,
+            self.table,
+            self.rows,
+            heads_view(target),
+            scale_terms,
+            self.units,
+            tiles,
+            _tiled(self.variant, tile),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def differentiate_keys(self, grad_key: Tensor, grad_value: Tensor) -> None:
+        tile = choose_tile("keys", self.variant)
+        key_units = self.key.shape[0] * self.key.shape[1]
+        key_gradients[(_tiles_of(self.key.shape[2], tile.keys) * key_units,)](
+            self.problem,
+            self.grad_output,
+            self.table,
+            self.rows,
+            heads_view(grad_key),
+            heads_view(grad_value),
+            key_units,
+            _tiled(self.variant, tile),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def differentiate_mask(self, target: Tensor) -> None:
+        tile = choose_tile("mask", self.variant)
+        whole = (
+            self.query.shape[0],
+            self.heads,
+            _tiles_of(self.queries, tile.rows),
+            _tiles_of(self.key.shape[2], tile.keys),
+        )
+        shared = [size == 1 for size in target.shape]
+        own = [1 if is_shared else count for is_shared, count in zip(shared, whole, strict=True)]
+        summed = [count if is_shared else 1 for is_shared, count in zip(shared, whole, strict=True)]
+        mask_gradient[(math.prod(own),)](
+            self.problem,
+            self.grad_output,
+            self.table,
+            self.rows,
+            mask_view(target),
+            *own,
+            *summed,
+            shared[2],
+            shared[3],
+            _tiled(self.variant, tile),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+
+def _sum_per_head(terms: Tensor, batch: int, heads: int) -> Tensor:
+    """Sums per query row to sums per head, (H,)."""
+    return terms.view(batch, heads, -1).sum((0, 2), dtype=torch.float64).float()
+
+
+def attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """`sightline::attention_triton_backward`."""
+    query, key, value = arguments[2:5]
+    needs_mask, needs_sinks, needs_scale = arguments[-3:]
+    batch, heads = query.shape[:2]
+    with launching_on(query.device):
+        call = _Backward(arguments)
+        grads = [_empty_heads_like(tensor) for tensor in (query, key, value)]
+        grad_mask = query.new_empty(call.options.attn_mask.shape if needs_mask else 0, dtype=torch.float32)
+        sink_terms = call.per_row() if needs_sinks else None
+        scale_terms = call.per_row() if needs_scale else None
+        if call.rows == 0 or key.shape[2] == 0:
+            for tensor in (*grads, grad_mask, sink_terms, scale_terms):
+                if tensor is not None:
+                    tensor.zero_()
+        else:
+            call.prepare(sink_terms)
+            written = [interpretable(tensor) for tensor in grads]
+            call.differentiate_queries(written[0], scale_terms)
+            call.differentiate_keys(written[1], written[2])
+            for tensor, source in zip(grads, written, strict=True):
+                if source is not tensor:
+                    tensor.copy_(source)
+            if needs_mask:
+                call.differentiate_mask(grad_mask)
+    nothing = query.new_empty(0, dtype=torch.float32)
+    return (
+        *grads,
+        grad_mask,
+        nothing if sink_terms is None else _sum_per_head(sink_terms, batch, heads),
+        nothing if scale_terms is None else _sum_per_head(scale_terms, batch, heads),
+    )
+
+
+def _empty_heads_like(tensor: Tensor) -> Tensor:
+    batch, heads, rows, width = tensor.shape
+    return tensor.new_empty((batch, rows, heads, width)).transpose(1, 2)

@@ -1,0 +1,42 @@
+"""The one table of tile sizes: rows and keys of a tile, warps, and stages of the software pipeline, per kernel.
+
+docs/triton_resources.md has the registers and shared memory of each entry, which were chosen so that nothing spills.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sightline.triton.compat import INTERPRETED
+from sightline.triton.problem import Variant
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut and launched."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By kernel, operand ("half": fp16 and bf16) and the wider of the two head widths, rounded up to a power of two.
+_TILES: dict[tuple[str, str, int], Tile] = {
+    ("forward", "half", 64): Tile(128, 64, 4, 3),
+    ("forward", "half", 128): Tile(128, 64, 8, 3),
+    ("forward", "half", 256): Tile(64, 32, 8, 2),
+    ("forward", "fp32", 64): Tile(32, 32, 4, 2),
+    ("forward", "fp32", 128): Tile(32, 32, 8, 2),
+    ("forward", "fp32", 256): Tile(16, 32, 8, 1),
+}
+# Small enough that the sizes of tests span several tiles; the interpreter's time goes by operations, not by numbers.
+_INTERPRETED = Tile(32, 64, 4, 1)
+
+
+def choose_tile(kernel: str, variant: Variant) -> Tile:
+    """The tile of a kernel: "forward", "decode", "rows", "keys" or "mask"."""
+    if INTERPRETED:
+        return _INTERPRETED
+    operand = "fp32" if variant.dtype == "fp32" else "half"
+    width = max(64, variant.block_width, variant.block_value_width)
+    return _TILES[kernel, operand, width]
