@@ -119,7 +119,8 @@ def _offsets(cu_seqlens: Tensor | None) -> Tensor | None:
 
 
 def _key_mask_prefix(options: Options) -> Tensor | None:
-    if options.key_mask is None or options.attn_mask is not None or not options.needs_count:
+    counts = options.needs_count or options.sinks is not None
+    if options.key_mask is None or options.attn_mask is not None or not counts:
         return None
     return torch.nn.functional.pad(options.key_mask.cumsum(1, dtype=torch.int32), (1, 0))
 
@@ -208,6 +209,7 @@ def make_variant(query: Tensor, value: Tensor, options: Options) -> Variant:
         dropout=options.dropout_p > 0.0,
         packed_heads=False,
         saves=False,
+        safe=False,
     )
 
 

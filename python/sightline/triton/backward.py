@@ -5,7 +5,7 @@ Work: `query_gradients` has one program per tile of query rows of one head and w
 of the group. So every number is summed by one program in a fixed order: no atomics, and the same bits from run to run. The
 price is two products computed twice (seven instead of five).
 
-The score gradient meets Q with the row's factor c_i / |q_i| and K with 1 / |k_j|, both in fp32 before rounding.
+Programs whose result is not finite run again in a second launch, as in forward. The score gradient meets Q with the row's factor c_i / |q_i| and K with 1 / |k_j|, both in fp32 before rounding.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sightline.triton.sweeps import KeyRange, visible_range
 class KeyGradients(NamedTuple):
     """Gradients of a tile of keys and values, dK still without 1 / |k_j|."""
 
-    keys: Any
-    values: Any
+    key_sum: Any
+    value_sum: Any
 
 
 @triton.jit
@@ -34,7 +34,6 @@ def gather_query_gradient(
     problem,
     variant: tl.constexpr,
     MASKED: tl.constexpr,
-    SAFE: tl.constexpr,
     start,
     stop,
     rows,
@@ -57,44 +56,43 @@ def gather_query_gradient(
         products = dot(upstream, tl.trans(value_vectors), variant.dtype)
         _, gradient = differentiate(problem, variant, MASKED, rows, state, keys, scores, products)
         if variant.normalize_qk:
-            gradient = times_factor(gradient, key_factor[None, :], SAFE)
+            gradient = times_factor(gradient, key_factor[None, :], variant.safe)
         gradient, undo = scaled_to_fit(gradient, variant.dtype)
-        total = add_scaled_product(total, gradient, key_vectors, undo, variant.dtype, SAFE)
+        total = add_scaled_product(total, gradient, key_vectors, undo, variant.dtype, variant.safe)
     return total
 
 
 @triton.jit
 def query_gradients(
-    problem, grad_output, table, table_stride, grad_query, scale_terms, units, tiles, variant: tl.constexpr
+    problem, grad_output, table, table_stride, grad_query, scale_terms, units, tiles, repairs, variant: tl.constexpr
 ):
     """grad_query (B, H, M, D); scale_terms (B, H, M), what each row adds to the gradient of its scale, or None."""
     program = tl.program_id(0)
+    if variant.safe and tl.load(repairs + program) == 0:
+        return
     rows = set_up_rows(problem, variant, program % units, tiles - 1 - program // units)
     queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
     upstream = load_rows(grad_output, rows, variant.value_width, variant.block_value_width)
     state = load_row_gradients(table, table_stride, variant, rows)
     keys = visible_range(variant, rows)
-    nothing = tl.zeros((variant.row_tile, variant.block_width), tl.float32)
-    total = nothing
-    if variant.masked_everywhere:
+    total = tl.full((variant.row_tile, variant.block_width), 0.0, tl.float32)
+    if variant.masked_everywhere or variant.safe:
         total = gather_query_gradient(
-            problem, variant, True, False, keys.start, keys.stop, rows, state, queries, upstream, total
+            problem, variant, True, keys.start, keys.stop, rows, state, queries, upstream, total
         )
     else:
         if variant.window_left or variant.documents:
             total = gather_query_gradient(
-                problem, variant, True, False, keys.start, keys.full_start, rows, state, queries, upstream, total
+                problem, variant, True, keys.start, keys.full_start, rows, state, queries, upstream, total
             )
         total = gather_query_gradient(
-            problem, variant, False, False, keys.full_start, keys.full_stop, rows, state, queries, upstream, total
+            problem, variant, False, keys.full_start, keys.full_stop, rows, state, queries, upstream, total
         )
         total = gather_query_gradient(
-            problem, variant, True, False, keys.full_stop, keys.stop, rows, state, queries, upstream, total
+            problem, variant, True, keys.full_stop, keys.stop, rows, state, queries, upstream, total
         )
-    if not is_finite(total):
-        total = gather_query_gradient(
-            problem, variant, True, True, keys.start, keys.stop, rows, state, queries, upstream, nothing
-        )
+    if not variant.safe:
+        tl.store(repairs + program, (is_finite(total) == 0).to(tl.int32))
     factors = row_factors(problem, variant, rows, queries)
     if scale_terms is not None:
         along = tl.sum(total * queries.to(tl.float32), 1)
@@ -155,7 +153,6 @@ def gather_key_gradients(
     problem,
     variant: tl.constexpr,
     MASKED: tl.constexpr,
-    SAFE: tl.constexpr,
     start,
     stop,
     unit,
@@ -169,7 +166,8 @@ def gather_key_gradients(
     sums,
 ):
     """Adds what the query tiles from row `start` to row `stop` of one head give to a tile of keys."""
-    key_sum, value_sum = sums.keys, sums.values
+    key_sum = sums.key_sum
+    value_sum = sums.value_sum
     for first_row in tl.range(start, stop, variant.row_tile):
         rows = set_up_rows(problem, variant, unit, first_row // variant.row_tile)
         queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
@@ -179,10 +177,10 @@ def gather_key_gradients(
         products = dot(upstream, tl.trans(value_vectors), variant.dtype)
         weights, gradient = differentiate(problem, variant, MASKED, rows, state, keys, scores, products)
         weights, undo = scaled_to_fit(weights, variant.dtype)
-        value_sum = add_scaled_product(value_sum, tl.trans(weights), upstream, undo, variant.dtype, SAFE)
-        gradient = times_factor(gradient, state.factor[:, None], SAFE)
+        value_sum = add_scaled_product(value_sum, tl.trans(weights), upstream, undo, variant.dtype, variant.safe)
+        gradient = times_factor(gradient, state.factor[:, None], variant.safe)
         gradient, undo = scaled_to_fit(gradient, variant.dtype)
-        key_sum = add_scaled_product(key_sum, tl.trans(gradient), queries, undo, variant.dtype, SAFE)
+        key_sum = add_scaled_product(key_sum, tl.trans(gradient), queries, undo, variant.dtype, variant.safe)
     return KeyGradients(key_sum, value_sum)
 
 
@@ -190,7 +188,6 @@ def gather_key_gradients(
 def gather_of_group(
     problem,
     variant: tl.constexpr,
-    SAFE: tl.constexpr,
     batch,
     key_head,
     seen_by,
@@ -203,33 +200,33 @@ def gather_of_group(
     table_stride,
 ):
     """The gradients of a tile of keys from all query heads of its key head."""
-    key_sum = tl.zeros((variant.key_tile, variant.block_width), tl.float32)
-    value_sum = tl.zeros((variant.key_tile, variant.block_value_width), tl.float32)
+    key_sum = tl.full((variant.key_tile, variant.block_width), 0.0, tl.float32)
+    value_sum = tl.full((variant.key_tile, variant.block_value_width), 0.0, tl.float32)
     group = problem.heads // problem.key_heads
     first_unit = batch * problem.heads + key_head * group
     for unit in tl.range(first_unit, first_unit + group):
         sums = KeyGradients(key_sum, value_sum)
-        if SAFE or variant.masked_everywhere or variant.documents:
+        if variant.safe or variant.masked_everywhere or variant.documents:
             sums = gather_key_gradients(
-                problem, variant, True, SAFE, seen_by.start, seen_by.stop, unit, keys, key_vectors, value_vectors,
+                problem, variant, True, seen_by.start, seen_by.stop, unit, keys, key_vectors, value_vectors,
                 key_factor, grad_output, table, table_stride, sums,
             )
         else:
             sums = gather_key_gradients(
-                problem, variant, True, False, seen_by.start, tl.minimum(seen_by.full_start, seen_by.stop), unit, keys,
+                problem, variant, True, seen_by.start, tl.minimum(seen_by.full_start, seen_by.stop), unit, keys,
                 key_vectors, value_vectors, key_factor, grad_output, table, table_stride, sums,
             )
             sums = gather_key_gradients(
-                problem, variant, False, False, seen_by.full_start, seen_by.full_stop, unit, keys, key_vectors,
+                problem, variant, False, seen_by.full_start, seen_by.full_stop, unit, keys, key_vectors,
                 value_vectors, key_factor, grad_output, table, table_stride, sums,
             )
             if variant.window_left:
                 sums = gather_key_gradients(
-                    problem, variant, True, False, seen_by.full_stop, seen_by.stop, unit, keys, key_vectors,
+                    problem, variant, True, seen_by.full_stop, seen_by.stop, unit, keys, key_vectors,
                     value_vectors, key_factor, grad_output, table, table_stride, sums,
                 )
-        key_sum = sums.keys
-        value_sum = sums.values
+        key_sum = sums.key_sum
+        value_sum = sums.value_sum
     return KeyGradients(key_sum, value_sum)
 
 
@@ -245,10 +242,12 @@ def store_keys(heads, batch, key_head, keys, limit, values, width: tl.constexpr,
 
 @triton.jit
 def key_gradients(
-    problem, grad_output, table, table_stride, grad_key, grad_value, key_units, variant: tl.constexpr
+    problem, grad_output, table, table_stride, grad_key, grad_value, key_units, repairs, variant: tl.constexpr
 ):
     """grad_key (B, Hk, N, D) and grad_value (B, Hk, N, Dv)."""
     program = tl.program_id(0)
+    if variant.safe and tl.load(repairs + program) == 0:
+        return
     unit = program % key_units
     batch = unit // problem.key_heads
     key_head = unit % problem.key_heads
@@ -263,15 +262,13 @@ def key_gradients(
     key_factor = key_factors(variant, key_vectors)
     seen_by = query_range(problem, variant, batch, first_key)
     sums = gather_of_group(
-        problem, variant, False, batch, key_head, seen_by, keys, key_vectors, value_vectors, key_factor, grad_output,
+        problem, variant, batch, key_head, seen_by, keys, key_vectors, value_vectors, key_factor, grad_output,
         table, table_stride,
     )
-    if not (is_finite(sums.keys) & is_finite(sums.values)):
-        sums = gather_of_group(
-            problem, variant, True, batch, key_head, seen_by, keys, key_vectors, value_vectors, key_factor, grad_output,
-            table, table_stride,
-        )
-    gradient = sums.keys
+    if not variant.safe:
+        finite = is_finite(sums.key_sum) & is_finite(sums.value_sum)
+        tl.store(repairs + program, (finite == 0).to(tl.int32))
+    gradient = sums.key_sum
     if variant.normalize_qk:
         gradient = times_factor(gradient, key_factor[:, None], True)
         gradient = project_out(gradient, key_vectors, key_factor)
@@ -279,5 +276,5 @@ def key_gradients(
         grad_key, batch, key_head, keys, problem.keys, gradient, variant.head_width, variant.block_width
     )
     store_keys(
-        grad_value, batch, key_head, keys, problem.keys, sums.values, variant.value_width, variant.block_value_width
+        grad_value, batch, key_head, keys, problem.keys, sums.value_sum, variant.value_width, variant.block_value_width
     )

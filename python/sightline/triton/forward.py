@@ -7,7 +7,9 @@ the gaps. A program walks the key tiles that any of its rows sees (sweeps.py), t
 In registers: the queries, the weighted sum of values and row quantities; keys and values stream through shared memory.
 Softplus needs no running maximum. Re-weighting sweeps twice and keeps U beside the values when backward will need it.
 
-Only a program whose result is not finite sweeps again, with products that skip zero weights (products.py).
+A program whose result is not finite says so in `repairs`. A second launch, of the variant whose products skip zero weights
+(products.py), runs those programs again and all others return at once: in the first kernel such products would cost
+registers, and finite data must pay nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +20,9 @@ import triton.language as tl
 from sightline.triton.products import is_finite
 from sightline.triton.rows import load_rows, row_factors, set_up_rows, store_rows
 from sightline.triton.sweeps import (
-    attend,
     attend_range,
     find_peaks,
     measure_range,
-    sharpen,
     sharpen_range,
     start_sharp_sums,
     start_spread,
@@ -32,9 +32,11 @@ from sightline.triton.sweeps import (
 
 
 @triton.jit
-def attention_forward(problem, output, log_normalizer, saved, units, tiles, variant: tl.constexpr):
+def attention_forward(problem, output, log_normalizer, saved, units, tiles, repairs, variant: tl.constexpr):
     """output (B, H, M, Dv), log_normalizer (B, H, M) and, where the variant saves, the SavedRows."""
     program = tl.program_id(0)
+    if variant.safe and tl.load(repairs + program) == 0:
+        return
     tile = tiles - 1 - program // units
     rows = set_up_rows(problem, variant, program % units, tile)
     queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
@@ -46,24 +48,19 @@ def attention_forward(problem, output, log_normalizer, saved, units, tiles, vari
         peaks = find_peaks(problem, variant, factors.visible, spread)
         sums = start_sharp_sums(variant, rows)
         sums = sharpen_range(problem, variant, keys, rows, factors.factor, queries, peaks, sums)
-        finite = is_finite(sums.values)
+        finite = is_finite(sums.value_sum)
         if variant.saves:
             finite = finite & is_finite(sums.response_values)
-        if not finite:
-            sums = start_sharp_sums(variant, rows)
-            sums = sharpen(
-                problem, variant, True, True, keys.start, keys.stop, rows, factors.factor, queries, peaks, sums
-            )
         store_sharp_rows(problem, variant, output, log_normalizer, saved, rows, spread.normalizer, peaks, sums)
     else:
         sums = start_sums(problem, variant, rows, True)
         sums = attend_range(problem, variant, keys, rows, factors.factor, queries, sums)
-        if not is_finite(sums.values):
-            sums = start_sums(problem, variant, rows, True)
-            sums = attend(problem, variant, True, True, keys.start, keys.stop, rows, factors.factor, queries, sums)
+        finite = is_finite(sums.value_sum)
         store_plain_rows(
-            problem, variant, output, log_normalizer, saved, rows, sums.shift, sums.normalizer, sums.rounded, sums.values
+            problem, variant, output, log_normalizer, saved, rows, sums.shift, sums.normalizer, sums.rounded, sums.value_sum
         )
+    if not variant.safe:
+        tl.store(repairs + program, (finite == 0).to(tl.int32))
 
 
 @triton.jit
@@ -104,7 +101,7 @@ def store_sharp_rows(
     inverse = tl.where(divisor == 0.0, 0.0, 1.0 / tl.where(divisor == 0.0, 1.0, divisor))
     if variant.dropout:
         inverse = inverse * problem.dropout_scale
-    store_rows(output, rows, sums.values * inverse[:, None], variant.value_width, variant.block_value_width)
+    store_rows(output, rows, sums.value_sum * inverse[:, None], variant.value_width, variant.block_value_width)
     store_log_normalizer(variant, log_normalizer, rows, peaks.shift, normalizer)
     if variant.saves:
         total = sums.weight_sum
@@ -120,6 +117,6 @@ def store_sharp_rows(
         if variant.dropout:
             per_sum = per_sum * problem.dropout_scale
         widths = tl.arange(0, variant.block_value_width)
-        pointers = saved.values + (rows.index * variant.value_width)[:, None] + widths[None, :]
+        pointers = saved.responses + (rows.index * variant.value_width)[:, None] + widths[None, :]
         live = rows.live[:, None] & (widths < variant.value_width)[None, :]
         tl.store(pointers, sums.response_values * per_sum[:, None], mask=live)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sightline.triton.dropout import kept
-from sightline.triton.rows import load_rows, row_factors, set_up_rows
+from sightline.triton.rows import count_visible, load_rows, row_factors, set_up_rows
 from sightline.triton.weights import LOG2_E, positive_part, reweigh, weigh_with_derivative
 
 # Columns of the table of rows: four, and six more under re-weighting.
@@ -74,7 +74,7 @@ def prepare_rows(
         peak = tl.load(columns + 3)
         weight_sum = tl.load(columns + 4)
         widths = tl.arange(0, variant.block_value_width)
-        pointers = saved.values + (rows.index * variant.value_width)[:, None] + widths[None, :]
+        pointers = saved.responses + (rows.index * variant.value_width)[:, None] + widths[None, :]
         responses = tl.load(pointers, mask=(widths < variant.value_width)[None, :], other=0.0)
         # E_i of MATH.md, section 2
         row_sum = problem.power / peak * (tl.sum(upstream * responses, 1) - delta * tl.load(columns + 5))
@@ -91,8 +91,8 @@ def prepare_rows(
     if sink_terms is not None:
         sink = tl.load(problem.sinks + rows.head)
         share = tl.exp2((sink - shift) * LOG2_E) * inverse
-        # A row whose normaliser is the sink alone sees no key and has no gradient.
-        alone = (shift == sink) & (inverse == 1.0)
+        # The normaliser of a row that sees no key is the sink's constant and has no gradient.
+        alone = count_visible(problem, variant, rows) == 0.0
         tl.store(sink_terms + rows.index, tl.where(alone, 0.0, share * (log_gradient - delta)), mask=rows.live)
 
 

@@ -36,9 +36,17 @@ def _tiles_of(length: int, tile: int) -> int:
     return -(-length // tile)
 
 
-def with_visible_counts(problem: Problem, variant: Variant, query: Tensor) -> Problem:
-    """The problem with n_i of its attn_mask, where there is one and a row's length is asked for."""
-    if problem.mask.data is None or not variant.needs_count:
+def _launch(kernel: Any, programs: int, variant: Variant, tile: Tile, device: torch.device, *arguments: Any) -> None:
+    """Launch a kernel, and again for the programs whose result was not finite."""
+    repairs = torch.empty(programs, dtype=torch.int32, device=device)
+    for safe in (False, True):
+        launched = _tiled(variant, tile, safe=safe)
+        kernel[(programs,)](*arguments, repairs, launched, num_warps=tile.warps, num_stages=1 if safe else tile.stages)
+
+
+def with_visible_counts(problem: Problem, variant: Variant, query: Tensor, wanted: bool) -> Problem:
+    """The problem with n_i of its attn_mask, where there is one and the number of keys of a row is wanted."""
+    if problem.mask.data is None or not wanted:
         return problem
     batch, heads, queries, _ = query.shape
     counts = query.new_empty((batch, heads, queries), dtype=torch.int32)
@@ -69,20 +77,22 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
     saved_values = fresh(batch, heads, queries, width) if saves and reweights else fresh(0)
     if output.numel() > 0:
         with launching_on(query.device):
-            problem = with_visible_counts(problem, variant, query)
+            problem = with_visible_counts(problem, variant, query, variant.needs_count)
             written = interpretable(output)
             tile = choose_tile("forward", variant)
             tiles = _tiles_of(queries, tile.rows)
-            attention_forward[(tiles * batch * heads,)](
+            _launch(
+                attention_forward,
+                tiles * batch * heads,
+                replace(variant, saves=saves),
+                tile,
+                query.device,
                 problem,
                 heads_view(written),
                 log_normalizer,
                 SavedRows(saved_rows, saved_values),
                 batch * heads,
                 tiles,
-                _tiled(variant, tile, saves=saves),
-                num_warps=tile.warps,
-                num_stages=tile.stages,
             )
             if written is not output:
                 output.copy_(written)
@@ -103,13 +113,14 @@ class _Backward:
     """One call of the backward: its tensors as kernels read them."""
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
-        tensors, self.options, _ = split_backward_arguments(arguments)
+        tensors, self.options, (_, needs_sinks, _) = split_backward_arguments(arguments)
         grad_output, grad_log_normalizer, query, key, value, output, saved_rows, saved_values = tensors
         self.query, self.key, self.value = query, key, value
         batch, self.heads, self.queries, _ = query.shape
         self.units = batch * self.heads
         self.variant = make_variant(query, value, self.options)
-        self.problem = with_visible_counts(make_problem(query, key, value, self.options), self.variant, query)
+        counts = self.variant.needs_count or needs_sinks
+        self.problem = with_visible_counts(make_problem(query, key, value, self.options), self.variant, query, counts)
         self.grad_output = heads_view(with_contiguous_rows(grad_output))
         self.output = heads_view(with_contiguous_rows(output))
         self.grad_log_normalizer = None if grad_log_normalizer is None else grad_log_normalizer.contiguous()
@@ -140,7 +151,12 @@ class _Backward:
     def differentiate_queries(self, target: Tensor, scale_terms: Tensor | None) -> None:
         tile = choose_tile("queries", self.variant)
         tiles = _tiles_of(self.queries, tile.rows)
-        query_gradients[(tiles * self.units,)](
+        _launch(
+            query_gradients,
+            tiles * self.units,
+            self.variant,
+            tile,
+            self.query.device,
             self.problem,
             self.grad_output,
             self.table,
@@ -149,15 +165,17 @@ class _Backward:
             scale_terms,
             self.units,
             tiles,
-            _tiled(self.variant, tile),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
 
     def differentiate_keys(self, grad_key: Tensor, grad_value: Tensor) -> None:
         tile = choose_tile("keys", self.variant)
         key_units = self.key.shape[0] * self.key.shape[1]
-        key_gradients[(_tiles_of(self.key.shape[2], tile.keys) * key_units,)](
+        _launch(
+            key_gradients,
+            _tiles_of(self.key.shape[2], tile.keys) * key_units,
+            self.variant,
+            tile,
+            self.query.device,
             self.problem,
             self.grad_output,
             self.table,
@@ -165,9 +183,6 @@ class _Backward:
             heads_view(grad_key),
             heads_view(grad_value),
             key_units,
-            _tiled(self.variant, tile),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
 
     def differentiate_mask(self, target: Tensor) -> None:

@@ -41,7 +41,7 @@ def mask_gradient(
     mask_row_tile = program // mask_key_tiles % mask_row_tiles
     mask_head = program // mask_key_tiles // mask_row_tiles % mask_heads
     mask_batch = program // mask_key_tiles // mask_row_tiles // mask_heads
-    total = tl.zeros((variant.row_tile, variant.key_tile), tl.float32)
+    total = tl.full((variant.row_tile, variant.key_tile), 0.0, tl.float32)
     for batch in tl.range(mask_batch, mask_batch + shared_batches):
         for head in tl.range(mask_head, mask_head + shared_heads):
             for row_tile in tl.range(mask_row_tile, mask_row_tile + shared_row_tiles):

@@ -69,7 +69,7 @@ class SavedRows(NamedTuple):
     """The row quantities that backward reads, laid out as in csrc/core/problem.h."""
 
     rows: Any  # (B, H, M, 2 or 6)
-    values: Any  # (B, H, M, Dv): U of MATH.md section 2
+    responses: Any  # (B, H, M, Dv): U of MATH.md section 2
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Variant:
     dropout: bool
     packed_heads: bool  # a tile holds rows of all query heads of a key head
     saves: bool
+    safe: bool  # non-finite operands meet only weights that are not 0
 
     @property
     def needs_count(self) -> bool:

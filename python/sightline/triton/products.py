@@ -3,8 +3,8 @@
 fp32 operands are multiplied in true fp32. Weights are rounded to the dtype of the operand they meet. In fp16 a tile of
 gradients is first scaled by a power of two, so that small ones do not vanish below the smallest fp16 number.
 
-0 * NaN must not reach a row that gives the key no weight. The products run at full speed and let it through; only a program
-whose result is not finite runs again with SAFE = True, where non-finite operands meet the signs of the weights alone.
+0 * NaN must not reach a row that gives the key no weight. The products run at full speed and let it through; programs whose
+result is not finite run again with SAFE = True, where non-finite operands meet the signs of the weights alone.
 """
 
 from __future__ import annotations

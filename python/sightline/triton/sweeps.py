@@ -26,9 +26,9 @@ class Sums(NamedTuple):
     shift: Any  # softmax: the running maximum; softplus in fp16: a running exponent of two; else 0
     normalizer: Any
     normalizer_lost: Any
-    rounded: Any  # the sum of the weights as rounded for the product, in the scale of `values`
-    values: Any
-    values_lost: Any
+    rounded: Any  # the sum of the weights as rounded for the product, in the scale of `value_sum`
+    value_sum: Any
+    value_sum_lost: Any
 
 
 class Spread(NamedTuple):
@@ -59,8 +59,8 @@ class SharpSums(NamedTuple):
     rounded: Any
     response: Any
     response_lost: Any
-    values: Any
-    values_lost: Any
+    value_sum: Any
+    value_sum_lost: Any
     response_values: Any
 
 
@@ -109,7 +109,6 @@ def attend(
     problem,
     variant: tl.constexpr,
     MASKED: tl.constexpr,
-    SAFE: tl.constexpr,
     start,
     stop,
     rows,
@@ -118,8 +117,12 @@ def attend(
     sums,
 ):
     """Plain attention over the key tiles from `start` to `stop`."""
-    shift, normalizer, normalizer_lost = sums.shift, sums.normalizer, sums.normalizer_lost
-    rounded, values, values_lost = sums.rounded, sums.values, sums.values_lost
+    shift = sums.shift
+    normalizer = sums.normalizer
+    normalizer_lost = sums.normalizer_lost
+    rounded = sums.rounded
+    values = sums.value_sum
+    values_lost = sums.value_sum_lost
     for first_key in tl.range(start, stop, variant.key_tile):
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_keys(
@@ -149,7 +152,7 @@ def attend(
         weights = round_to(weights, variant.dtype)
         if not variant.softplus or variant.dtype == "fp16":
             shift = raised
-            if SAFE:
+            if variant.safe:
                 # An infinite value whose weight has shrunk to nothing is gone.
                 values = tl.where(decay[:, None] == 0.0, 0.0, values * decay[:, None])
             else:
@@ -166,11 +169,11 @@ def attend(
         value_vectors = load_keys(
             problem.value, rows, keys, problem.keys, MASKED, variant.value_width, variant.block_value_width
         )
-        if variant.dtype == "fp32" and not SAFE:
+        if variant.dtype == "fp32" and not variant.safe:
             product = add_product(tl.zeros_like(values), weights, value_vectors, variant.dtype, False)
             values, values_lost = add_compensated(values, values_lost, product)
         else:
-            values = add_product(values, weights, value_vectors, variant.dtype, SAFE)
+            values = add_product(values, weights, value_vectors, variant.dtype, variant.safe)
     return Sums(shift, normalizer, normalizer_lost, rounded, values, values_lost)
 
 
@@ -178,13 +181,13 @@ def attend(
 def attend_range(problem, variant: tl.constexpr, keys, rows, factor, queries, start_sums):
     """Plain attention over a key range."""
     sums = start_sums
-    if variant.masked_everywhere:
-        sums = attend(problem, variant, True, False, keys.start, keys.stop, rows, factor, queries, sums)
+    if variant.masked_everywhere or variant.safe:
+        sums = attend(problem, variant, True, keys.start, keys.stop, rows, factor, queries, sums)
     else:
         if variant.window_left or variant.documents:
-            sums = attend(problem, variant, True, False, keys.start, keys.full_start, rows, factor, queries, sums)
-        sums = attend(problem, variant, False, False, keys.full_start, keys.full_stop, rows, factor, queries, sums)
-        sums = attend(problem, variant, True, False, keys.full_stop, keys.stop, rows, factor, queries, sums)
+            sums = attend(problem, variant, True, keys.start, keys.full_start, rows, factor, queries, sums)
+        sums = attend(problem, variant, False, keys.full_start, keys.full_stop, rows, factor, queries, sums)
+        sums = attend(problem, variant, True, keys.full_stop, keys.stop, rows, factor, queries, sums)
     return sums
 
 
@@ -193,8 +196,10 @@ def measure(
     problem, variant: tl.constexpr, MASKED: tl.constexpr, start, stop, rows, factor, queries, spread
 ):
     """First sweep of re-weighting: the normaliser and the largest score."""
-    shift, largest = spread.shift, spread.largest
-    normalizer, normalizer_lost = spread.normalizer, spread.normalizer_lost
+    shift = spread.shift
+    largest = spread.largest
+    normalizer = spread.normalizer
+    normalizer_lost = spread.normalizer_lost
     for first_key in tl.range(start, stop, variant.key_tile):
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_keys(
@@ -250,7 +255,6 @@ def sharpen(
     problem,
     variant: tl.constexpr,
     MASKED: tl.constexpr,
-    SAFE: tl.constexpr,
     start,
     stop,
     rows,
@@ -260,9 +264,14 @@ def sharpen(
     sums,
 ):
     """Second sweep of re-weighting: w = (r / m)^p, its sum and product with V; the responses likewise where saved."""
-    weight_sum, weight_sum_lost, rounded = sums.weight_sum, sums.weight_sum_lost, sums.rounded
-    response_sum, response_lost = sums.response, sums.response_lost
-    values, values_lost, response_values = sums.values, sums.values_lost, sums.response_values
+    weight_sum = sums.weight_sum
+    weight_sum_lost = sums.weight_sum_lost
+    rounded = sums.rounded
+    response_sum = sums.response
+    response_lost = sums.response_lost
+    values = sums.value_sum
+    values_lost = sums.value_sum_lost
+    response_values = sums.response_values
     for first_key in tl.range(start, stop, variant.key_tile):
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_keys(
@@ -284,17 +293,17 @@ def sharpen(
         value_vectors = load_keys(
             problem.value, rows, keys, problem.keys, MASKED, variant.value_width, variant.block_value_width
         )
-        if variant.dtype == "fp32" and not SAFE:
+        if variant.dtype == "fp32" and not variant.safe:
             product = add_product(tl.zeros_like(values), weights, value_vectors, variant.dtype, False)
             values, values_lost = add_compensated(values, values_lost, product)
         else:
-            values = add_product(values, weights, value_vectors, variant.dtype, SAFE)
+            values = add_product(values, weights, value_vectors, variant.dtype, variant.safe)
         if variant.saves:
             response_sum, response_lost = add_compensated(response_sum, response_lost, tl.sum(response, 1))
             response = round_to(response, variant.dtype)
             if variant.dropout:
                 response = tl.where(keep, response, tl.zeros_like(response))
-            response_values = add_product(response_values, response, value_vectors, variant.dtype, SAFE)
+            response_values = add_product(response_values, response, value_vectors, variant.dtype, variant.safe)
     return SharpSums(
         weight_sum, weight_sum_lost, rounded, response_sum, response_lost, values, values_lost, response_values
     )
@@ -304,17 +313,15 @@ def sharpen(
 def sharpen_range(problem, variant: tl.constexpr, keys, rows, factor, queries, peaks, start_sums):
     """The second sweep over a key range."""
     sums = start_sums
-    if variant.masked_everywhere:
-        sums = sharpen(problem, variant, True, False, keys.start, keys.stop, rows, factor, queries, peaks, sums)
+    if variant.masked_everywhere or variant.safe:
+        sums = sharpen(problem, variant, True, keys.start, keys.stop, rows, factor, queries, peaks, sums)
     else:
         if variant.window_left or variant.documents:
-            sums = sharpen(
-                problem, variant, True, False, keys.start, keys.full_start, rows, factor, queries, peaks, sums
+            sums = sharpen(problem, variant, True, keys.start, keys.full_start, rows, factor, queries, peaks, sums
             )
-        sums = sharpen(
-            problem, variant, False, False, keys.full_start, keys.full_stop, rows, factor, queries, peaks, sums
+        sums = sharpen(problem, variant, False, keys.full_start, keys.full_stop, rows, factor, queries, peaks, sums
         )
-        sums = sharpen(problem, variant, True, False, keys.full_stop, keys.stop, rows, factor, queries, peaks, sums)
+        sums = sharpen(problem, variant, True, keys.full_stop, keys.stop, rows, factor, queries, peaks, sums)
     return sums
 
 
@@ -322,7 +329,7 @@ def sharpen_range(problem, variant: tl.constexpr, keys, rows, factor, queries, p
 def start_sums(problem, variant: tl.constexpr, rows, WITH_SINK: tl.constexpr):
     """Nothing gathered yet but, where asked, the sink."""
     zeros = tl.zeros(rows.query.shape, tl.float32)
-    values = tl.zeros((variant.row_tile, variant.block_value_width), tl.float32)
+    values = tl.full((variant.row_tile, variant.block_value_width), 0.0, tl.float32)
     values_lost = values if variant.dtype == "fp32" else zeros
     normalizer = zeros
     if variant.softplus:
@@ -347,6 +354,6 @@ def start_spread(variant: tl.constexpr, rows):
 def start_sharp_sums(variant: tl.constexpr, rows):
     """Nothing sharpened yet."""
     zeros = tl.zeros(rows.query.shape, tl.float32)
-    values = tl.zeros((variant.row_tile, variant.block_value_width), tl.float32)
+    values = tl.full((variant.row_tile, variant.block_value_width), 0.0, tl.float32)
     values_lost = values if variant.dtype == "fp32" else zeros
     return SharpSums(zeros, zeros, zeros, zeros, zeros, values, values_lost, values if variant.saves else zeros)
