@@ -104,7 +104,7 @@ def _check_sizes(query: Tensor, key: Tensor, value: Tensor, options: Options) ->
         expectations.append((vector is None or vector.shape == (heads,), f"{name}: expected shape (H,)"))
     for tensor in (key, value, *vars(options).values()):
         if isinstance(tensor, Tensor):
-            expectations.append((tensor.device == query.device, f"query: expected device {tensor.device} as the others"))
+            expectations.append((tensor.device == query.device, f"query: expected device {tensor.device}"))
     for holds, message in expectations:
         if not holds:
             raise RuntimeError(message)

@@ -1,9 +1,9 @@
 """Weighted attention, backward (MATH.md sections 1 and 2): gradients of query, and of key and value.
 
-Work: `query_gradients` has one program per tile of query rows of one head and walks the key tiles that these rows see;
-`key_gradients` has one per tile of keys of one key head and walks the query tiles that see these keys, over all query heads
-of the group. So every number is summed by one program in a fixed order: no atomics, and the same bits from run to run. The
-price is two products computed twice (seven instead of five).
+Work: `query_gradients` has one program per tile of query rows of one head and walks the key tiles that these rows
+see; `key_gradients` has one per tile of keys of one key head and walks the query tiles that see these keys, over all
+query heads of the group. So every number is summed by one program in a fixed order: no atomics, and the same bits
+from run to run. The price is two products computed twice (seven instead of five).
 
 Programs whose result is not finite run again in a second launch, as in forward. The score gradient meets Q with the row's factor c_i / |q_i| and K with 1 / |k_j|, both in fp32 before rounding.
 """
@@ -140,8 +140,8 @@ def query_range(problem, variant: tl.constexpr, batch, first_key):
             start = tl.maximum(start, first_key - right - offset) // tile * tile
             full_start = tl.cdiv(tl.maximum(full_start, last_key - right - offset), tile) * tile
         if variant.window_left:
-            stop = tl.minimum(stop, last_key + problem.window_left - offset + 1)
-            full_stop = tl.minimum(full_stop, (tl.maximum(first_key + problem.window_left - offset + 1, 0)) // tile * tile)
+            stop = tl.minimum(stop, last_key + problem.window_left - offset + 1) full_stop = tl.minimum(full_stop,
+            (tl.maximum(first_key + problem.window_left - offset + 1, 0)) // tile * tile)
         stop = tl.where(first_key < length, stop, 0)
         full_start = tl.where(last_key < length, full_start, end)
         full_start = tl.minimum(tl.maximum(full_start, start), tl.maximum(end, start))

@@ -1,7 +1,8 @@
 """Differences between Triton versions, and between Triton's compiler and its interpreter. Nothing else looks at them.
 
-The interpreter stores bfloat16 as integers: it cannot add or multiply them, and it cuts off where hardware rounds. So the
-launcher hands it float32 copies of bfloat16 tensors (exact), and what hardware rounds to bfloat16 is rounded here.
+The interpreter stores bfloat16 as integers: it cannot add or multiply them, and it cuts off where hardware rounds. So
+the launcher hands it float32 copies of bfloat16 tensors (exact), and what hardware rounds to bfloat16 is rounded
+here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """n_i where attn_mask decides it: how many keys each row sees, counted tile by tile of the mask.
 
-Work: one program per tile of query rows of one head, as in forward. A key_mask alone needs no kernel: a prefix sum does.
+Work: one program per tile of query rows of one head, as in forward. A key_mask alone needs a prefix sum only.
 """
 
 from __future__ import annotations

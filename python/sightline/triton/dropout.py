@@ -1,7 +1,7 @@
 """Counter-based dropout: the hash of csrc/core/dropout.h, the same bits on every backend, forward and backward.
 
-A weight (i, j) of head b H + h is kept when a hash of (seed, b, h, i, j) is at least p * 2^32. Three quarters of the work
-depend on the row alone and are done once per row.
+A weight (i, j) of head b H + h is kept when a hash of (seed, b, h, i, j) is at least p * 2^32. Three quarters of the
+work depend on the row alone and are done once per row.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Weighted attention, forward (MATH.md sections 1 and 2).
 
-Work: one program per tile of query rows of one head. Tiles are handed out from the last one backwards, all heads of a tile
-before the next: under causality the last rows see most keys, so the longest programs start first and the short ones fill
-the gaps. A program walks the key tiles that any of its rows sees (sweeps.py), those that all rows see without masks.
+Work: one program per tile of query rows of one head. Tiles are handed out from the last one backwards, all heads of a
+tile before the next: under causality the last rows see most keys, so the longest programs start first and the short
+ones fill the gaps. A program walks the key tiles that any of its rows sees (sweeps.py), those that all rows see
+without masks.
 
 In registers: the queries, the weighted sum of values and row quantities; keys and values stream through shared memory.
 Softplus needs no running maximum. Re-weighting sweeps twice and keeps U beside the values when backward will need it.
 
-A program whose result is not finite says so in `repairs`. A second launch, of the variant whose products skip zero weights
-(products.py), runs those programs again and all others return at once: in the first kernel such products would cost
-registers, and finite data must pay nothing.
+A program whose result is not finite says so in `repairs`. A second launch, of the variant whose products skip zero
+weights (products.py), runs those programs again and all others return at once: in the first kernel such products
+would cost registers, and finite data must pay nothing.
 """
 
 from __future__ import annotations
@@ -56,9 +57,7 @@ def attention_forward(problem, output, log_normalizer, saved, units, tiles, repa
         sums = start_sums(problem, variant, rows, True)
         sums = attend_range(problem, variant, keys, rows, factors.factor, queries, sums)
         finite = is_finite(sums.value_sum)
-        store_plain_rows(
-            problem, variant, output, log_normalizer, saved, rows, sums.shift, sums.normalizer, sums.rounded, sums.value_sum
-        )
+        store_plain_rows(problem, variant, output, log_normalizer, saved, rows, sums)
     if not variant.safe:
         tl.store(repairs + program, (finite == 0).to(tl.int32))
 
@@ -74,28 +73,25 @@ def store_log_normalizer(variant: tl.constexpr, log_normalizer, rows, shift, nor
 
 
 @triton.jit
-def store_plain_rows(
-    problem, variant: tl.constexpr, output, log_normalizer, saved, rows, shift, normalizer, rounded, values
-):
+def store_plain_rows(problem, variant: tl.constexpr, output, log_normalizer, saved, rows, sums):
     """Divide, round and store what plain attention gathered."""
-    divisor = normalizer if variant.dtype == "fp32" else rounded
+    shift = sums.shift
+    divisor = sums.normalizer if variant.dtype == "fp32" else sums.rounded
     inverse = tl.where(divisor == 0.0, 0.0, 1.0 / tl.where(divisor == 0.0, 1.0, divisor))
     if variant.dropout:
         inverse = inverse * problem.dropout_scale
-    store_rows(output, rows, values * inverse[:, None], variant.value_width, variant.block_value_width)
-    store_log_normalizer(variant, log_normalizer, rows, shift, normalizer)
+    store_rows(output, rows, sums.value_sum * inverse[:, None], variant.value_width, variant.block_value_width)
+    store_log_normalizer(variant, log_normalizer, rows, shift, sums.normalizer)
     if variant.saves:
         kept_shift = tl.zeros_like(shift)
         if not variant.softplus:
             kept_shift = tl.where(shift == float("-inf"), 0.0, shift)
         tl.store(saved.rows + rows.index * 2, kept_shift, mask=rows.live)
-        tl.store(saved.rows + rows.index * 2 + 1, normalizer, mask=rows.live)
+        tl.store(saved.rows + rows.index * 2 + 1, sums.normalizer, mask=rows.live)
 
 
 @triton.jit
-def store_sharp_rows(
-    problem, variant: tl.constexpr, output, log_normalizer, saved, rows, normalizer, peaks, sums
-):
+def store_sharp_rows(problem, variant: tl.constexpr, output, log_normalizer, saved, rows, normalizer, peaks, sums):
     """Divide, round and store what re-weighted attention gathered."""
     divisor = sums.weight_sum if variant.dtype == "fp32" else sums.rounded
     inverse = tl.where(divisor == 0.0, 0.0, 1.0 / tl.where(divisor == 0.0, 1.0, divisor))

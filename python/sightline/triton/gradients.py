@@ -1,7 +1,7 @@
-"""From scores to their gradients on a tile (the backward formulas of MATH.md sections 1 and 2), for all backward kernels.
+"""From scores to their gradients on a tile (backward formulas of MATH.md sections 1 and 2), for all backward kernels.
 
-`prepare_rows` runs once per row and leaves in memory what the kernels over key tiles and query tiles then load: one column
-per quantity, so that a tile of rows reads each of them from consecutive addresses.
+`prepare_rows` runs once per row and leaves in memory what the kernels over key tiles and query tiles then load: one
+column per quantity, so that a tile of rows reads each of them from consecutive addresses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sightline.triton.dropout import kept
-from sightline.triton.rows import count_visible, load_rows, row_factors, set_up_rows
+from sightline.triton.rows import NORM_FLOOR, count_visible, load_rows, row_factors, set_up_rows
 from sightline.triton.weights import LOG2_E, positive_part, reweigh, weigh_with_derivative
 
 # Columns of the table of rows: four, and six more under re-weighting.
@@ -152,8 +152,8 @@ def differentiate(problem, variant: tl.constexpr, MASKED: tl.constexpr, rows, st
 
 @triton.jit
 def times_factor(tile, factor, SAFE: tl.constexpr):
-    """A tile times a broadcast factor, which may be NaN or 0 * inf for rows or keys that an entry of 0 has no part in."""
-    if SAFE:
+    """A tile times a broadcast factor, which may be NaN or 0 * inf for rows or keys that an entry of 0 has no part
+    in.""" if SAFE:
         return tl.where(tile == 0.0, 0.0, tile * factor)
     else:
         return tile * factor
@@ -163,7 +163,6 @@ def times_factor(tile, factor, SAFE: tl.constexpr):
 def project_out(gradient, vectors, inverse_norm):
     """Through the normalisation x / |x|: takes off the part along x. Nothing flows where the norm is at its floor."""
     wide = vectors.to(tl.float32)
-    norm_squared = tl.sum(wide * wide, 1)
+    floored = tl.sqrt(tl.sum(wide * wide, 1)) < NORM_FLOOR
     along = tl.sum(gradient * wide, 1) * inverse_norm * inverse_norm
-    along = tl.where(norm_squared < 1e-12, 0.0, along)
-    return gradient - wide * along[:, None]
+    return tl.where(floored[:, None], 0.0, gradient - wide * along[:, None])

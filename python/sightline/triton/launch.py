@@ -79,7 +79,7 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
         with launching_on(query.device):
             problem = with_visible_counts(problem, variant, query, variant.needs_count)
             written = interpretable(output)
-            tile = choose_tile("forward", variant)
+            tile = choose_tile("reweight" if reweights else "forward", variant)
             tiles = _tiles_of(queries, tile.rows)
             _launch(
                 attention_forward,

@@ -1,8 +1,9 @@
 """The gradient of a float attn_mask: the score gradients, summed over the axes along which the mask was broadcast.
 
-Work: one program per tile of the mask. It walks every batch entry, head, query tile and key tile that shares the tile's
-entries, recomputes the score gradients and stores their sum once, so that the order of the sum is fixed and the memory is
-that of the mask alone. A mask of full shape costs one more pass of three products; a mask of one entry one program.
+Work: one program per tile of the mask. It walks every batch entry, head, query tile and key tile that shares the
+tile's entries, recomputes the score gradients and stores their sum once, so that the order of the sum is fixed and
+the memory is that of the mask alone. A mask of full shape costs one more pass of three products; a mask of one entry
+one program.
 """
 
 from __future__ import annotations
@@ -35,14 +36,11 @@ def mask_gradient(
     KEYS_SHARED: tl.constexpr,
     variant: tl.constexpr,
 ):
-    """target: a Mask of the gradient in fp32; `mask_*` count its tiles per axis, `shared_*` what each of them sums over."""
-    program = tl.program_id(0)
-    mask_key_tile = program % mask_key_tiles
-    mask_row_tile = program // mask_key_tiles % mask_row_tiles
-    mask_head = program // mask_key_tiles // mask_row_tiles % mask_heads
-    mask_batch = program // mask_key_tiles // mask_row_tiles // mask_heads
-    total = tl.full((variant.row_tile, variant.key_tile), 0.0, tl.float32)
-    for batch in tl.range(mask_batch, mask_batch + shared_batches):
+    """target: a Mask of the gradient in fp32; `mask_*` count its tiles per axis, `shared_*` what each of them sums
+    over.""" program = tl.program_id(0) mask_key_tile = program % mask_key_tiles mask_row_tile = program //
+    mask_key_tiles % mask_row_tiles mask_head = program // mask_key_tiles // mask_row_tiles % mask_heads mask_batch =
+    program // mask_key_tiles // mask_row_tiles // mask_heads total = tl.full((variant.row_tile, variant.key_tile),
+    0.0, tl.float32) for batch in tl.range(mask_batch, mask_batch + shared_batches):
         for head in tl.range(mask_head, mask_head + shared_heads):
             for row_tile in tl.range(mask_row_tile, mask_row_tile + shared_row_tiles):
                 rows = set_up_rows(problem, variant, batch * problem.heads + head, row_tile)

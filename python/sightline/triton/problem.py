@@ -1,7 +1,8 @@
-"""What one launch is given: sizes and pointers that vary from call to call, and the variant that a kernel is compiled for.
+"""What one launch is given: sizes and pointers that vary from call to call, and the variant a kernel is compiled for.
 
-Tuples are kernel arguments; their fields keep the names of csrc/core/problem.h. A tensor that was not given is None, which
-Triton treats as a compile-time constant. `Variant` is one constexpr: every distinct value is a kernel of its own.
+Tuples are kernel arguments; their fields keep the names of csrc/core/problem.h. A tensor that was not given is None,
+which Triton treats as a compile-time constant. `Variant` is one constexpr: every distinct value is a kernel of its
+own.
 """
 
 from __future__ import annotations

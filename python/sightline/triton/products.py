@@ -3,8 +3,8 @@
 fp32 operands are multiplied in true fp32. Weights are rounded to the dtype of the operand they meet. In fp16 a tile of
 gradients is first scaled by a power of two, so that small ones do not vanish below the smallest fp16 number.
 
-0 * NaN must not reach a row that gives the key no weight. The products run at full speed and let it through; programs whose
-result is not finite run again with SAFE = True, where non-finite operands meet the signs of the weights alone.
+0 * NaN must not reach a row that gives the key no weight. The products run at full speed and let it through; programs
+whose result is not finite run again with SAFE = True, where non-finite operands meet the signs of the weights alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def add_product(total, weights, operand, dtype: tl.constexpr, SAFE: tl.constexpr
 def non_finite_part(weights, operand):
     """What infinities and NaNs of `operand` contribute where they meet a weight that is not 0: 0, inf, -inf or NaN.
 
-    The products of signs with the codes 1 (to +inf), 2^8 (to -inf) and 2^16 (NaN) count up to 128 meetings of each kind.
+    The products of signs with the codes 1 (to +inf), 2^8 (to -inf) and 2^16 (NaN) count up to 128 of each kind.
     """
     wide = operand.to(tl.float32)
     infinity = float("inf")

@@ -1,8 +1,8 @@
 """A tile of query rows: who they are, what they see, and the factors of their scores.
 
 A unit of work owns the rows of one query head; with `packed_heads` (decoding) those of all query heads of one key head,
-numbered rho = g * M + i, so that a tile of one-row decoding holds the whole group and keys are read once for it. Rows past
-the end repeat the last one and are never stored, so that the bounds of a tile need no exception for them.
+numbered rho = g * M + i, so that a tile of one-row decoding holds the whole group and keys are read once for it. Rows
+past the end repeat the last one and are never stored, so that the bounds of a tile need no exception for them.
 """
 
 from __future__ import annotations

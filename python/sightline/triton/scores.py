@@ -1,8 +1,8 @@
 """From products to scores: factors, bias, ALiBi, softcap and visibility, on a tile of rows by keys.
 
-An invisible entry becomes -inf, for which every weight function gives exactly 0, so that the mask acts after phi (MATH.md
-section 1) and a NaN of an invisible key is selected away. A tile that all its rows see as a whole takes the path with
-MASKED = False, which compares nothing.
+An invisible entry becomes -inf, for which every weight function gives exactly 0, so that the mask acts after phi
+(MATH.md section 1) and a NaN of an invisible key is selected away. A tile that all its rows see as a whole takes the
+path with MASKED = False, which compares nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The loops over key tiles that forward and decoding share (MATH.md sections 1 and 2).
 
-`attend` is plain attention in one sweep; re-weighting takes two, `measure` and `sharpen`. Each runs over the tiles between
-two keys, so that a caller can give the tiles that all rows see as a whole to a copy of the loop that masks nothing.
-Normalisers are compensated sums; in fp32 so are the weighted values. Between the weights and their product is the place
-where a tile's scores and weights are at hand, and statistics belong.
+`attend` is plain attention in one sweep; re-weighting takes two, `measure` and `sharpen`. Each runs over the tiles
+between two keys, so that a caller can give the tiles that all rows see as a whole to a copy of the loop that masks
+nothing. Normalisers are compensated sums; in fp32 so are the weighted values. Between the weights and their product
+is the place where a tile's scores and weights are at hand, and statistics belong.
 """
 
 from __future__ import annotations
@@ -125,9 +125,7 @@ def attend(
     values_lost = sums.value_sum_lost
     for first_key in tl.range(start, stop, variant.key_tile):
         keys = first_key + tl.arange(0, variant.key_tile)
-        key_vectors = load_keys(
-            problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width
-        )
+        key_vectors = load_keys(problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width)
         key_factor = key_factors(variant, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         if variant.softplus:
@@ -192,9 +190,7 @@ def attend_range(problem, variant: tl.constexpr, keys, rows, factor, queries, st
 
 
 @triton.jit
-def measure(
-    problem, variant: tl.constexpr, MASKED: tl.constexpr, start, stop, rows, factor, queries, spread
-):
+def measure(problem, variant: tl.constexpr, MASKED: tl.constexpr, start, stop, rows, factor, queries, spread):
     """First sweep of re-weighting: the normaliser and the largest score."""
     shift = spread.shift
     largest = spread.largest
@@ -202,9 +198,7 @@ def measure(
     normalizer_lost = spread.normalizer_lost
     for first_key in tl.range(start, stop, variant.key_tile):
         keys = first_key + tl.arange(0, variant.key_tile)
-        key_vectors = load_keys(
-            problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width
-        )
+        key_vectors = load_keys(problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width)
         key_factor = key_factors(variant, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         largest = tl.maximum(largest, tl.max(scores, 1))
@@ -274,9 +268,7 @@ def sharpen(
     response_values = sums.response_values
     for first_key in tl.range(start, stop, variant.key_tile):
         keys = first_key + tl.arange(0, variant.key_tile)
-        key_vectors = load_keys(
-            problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width
-        )
+        key_vectors = load_keys(problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width)
         key_factor = key_factors(variant, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         plain = weigh(scores, peaks.shift[:, None], variant.softplus)
@@ -317,10 +309,8 @@ def sharpen_range(problem, variant: tl.constexpr, keys, rows, factor, queries, p
         sums = sharpen(problem, variant, True, keys.start, keys.stop, rows, factor, queries, peaks, sums)
     else:
         if variant.window_left or variant.documents:
-            sums = sharpen(problem, variant, True, keys.start, keys.full_start, rows, factor, queries, peaks, sums
-            )
-        sums = sharpen(problem, variant, False, keys.full_start, keys.full_stop, rows, factor, queries, peaks, sums
-        )
+            sums = sharpen(problem, variant, True, keys.start, keys.full_start, rows, factor, queries, peaks, sums)
+        sums = sharpen(problem, variant, False, keys.full_start, keys.full_stop, rows, factor, queries, peaks, sums)
         sums = sharpen(problem, variant, True, keys.full_stop, keys.stop, rows, factor, queries, peaks, sums)
     return sums
 

@@ -1,8 +1,8 @@
 """The weight functions phi of MATH.md section 1, and the power of section 2, on tiles of scores in natural units.
 
-Softplus is one exp2 and a polynomial on the FMA units: max(s, 0) + ln(1 + y) with y = exp(-|s|), and ln(1 + y) = y P(y).
-The special-function unit is the limit on Hopper, so a second operation on it would cost as much as the matrix work.
-A masked score is -inf and both functions give exactly 0 for it.
+Softplus is one exp2 and a polynomial on the FMA units: max(s, 0) + ln(1 + y) with y = exp(-|s|), and ln(1 + y) = y
+P(y). The special-function unit is the limit on Hopper, so a second operation on it would cost as much as the matrix
+work. A masked score is -inf and both functions give exactly 0 for it.
 """
 
 from __future__ import annotations
