@@ -5,7 +5,8 @@ see; `key_gradients` has one per tile of keys of one key head and walks the quer
 query heads of the group. So every number is summed by one program in a fixed order: no atomics, and the same bits
 from run to run. The price is two products computed twice (seven instead of five).
 
-Programs whose result is not finite run again in a second launch, as in forward. The score gradient meets Q with the row's factor c_i / |q_i| and K with 1 / |k_j|, both in fp32 before rounding.
+Programs whose result is not finite run again in a second launch, as in forward. The score gradient meets Q with the
+row's factor c_i / |q_i| and K with 1 / |k_j|, both in fp32 before rounding.
 """
 
 from __future__ import annotations
@@ -45,9 +46,7 @@ def gather_query_gradient(
     """total + dS K / |k| over the key tiles from `start` to `stop`."""
     for first_key in tl.range(start, stop, variant.key_tile):
         keys = first_key + tl.arange(0, variant.key_tile)
-        key_vectors = load_keys(
-            problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width
-        )
+        key_vectors = load_keys(problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width)
         value_vectors = load_keys(
             problem.value, rows, keys, problem.keys, MASKED, variant.value_width, variant.block_value_width
         )
@@ -140,8 +139,9 @@ def query_range(problem, variant: tl.constexpr, batch, first_key):
             start = tl.maximum(start, first_key - right - offset) // tile * tile
             full_start = tl.cdiv(tl.maximum(full_start, last_key - right - offset), tile) * tile
         if variant.window_left:
-            stop = tl.minimum(stop, last_key + problem.window_left - offset + 1) full_stop = tl.minimum(full_stop,
-            (tl.maximum(first_key + problem.window_left - offset + 1, 0)) // tile * tile)
+            stop = tl.minimum(stop, last_key + problem.window_left - offset + 1)
+            furthest = tl.maximum(first_key + problem.window_left - offset + 1, 0)
+            full_stop = tl.minimum(full_stop, furthest // tile * tile)
         stop = tl.where(first_key < length, stop, 0)
         full_start = tl.where(last_key < length, full_start, end)
         full_start = tl.minimum(tl.maximum(full_start, start), tl.maximum(end, start))
@@ -208,22 +208,70 @@ def gather_of_group(
         sums = KeyGradients(key_sum, value_sum)
         if variant.safe or variant.masked_everywhere or variant.documents:
             sums = gather_key_gradients(
-                problem, variant, True, seen_by.start, seen_by.stop, unit, keys, key_vectors, value_vectors,
-                key_factor, grad_output, table, table_stride, sums,
+                problem,
+                variant,
+                True,
+                seen_by.start,
+                seen_by.stop,
+                unit,
+                keys,
+                key_vectors,
+                value_vectors,
+                key_factor,
+                grad_output,
+                table,
+                table_stride,
+                sums,
             )
         else:
             sums = gather_key_gradients(
-                problem, variant, True, seen_by.start, tl.minimum(seen_by.full_start, seen_by.stop), unit, keys,
-                key_vectors, value_vectors, key_factor, grad_output, table, table_stride, sums,
+                problem,
+                variant,
+                True,
+                seen_by.start,
+                tl.minimum(seen_by.full_start, seen_by.stop),
+                unit,
+                keys,
+                key_vectors,
+                value_vectors,
+                key_factor,
+                grad_output,
+                table,
+                table_stride,
+                sums,
             )
             sums = gather_key_gradients(
-                problem, variant, False, seen_by.full_start, seen_by.full_stop, unit, keys, key_vectors,
-                value_vectors, key_factor, grad_output, table, table_stride, sums,
+                problem,
+                variant,
+                False,
+                seen_by.full_start,
+                seen_by.full_stop,
+                unit,
+                keys,
+                key_vectors,
+                value_vectors,
+                key_factor,
+                grad_output,
+                table,
+                table_stride,
+                sums,
             )
             if variant.window_left:
                 sums = gather_key_gradients(
-                    problem, variant, True, seen_by.full_stop, seen_by.stop, unit, keys, key_vectors,
-                    value_vectors, key_factor, grad_output, table, table_stride, sums,
+                    problem,
+                    variant,
+                    True,
+                    seen_by.full_stop,
+                    seen_by.stop,
+                    unit,
+                    keys,
+                    key_vectors,
+                    value_vectors,
+                    key_factor,
+                    grad_output,
+                    table,
+                    table_stride,
+                    sums,
                 )
         key_sum = sums.key_sum
         value_sum = sums.value_sum
@@ -262,8 +310,18 @@ def key_gradients(
     key_factor = key_factors(variant, key_vectors)
     seen_by = query_range(problem, variant, batch, first_key)
     sums = gather_of_group(
-        problem, variant, batch, key_head, seen_by, keys, key_vectors, value_vectors, key_factor, grad_output,
-        table, table_stride,
+        problem,
+        variant,
+        batch,
+        key_head,
+        seen_by,
+        keys,
+        key_vectors,
+        value_vectors,
+        key_factor,
+        grad_output,
+        table,
+        table_stride,
     )
     if not variant.safe:
         finite = is_finite(sums.key_sum) & is_finite(sums.value_sum)
@@ -272,9 +330,7 @@ def key_gradients(
     if variant.normalize_qk:
         gradient = times_factor(gradient, key_factor[:, None], True)
         gradient = project_out(gradient, key_vectors, key_factor)
-    store_keys(
-        grad_key, batch, key_head, keys, problem.keys, gradient, variant.head_width, variant.block_width
-    )
+    store_keys(grad_key, batch, key_head, keys, problem.keys, gradient, variant.head_width, variant.block_width)
     store_keys(
         grad_value, batch, key_head, keys, problem.keys, sums.value_sum, variant.value_width, variant.block_value_width
     )

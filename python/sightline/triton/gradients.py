@@ -152,8 +152,8 @@ def differentiate(problem, variant: tl.constexpr, MASKED: tl.constexpr, rows, st
 
 @triton.jit
 def times_factor(tile, factor, SAFE: tl.constexpr):
-    """A tile times a broadcast factor, which may be NaN or 0 * inf for rows or keys that an entry of 0 has no part
-    in.""" if SAFE:
+    """A tile times a broadcast factor, which may be NaN for rows or keys that an entry of 0 has no part in."""
+    if SAFE:
         return tl.where(tile == 0.0, 0.0, tile * factor)
     else:
         return tile * factor

@@ -36,11 +36,14 @@ def mask_gradient(
     KEYS_SHARED: tl.constexpr,
     variant: tl.constexpr,
 ):
-    """target: a Mask of the gradient in fp32; `mask_*` count its tiles per axis, `shared_*` what each of them sums
-    over.""" program = tl.program_id(0) mask_key_tile = program % mask_key_tiles mask_row_tile = program //
-    mask_key_tiles % mask_row_tiles mask_head = program // mask_key_tiles // mask_row_tiles % mask_heads mask_batch =
-    program // mask_key_tiles // mask_row_tiles // mask_heads total = tl.full((variant.row_tile, variant.key_tile),
-    0.0, tl.float32) for batch in tl.range(mask_batch, mask_batch + shared_batches):
+    """target: the gradient, an fp32 Mask; `mask_*` count its tiles per axis, `shared_*` what each of them sums over."""
+    program = tl.program_id(0)
+    mask_key_tile = program % mask_key_tiles
+    mask_row_tile = program // mask_key_tiles % mask_row_tiles
+    mask_head = program // mask_key_tiles // mask_row_tiles % mask_heads
+    mask_batch = program // mask_key_tiles // mask_row_tiles // mask_heads
+    total = tl.full((variant.row_tile, variant.key_tile), 0.0, tl.float32)
+    for batch in tl.range(mask_batch, mask_batch + shared_batches):
         for head in tl.range(mask_head, mask_head + shared_heads):
             for row_tile in tl.range(mask_row_tile, mask_row_tile + shared_row_tiles):
                 rows = set_up_rows(problem, variant, batch * problem.heads + head, row_tile)
