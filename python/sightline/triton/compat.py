@@ -48,3 +48,8 @@ def interpretable(tensor: Tensor) -> Tensor:
 def launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched on the current device, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once on the device, at least; in the interpreter enough to split the keys of a test."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 32

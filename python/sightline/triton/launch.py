@@ -19,13 +19,21 @@ from sightline.triton.arguments import (
     with_contiguous_rows,
 )
 from sightline.triton.backward import key_gradients, query_gradients
-from sightline.triton.compat import interpretable, launching_on
+from sightline.triton.compat import interpretable, launching_on, multiprocessors
 from sightline.triton.counting import count_visible_keys
+from sightline.triton.decode import Parts, attend_split, measure_split, merge_splits
 from sightline.triton.forward import attention_forward
 from sightline.triton.gradients import PLAIN_COLUMNS, REWEIGHT_COLUMNS, prepare_rows
 from sightline.triton.mask_gradient import mask_gradient
-from sightline.triton.problem import Problem, SavedRows, Variant
+from sightline.triton.problem import Heads, Problem, SavedRows, Variant
 from sightline.triton.tiles import Tile, choose_tile
+
+# Decoding: the most rows of a key head that are packed, programs per multiprocessor that keep it busy, key tiles that
+# are worth a program, and parts that are worth a merge.
+_MOST_PACKED_ROWS = 64
+_PROGRAMS_PER_PROCESSOR = 2
+_LEAST_SPLIT_TILES = 4
+_MOST_SPLITS = 128
 
 
 def _tiled(variant: Variant, tile: Tile, **changes: Any) -> Variant:
@@ -57,6 +65,45 @@ def with_visible_counts(problem: Problem, variant: Variant, query: Tensor, wante
     return problem._replace(visible_counts=counts)
 
 
+def _key_splits(query: Tensor, key: Tensor, variant: Variant) -> int:
+    """In how many parts to cut the keys; 1 where the rows alone keep the device busy, or are too many to pack."""
+    batch, heads, queries, _ = query.shape
+    key_heads, keys = key.shape[1:3]
+    rows = heads // key_heads * queries
+    tile = choose_tile("decode", variant)
+    if rows > _MOST_PACKED_ROWS:
+        return 1
+    programs = batch * key_heads * _tiles_of(rows, tile.rows)
+    wanted = _tiles_of(_PROGRAMS_PER_PROCESSOR * multiprocessors(query.device), programs)
+    return max(1, min(wanted, _tiles_of(keys, _LEAST_SPLIT_TILES * tile.keys), _MOST_SPLITS))
+
+
+def _decode(
+    problem: Problem,
+    variant: Variant,
+    splits: int,
+    query: Tensor,
+    key: Tensor,
+    output: Heads,
+    log_normalizer: Tensor,
+    saved: SavedRows,
+) -> None:
+    batch, heads, queries, _ = query.shape
+    units = batch * key.shape[1]
+    tile = choose_tile("decode", variant)
+    split_keys = _tiles_of(_tiles_of(key.shape[2], tile.keys), splits) * tile.keys
+    rows = batch * heads * queries
+    spreads, sums = query.new_empty((2, splits, 3, rows), dtype=torch.float32)
+    values = query.new_empty((splits, rows, variant.value_width), dtype=torch.float32)
+    parts = Parts(spreads, sums, values, rows, splits, split_keys)
+    packed = _tiled(variant, tile, packed_heads=True)
+    tiles = units * _tiles_of(heads // key.shape[1] * queries, tile.rows)
+    if variant.reweight:
+        measure_split[(tiles * splits,)](problem, parts, units, packed, num_warps=tile.warps, num_stages=tile.stages)
+    _launch(attend_split, tiles * splits, packed, tile, query.device, problem, parts, units)
+    merge_splits[(tiles,)](problem, parts, output, log_normalizer, saved, units, packed, num_warps=tile.warps)
+
+
 def attention(*arguments: Any) -> tuple[Tensor, ...]:
     """`sightline::attention_triton`."""
     (query, key, value), options, (saves, row_statistics, *_) = split_arguments(arguments)
@@ -79,21 +126,17 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
         with launching_on(query.device):
             problem = with_visible_counts(problem, variant, query, variant.needs_count)
             written = interpretable(output)
-            tile = choose_tile("reweight" if reweights else "forward", variant)
-            tiles = _tiles_of(queries, tile.rows)
-            _launch(
-                attention_forward,
-                tiles * batch * heads,
-                replace(variant, saves=saves),
-                tile,
-                query.device,
-                problem,
-                heads_view(written),
-                log_normalizer,
-                SavedRows(saved_rows, saved_values),
-                batch * heads,
-                tiles,
-            )
+            results = (heads_view(written), log_normalizer, SavedRows(saved_rows, saved_values))
+            splits = 0 if saves else _key_splits(query, key, variant)
+            if splits > 1:
+                _decode(problem, variant, splits, query, key, *results)
+            else:
+                tile = choose_tile("forward", variant)
+                tiles = _tiles_of(queries, tile.rows)
+                units = batch * heads
+                saving = replace(variant, saves=saves)
+                programs = tiles * units
+                _launch(attention_forward, programs, saving, tile, query.device, problem, *results, units, tiles)
             if written is not output:
                 output.copy_(written)
     return (
@@ -109,7 +152,7 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-class _Backward:
+class Backward:
     """One call of the backward: its tensors as kernels read them."""
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
@@ -223,7 +266,7 @@ def attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     needs_mask, needs_sinks, needs_scale = arguments[-3:]
     batch, heads = query.shape[:2]
     with launching_on(query.device):
-        call = _Backward(arguments)
+        call = Backward(arguments)
         grads = [_empty_heads_like(tensor) for tensor in (query, key, value)]
         grad_mask = query.new_empty(call.options.attn_mask.shape if needs_mask else 0, dtype=torch.float32)
         sink_terms = call.per_row() if needs_sinks else None

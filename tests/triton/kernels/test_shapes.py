@@ -30,21 +30,21 @@ main_weightings = pytest.mark.parametrize("weighting", MAIN_WEIGHTINGS.values(),
 every_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS.values(), ids=WEIGHTINGS.keys())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
-SMALL = [size for size in RAGGED_SIZES if size[0] * size[1] < 10000]
-LARGE = [size for size in RAGGED_SIZES if size[0] * size[1] >= 10000]
+SMALL = [size for size in RAGGED_SIZES if max(size) < 100]
+LARGE = [size for size in RAGGED_SIZES if max(size) >= 100]
 
 
 @pytest.mark.parametrize(
     ("size", "weighting", "dtype"),
     [
-        (size, weighting, dtype)
-        for (size, weighting), dtype in zip(itertools.product(SMALL, WEIGHTINGS), itertools.cycle(DTYPES), strict=False)
+        (size, weighting, list(DTYPES)[(place + turn) % 3])
+        for (place, size), (turn, weighting) in itertools.product(enumerate(SMALL), enumerate(WEIGHTINGS))
     ],
 )
 def test_every_weighting_at_small_ragged_sizes(size: tuple[int, int], weighting: str, dtype: str) -> None:
     queries, keys = size
     # Enough rows for the largest error not to be a matter of luck.
-    sizes = Sizes(max(1, 8 // queries), 2, 1, queries, keys, 24, 20)
+    sizes = Sizes(max(1, 4 // queries), 2, 1, queries, keys, 24, 20)
     causal = bool(torch.rand(()) < 0.5)
     assert_triton_is_close(random_problem(sizes, DTYPES[dtype], causal=causal), WEIGHTINGS[weighting])
 
