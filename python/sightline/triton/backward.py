@@ -52,12 +52,12 @@ def gather_query_gradient(
         )
         key_factor = key_factors(variant, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, state.factor, queries, keys, key_vectors, key_factor)
-        products = dot(upstream, tl.trans(value_vectors), variant.dtype)
+        products = dot(upstream, tl.trans(value_vectors))
         _, gradient = differentiate(problem, variant, MASKED, rows, state, keys, scores, products)
         if variant.normalize_qk:
             gradient = times_factor(gradient, key_factor[None, :], variant.safe)
-        gradient, undo = scaled_to_fit(gradient, variant.dtype)
-        total = add_scaled_product(total, gradient, key_vectors, undo, variant.dtype, variant.safe)
+        gradient, undo = scaled_to_fit(gradient, variant)
+        total = add_scaled_product(total, gradient, key_vectors, undo, variant)
     return total
 
 
@@ -174,13 +174,13 @@ def gather_key_gradients(
         upstream = load_rows(grad_output, rows, variant.value_width, variant.block_value_width)
         state = load_row_gradients(table, table_stride, variant, rows)
         scores = score_tile(problem, variant, MASKED, rows, state.factor, queries, keys, key_vectors, key_factor)
-        products = dot(upstream, tl.trans(value_vectors), variant.dtype)
+        products = dot(upstream, tl.trans(value_vectors))
         weights, gradient = differentiate(problem, variant, MASKED, rows, state, keys, scores, products)
-        weights, undo = scaled_to_fit(weights, variant.dtype)
-        value_sum = add_scaled_product(value_sum, tl.trans(weights), upstream, undo, variant.dtype, variant.safe)
+        weights, undo = scaled_to_fit(weights, variant)
+        value_sum = add_scaled_product(value_sum, tl.trans(weights), upstream, undo, variant)
         gradient = times_factor(gradient, state.factor[:, None], variant.safe)
-        gradient, undo = scaled_to_fit(gradient, variant.dtype)
-        key_sum = add_scaled_product(key_sum, tl.trans(gradient), queries, undo, variant.dtype, variant.safe)
+        gradient, undo = scaled_to_fit(gradient, variant)
+        key_sum = add_scaled_product(key_sum, tl.trans(gradient), queries, undo, variant)
     return KeyGradients(key_sum, value_sum)
 
 

@@ -33,4 +33,4 @@ def dropout_row_keys(seed, head, query):
 def kept(row_keys, keys, threshold):
     """Which entries of a (rows, keys) tile survive; `threshold` is p * 2^32 as int64."""
     key_keys = mix_bits(keys.to(tl.uint32) + tl.full((), 0x9E3779B9, tl.uint32))
-    return mix_bits(row_keys[:, None] ^ key_keys[None, :]) >= tl.to_tensor(threshold).to(tl.uint32)
+    return mix_bits(row_keys[:, None] ^ key_keys[None, :]) >= tl.cast(threshold, tl.uint32)

@@ -19,7 +19,7 @@ from sightline.triton.arguments import (
     with_contiguous_rows,
 )
 from sightline.triton.backward import key_gradients, query_gradients
-from sightline.triton.compat import interpretable, launching_on, multiprocessors
+from sightline.triton.compat import interpretable, launch_options, launching_on, multiprocessors
 from sightline.triton.counting import count_visible_keys
 from sightline.triton.decode import Parts, attend_split, measure_split, merge_splits
 from sightline.triton.forward import attention_forward
@@ -49,7 +49,7 @@ def _launch(kernel: Any, programs: int, variant: Variant, tile: Tile, device: to
     repairs = torch.empty(programs, dtype=torch.int32, device=device)
     for safe in (False, True):
         launched = _tiled(variant, tile, safe=safe)
-        kernel[(programs,)](*arguments, repairs, launched, num_warps=tile.warps, num_stages=1 if safe else tile.stages)
+        kernel[(programs,)](*arguments, repairs, launched, **launch_options(tile.warps, 1 if safe else tile.stages))
 
 
 def with_visible_counts(problem: Problem, variant: Variant, query: Tensor, wanted: bool) -> Problem:
@@ -61,7 +61,7 @@ def with_visible_counts(problem: Problem, variant: Variant, query: Tensor, wante
     tile = choose_tile("forward", variant)
     launched = _tiled(variant, tile)
     grid = (batch * heads * _tiles_of(queries, tile.rows),)
-    count_visible_keys[grid](problem, counts, batch * heads, launched, num_warps=tile.warps)
+    count_visible_keys[grid](problem, counts, batch * heads, launched, **launch_options(tile.warps))
     return problem._replace(visible_counts=counts)
 
 
@@ -99,9 +99,9 @@ def _decode(
     packed = _tiled(variant, tile, packed_heads=True)
     tiles = units * _tiles_of(heads // key.shape[1] * queries, tile.rows)
     if variant.reweight:
-        measure_split[(tiles * splits,)](problem, parts, units, packed, num_warps=tile.warps, num_stages=tile.stages)
+        measure_split[(tiles * splits,)](problem, parts, units, packed, **launch_options(tile.warps, tile.stages))
     _launch(attend_split, tiles * splits, packed, tile, query.device, problem, parts, units)
-    merge_splits[(tiles,)](problem, parts, output, log_normalizer, saved, units, packed, num_warps=tile.warps)
+    merge_splits[(tiles,)](problem, parts, output, log_normalizer, saved, units, packed, **launch_options(tile.warps))
 
 
 def attention(*arguments: Any) -> tuple[Tensor, ...]:
@@ -188,7 +188,7 @@ class Backward:
             sink_terms,
             self.units,
             _tiled(self.variant, tile),
-            num_warps=tile.warps,
+            **launch_options(tile.warps),
         )
 
     def differentiate_queries(self, target: Tensor, scale_terms: Tensor | None) -> None:
@@ -250,8 +250,7 @@ class Backward:
             shared[2],
             shared[3],
             _tiled(self.variant, tile),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **launch_options(tile.warps, tile.stages),
         )
 
 

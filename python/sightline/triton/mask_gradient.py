@@ -69,7 +69,7 @@ def mask_gradient(
                         key_vectors,
                         key_factors(variant, key_vectors),
                     )
-                    products = dot(upstream, tl.trans(value_vectors), variant.dtype)
+                    products = dot(upstream, tl.trans(value_vectors))
                     _, gradient = differentiate(problem, variant, True, rows, state, keys, scores, products)
                     total += tl.where(rows.live[:, None], gradient, 0.0)
     query = mask_row_tile * variant.row_tile + tl.arange(0, variant.row_tile)

@@ -4,7 +4,7 @@ fp32 operands are multiplied in true fp32. Weights are rounded to the dtype of t
 gradients is first scaled by a power of two, so that small ones do not vanish below the smallest fp16 number.
 
 0 * NaN must not reach a row that gives the key no weight. The products run at full speed and let it through; programs
-whose result is not finite run again with SAFE = True, where non-finite operands meet the signs of the weights alone.
+whose result is not finite run again as the safe variant, where non-finite operands meet the signs of the weights alone.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sightline.triton.compat import round_to
+from sightline.triton.compat import round_to, round_to_bfloat16
 
 
 @triton.jit
-def dot(left, right, dtype: tl.constexpr):
+def dot(left, right):
     """left @ right in fp32."""
     return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit
-def add_product(total, weights, operand, dtype: tl.constexpr, SAFE: tl.constexpr):
-    """total + weights @ operand; the weights are already rounded to `dtype`."""
-    if SAFE:
+def add_product(total, weights, operand, variant: tl.constexpr):
+    """total + weights @ operand; the weights are already rounded."""
+    if variant.safe:
         finite = tl.abs(operand.to(tl.float32)) < float("inf")
-        product = dot(weights, tl.where(finite, operand, tl.zeros_like(operand)), dtype)
+        product = dot(weights, tl.where(finite, operand, tl.zeros_like(operand)))
         return total + product + non_finite_part(weights, operand)
-    elif dtype == "fp32":
+    elif variant.dtype == "fp32":
         # A sum per tile first: one chain of N additions would lose a digit by a hundred thousand keys.
-        return total + dot(weights, operand, dtype)
+        return total + dot(weights, operand)
     else:
         return tl.dot(weights, operand, total, input_precision="ieee")
 
@@ -49,8 +49,8 @@ def non_finite_part(weights, operand):
     signs = weights.to(tl.float32)
     above = tl.where(signs > 0.0, 1.0, 0.0)
     below = tl.where(signs < 0.0, 1.0, 0.0)
-    codes = tl.dot(round_to(above, "bf16"), round_to(upward, "bf16"))
-    codes = tl.dot(round_to(below, "bf16"), round_to(downward, "bf16"), codes).to(tl.int32)
+    codes = tl.dot(round_to_bfloat16(above), round_to_bfloat16(upward))
+    codes = tl.dot(round_to_bfloat16(below), round_to_bfloat16(downward), codes).to(tl.int32)
     to_plus = (codes & 255) > 0
     to_minus = ((codes >> 8) & 255) > 0
     to_nan = (codes >= 65536) | (to_plus & to_minus)
@@ -72,21 +72,21 @@ def add_compensated(total, lost, term):
 
 
 @triton.jit
-def scaled_to_fit(tile, dtype: tl.constexpr):
-    """(tile rounded to `dtype`, what undoes its scale): a product operand of gradients of any magnitude."""
-    if dtype == "fp16":
+def scaled_to_fit(tile, variant: tl.constexpr):
+    """(tile rounded, what undoes its scale): a product operand of gradients of any magnitude."""
+    if variant.dtype == "fp16":
         largest = tl.max(tl.where(tl.abs(tile) < float("inf"), tl.abs(tile), 0.0))
         exponent = tl.where(largest > 0.0, tl.floor(tl.log2(tl.where(largest > 0.0, largest, 1.0))), 0.0)
         exponent = tl.minimum(tl.maximum(exponent, -100.0), 100.0)
-        return round_to(tile * tl.exp2(-exponent), dtype), tl.exp2(exponent)
+        return round_to(tile * tl.exp2(-exponent), variant), tl.exp2(exponent)
     else:
-        return round_to(tile, dtype), 1.0
+        return round_to(tile, variant), 1.0
 
 
 @triton.jit
-def add_scaled_product(total, weights, operand, undo, dtype: tl.constexpr, SAFE: tl.constexpr):
+def add_scaled_product(total, weights, operand, undo, variant: tl.constexpr):
     """total + undo * weights @ operand, for a pair from scaled_to_fit."""
-    if dtype == "fp16":
-        return total + add_product(tl.zeros_like(total), weights, operand, dtype, SAFE) * undo
+    if variant.dtype == "fp16":
+        return total + add_product(tl.zeros_like(total), weights, operand, variant) * undo
     else:
-        return add_product(total, weights, operand, dtype, SAFE)
+        return add_product(total, weights, operand, variant)

@@ -77,7 +77,7 @@ def score_tile(
     problem, variant: tl.constexpr, MASKED: tl.constexpr, rows, factor, queries, keys, key_vectors, key_factor
 ):
     """Finished scores of a (rows, keys) tile; `factor` is that of RowFactors."""
-    scores = dot(queries, tl.trans(key_vectors), variant.dtype) * factor[:, None]
+    scores = dot(queries, tl.trans(key_vectors)) * factor[:, None]
     if variant.normalize_qk:
         scores = scores * key_factor[None, :]
     bias = scores

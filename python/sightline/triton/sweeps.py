@@ -15,7 +15,7 @@ import triton.language as tl
 
 from sightline.triton.compat import round_to
 from sightline.triton.dropout import kept
-from sightline.triton.products import add_compensated, add_product
+from sightline.triton.products import add_compensated, add_product, dot
 from sightline.triton.scores import key_factors, load_keys, score_tile
 from sightline.triton.weights import FLAT_ROW, LOG2_E, positive_part, reweigh, weigh
 
@@ -147,7 +147,7 @@ def attend(
             normalizer = normalizer * decay
             normalizer_lost = normalizer_lost * decay
         normalizer, normalizer_lost = add_compensated(normalizer, normalizer_lost, tile_sum)
-        weights = round_to(weights, variant.dtype)
+        weights = round_to(weights, variant)
         if not variant.softplus or variant.dtype == "fp16":
             shift = raised
             if variant.safe:
@@ -168,10 +168,10 @@ def attend(
             problem.value, rows, keys, problem.keys, MASKED, variant.value_width, variant.block_value_width
         )
         if variant.dtype == "fp32" and not variant.safe:
-            product = add_product(tl.zeros_like(values), weights, value_vectors, variant.dtype, False)
+            product = dot(weights, value_vectors)
             values, values_lost = add_compensated(values, values_lost, product)
         else:
-            values = add_product(values, weights, value_vectors, variant.dtype, variant.safe)
+            values = add_product(values, weights, value_vectors, variant)
     return Sums(shift, normalizer, normalizer_lost, rounded, values, values_lost)
 
 
@@ -276,7 +276,7 @@ def sharpen(
         response, weights = reweigh(excess, problem.power, variant.whole_power)
         weights = tl.where(peaks.flat[:, None], plain * peaks.flat_factor[:, None], weights)
         weight_sum, weight_sum_lost = add_compensated(weight_sum, weight_sum_lost, tl.sum(weights, 1))
-        weights = round_to(weights, variant.dtype)
+        weights = round_to(weights, variant)
         if variant.dtype != "fp32":
             rounded += tl.sum(weights.to(tl.float32), 1)
         if variant.dropout:
@@ -286,16 +286,16 @@ def sharpen(
             problem.value, rows, keys, problem.keys, MASKED, variant.value_width, variant.block_value_width
         )
         if variant.dtype == "fp32" and not variant.safe:
-            product = add_product(tl.zeros_like(values), weights, value_vectors, variant.dtype, False)
+            product = dot(weights, value_vectors)
             values, values_lost = add_compensated(values, values_lost, product)
         else:
-            values = add_product(values, weights, value_vectors, variant.dtype, variant.safe)
+            values = add_product(values, weights, value_vectors, variant)
         if variant.saves:
             response_sum, response_lost = add_compensated(response_sum, response_lost, tl.sum(response, 1))
-            response = round_to(response, variant.dtype)
+            response = round_to(response, variant)
             if variant.dropout:
                 response = tl.where(keep, response, tl.zeros_like(response))
-            response_values = add_product(response_values, response, value_vectors, variant.dtype, variant.safe)
+            response_values = add_product(response_values, response, value_vectors, variant)
     return SharpSums(
         weight_sum, weight_sum_lost, rounded, response_sum, response_lost, values, values_lost, response_values
     )

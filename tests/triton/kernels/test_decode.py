@@ -60,7 +60,7 @@ def assert_decoding_is_close(problem: Problem, weighting: Any, splits: list[int]
 
 
 @pytest.mark.parametrize("weighting", ["softmax", "lssa", "lssar"])
-@pytest.mark.parametrize(("turn", "option"), enumerate(CHOSEN))
+@pytest.mark.parametrize(("turn", "option"), list(enumerate(CHOSEN)))
 def test_every_option(turn: int, option: str, weighting: str, splits: list[int]) -> None:
     dtype = list(DTYPES.values())[(turn + len(weighting)) % 3]
     problem = random_problem(SIZES, dtype, **OPTIONS[option](SIZES))
