@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import warnings
 
 import torch
@@ -43,7 +44,7 @@ def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed (at least {oldest} is needed)"
     version = _triton_version()
-    if version is not None and tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+    if version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_TRITON:
         return f"Triton {version} is too old (at least {oldest} is needed)"
     if not _HAS_KERNELS:
         return f"its operators take their schema from the native library: {native_library().reason}"

@@ -73,3 +73,9 @@ def launch_options(warps: int, stages: int = 1) -> dict[str, int]:
     if torch.version.hip is None:
         options["maxnreg"] = min(255, _REGISTERS // (32 * warps))
     return options
+
+
+def is_hopper_or_later() -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU of compute capability 9.0 or more."""
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90

@@ -162,8 +162,8 @@ def merge_splits(problem, parts, output, log_normalizer, saved, units, variant: 
             rounded += tl.load(source + 2 * parts.rows)
             values += load_part_values(variant, parts, rows, split)
         zeros = nothing.response
-        sums = SharpSums(total, zeros, rounded, zeros, zeros, values, zeros, zeros)
-        store_sharp_rows(problem, variant, output, log_normalizer, saved, rows, spread.normalizer, peaks, sums)
+        merged = SharpSums(total, zeros, rounded, zeros, zeros, values, zeros, zeros)
+        store_sharp_rows(problem, variant, output, log_normalizer, saved, rows, spread.normalizer, peaks, merged)
     else:
         start = start_sums(problem, variant, rows, True)
         shift = start.shift

@@ -267,7 +267,8 @@ def attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     with launching_on(query.device):
         call = Backward(arguments)
         grads = [_empty_heads_like(tensor) for tensor in (query, key, value)]
-        grad_mask = query.new_empty(call.options.attn_mask.shape if needs_mask else 0, dtype=torch.float32)
+        mask = call.options.attn_mask if needs_mask else None
+        grad_mask = query.new_empty(0 if mask is None else mask.shape, dtype=torch.float32)
         sink_terms = call.per_row() if needs_sinks else None
         scale_terms = call.per_row() if needs_scale else None
         if call.rows == 0 or key.shape[2] == 0:
@@ -284,12 +285,15 @@ def attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
                     tensor.copy_(source)
             if needs_mask:
                 call.differentiate_mask(grad_mask)
-    nothing = query.new_empty(0, dtype=torch.float32)
+
+    def per_head(terms: Tensor | None) -> Tensor:
+        return query.new_empty(0, dtype=torch.float32) if terms is None else _sum_per_head(terms, batch, heads)
+
     return (
         *grads,
         grad_mask,
-        nothing if sink_terms is None else _sum_per_head(sink_terms, batch, heads),
-        nothing if scale_terms is None else _sum_per_head(scale_terms, batch, heads),
+        per_head(sink_terms),
+        per_head(scale_terms),
     )
 
 
