@@ -1,7 +1,7 @@
 """Random numbers that differ from run to run and can be repeated, and memory that never holds a right answer by chance.
 
-Every test draws from a seed of its own, made from the seed of the run and the test's name: a test that fails is repeated
-alone or among the others with the SIGHTLINE_TEST_SEED that its report names.
+Every test draws from a seed of its own, made from the seed of the run and the test's name: one that fails is repeated,
+alone or among the others, with the SIGHTLINE_TEST_SEED that its report names.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ def assert_close_to_reference(
 
     actual: what a kernel made. reference: the same in float64 from the same rounded inputs. reference_in_dtype: the
     reference run in the inputs' dtype, which says what error that dtype makes unavoidable. dtype: whose bound applies,
-    by default that of `actual`. reweighted: LSSAR and its kin. magnitude: where `reference` is a sum over rows whose terms
-    may cancel, the size that it would have if they did not; the error is then relative to it, and the comparison with
-    torch, which adds in another order, means nothing for the few entries that remain.
+    by default that of `actual`. reweighted: LSSAR and its kin. magnitude: where `reference` is a sum over rows whose
+    terms may cancel, the size that it would have if they did not; the error is then relative to it, and the comparison
+    with torch, which adds in another order, means nothing for the few entries that remain.
 
     NaN never passes; infinities must stand where the reference has them.
     """

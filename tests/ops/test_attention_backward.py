@@ -39,7 +39,7 @@ def random_gradients(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def size_without_cancellation(exact: Problem, weighting: Any, name: str, gradients: Any) -> Tensor | None:
-    """How large the gradient of a broadcast option would be if its sum over rows did not cancel; None where there is none.
+    """How large the gradient of a broadcast option would be if its sum over rows did not cancel; None for no such sum.
 
     A gradient of attn_mask is the sum of that of the mask written out to (B, H, M, N). The terms of `sinks` and `scale`
     are added with random signs instead, and a rounding error of <do, o>, taken from the output as rounded to its dtype,
@@ -67,7 +67,7 @@ def size_without_cancellation(exact: Problem, weighting: Any, name: str, gradien
 
 
 def without_rows_on_the_kink(problem: Problem, weighting: Any, gradients: Any) -> Any:
-    """The gradients with those of rows zeroed in which a key is at the mean: at power 1 there is no derivative there."""
+    """The gradients, zeroed for rows in which a key is at the mean: at power 1 there is no derivative there."""
     options = {name: option for name, option in problem.options.items() if name != "dropout_p"}
     rows = torch.arange(problem.query.shape[2])
     plain = replace(weighting, reweight=None)
@@ -113,7 +113,6 @@ def assert_gradients_are_close(
     return native
 
 
-@pytest.mark.isa
 @every_dtype
 @every_weighting
 @pytest.mark.parametrize(("queries", "keys"), RAGGED_SIZES)
@@ -285,9 +284,12 @@ def test_a_vector_whose_norm_is_at_its_floor_gets_no_gradient(weighting: str, dt
     problem.query[:, :, 6] = 0
     problem.key[:, :, 7] = 0
     problem.key[:, :, 8] *= 1e-12
-    gradients = assert_gradients_are_close(problem, WEIGHTINGS[weighting])
+    gradients = run(problem, WEIGHTINGS[weighting], "native", *random_gradients(problem))
+    assert gradients["query"].isfinite().all()
     assert (gradients["query"][:, :, 5:7] == 0).all()
     assert (gradients["key"][:, :, 7:9] == 0).all()
+    if dtype != torch.float16:  # in which the reference itself overflows at 1 / floor
+        assert_gradients_are_close(problem, WEIGHTINGS[weighting])
 
 
 @every_dtype

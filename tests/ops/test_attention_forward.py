@@ -48,7 +48,6 @@ def test_kernels_are_those_of_the_instruction_set_asked_for() -> None:
     assert ops.isa_name() == os.environ.get("SIGHTLINE_ISA", ops.available_isas()[-1])
 
 
-@pytest.mark.isa
 @every_dtype
 @every_weighting
 @pytest.mark.parametrize(("queries", "keys"), RAGGED_SIZES)
