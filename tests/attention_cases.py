@@ -45,6 +45,22 @@ WEIGHTINGS: dict[str, sl.Softmax | sl.Softplus] = {
     "lssar3": sl.LSSAR(3.0),
 }
 MAIN_WEIGHTINGS = {name: WEIGHTINGS[name] for name in ("softmax", "lssa", "lssar")}
+# The dtypes differ in how numbers are read and rounded, not in what is done with them: float16 meets only the main ones.
+PAIRS = {
+    f"{name}-{dtype}": (weighting, DTYPES[dtype])
+    for name, weighting in WEIGHTINGS.items()
+    for dtype in DTYPES
+    if dtype != "fp16" or name in MAIN_WEIGHTINGS
+}
+OPTION_PAIRS = {
+    f"{name}-{dtype}": (WEIGHTINGS[name], DTYPES[dtype])
+    for dtype, names in {
+        "fp32": ("softmax", "capped", "lssa", "lssar"),
+        "fp16": ("lssa",),
+        "bf16": ("softmax", "lssar"),
+    }.items()
+    for name in names
+}
 
 
 @dataclass(frozen=True)
