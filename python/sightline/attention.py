@@ -17,6 +17,7 @@ from sightline.weighting import Softmax, Softplus
 
 if native_library().loaded:
     from sightline.ops.attention import call_attention
+    from sightline.ops.triton_attention import call_attention_triton
 
 _WEIGHT_FUNCTIONS = {"softmax": 0, "softplus": 1}
 _DEFAULT = Softmax()
@@ -119,8 +120,10 @@ def attention(
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
-    if choose_backend(query, backend) == "native":
-        outputs = call_attention(
+    chosen = choose_backend(query, backend, value.shape[3])
+    if chosen != "reference":
+        call = call_attention if chosen == "native" else call_attention_triton
+        outputs = call(
             query,
             key,
             value,

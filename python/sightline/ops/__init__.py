@@ -1,4 +1,4 @@
-"""The operators of namespace `sightline`: native library, fake kernels, autograd, autocast, vmap, backends."""
+"""The registered operators of namespace `sightline`: native library, fake kernels, autograd, vmap, backend choice."""
 
 from __future__ import annotations
 
@@ -8,4 +8,6 @@ from sightline.ops.library import available_isas, isa_name, native_library
 __all__ = ["available_isas", "backend_status", "choose_backend", "isa_name", "native_library"]
 
 if native_library().loaded:
-    from sightline.ops import attention as attention  # registers the Python half of the operators
+    # Importing them registers the Python half of the operators.
+    from sightline.ops import attention as attention
+    from sightline.ops import triton_attention as triton_attention
