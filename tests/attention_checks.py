@@ -40,7 +40,7 @@ def size_without_cancellation(exact: Problem, weighting: Any, name: str, gradien
         rounded = run(exact, weighting, "reference")["output"] * (0 if grad_output is None else grad_output)
         products = rounded.norm(dim=-1) + (0 if grad_log_normalizer is None else grad_log_normalizer.abs())
         draws = []
-        for _ in range(8):
+        for _ in range(3):
             sign = torch.randint(2, (batch, heads, queries)) * 2 - 1
             signed = None if grad_output is None else grad_output * sign[..., None]
             draws.append(run(exact, weighting, "reference", signed, products * sign)[name])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,32 +20,19 @@ if INTERPRETS_TRITON:
     pytest.skip("this process is the interpreter's own", allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All of them at once: one interpreter uses one core."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # A worker of xdist must not pass its identity on.
-    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton/kernels/{name}"],
-            cwd=Path(__file__).parents[2],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name in MODULES
-    }
-    yield started
-    for process in started.values():
-        process.kill()
-        process.wait()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(TIME_LIMIT)
 @pytest.mark.parametrize("name", MODULES)
-def test_kernels_pass_under_the_interpreter(name: str, processes: dict[str, subprocess.Popen[str]]) -> None:
-    output, _ = processes[name].communicate(timeout=TIME_LIMIT)
-    assert processes[name].returncode == 0, output[-20000:]
+def test_kernels_pass_under_the_interpreter(name: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # A worker of xdist must not pass its identity on.
+    environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_XDIST")}
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton/kernels/{name}"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+    )
+    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]

@@ -7,6 +7,7 @@ only; the positions are named once, below.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from sightline.ops.autocast import autocast_dtype
 # Positions in the schema of `attention`: query, key, value, then these.
 OPTION_TENSORS = slice(3, 12)
 OPTION_SCALARS = slice(14, 26)
+CAUSAL = 14
 ATTN_MASK, SINKS, SCALE, CU_SEQLENS_Q, DROPOUT_SEED = 5, 7, 8, 9, 11
 REWEIGHT_POWER = 23
 SAVE_FOR_BACKWARD = 26
@@ -40,6 +42,10 @@ class Kernels:
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, ...]]
 
+    @functools.cached_property
+    def other_keys(self) -> int:
+        return _other_keys(self.device_types)
+
 
 @dataclass(frozen=True)
 class Operators:
@@ -57,6 +63,9 @@ def _empty_heads(like: Tensor, batch: Any, heads: Any, rows: Any, width: Any) ->
 
 def _attention_fake(*arguments: Any) -> tuple[Tensor, ...]:
     query, _, value = arguments[:3]
+    for tensor in arguments[:CAUSAL]:
+        if isinstance(tensor, Tensor) and tensor.device != query.device:
+            raise RuntimeError(f"options: expected tensors on {query.device}, as query, got one on {tensor.device}")
     batch, heads, rows, _ = query.shape
     width = value.shape[3]
 
@@ -98,17 +107,36 @@ def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def is_plain_call(kernels: Kernels, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether nothing but autograd stands between a call and its kernel: no compiler, transform, mode or subclass."""
-    return (
-        type(query) in _PLAIN_TENSORS
-        and type(key) in _PLAIN_TENSORS
-        and type(value) in _PLAIN_TENSORS
-        and not torch.compiler.is_compiling()
-        and not _C._are_functorch_transforms_active()
-        and _C._len_torch_dispatch_stack() == 0
-        and query.device.type in kernels.device_types
-    )
+def _other_keys(device_types: tuple[str, ...]) -> int:
+    """The bits of all dispatch keys that a plain tensor of these devices does not have."""
+    plain = _C.DispatchKeySet(_C.DispatchKey.ADInplaceOrView)
+    for device in device_types:
+        for prefix in ("", "Autograd", "Autocast"):
+            plain = plain | _C.DispatchKeySet(getattr(_C.DispatchKey, prefix + device.upper()))
+    return ~plain.raw_repr()
+
+
+def is_plain_call(kernels: Kernels, arguments: tuple[Any, ...]) -> bool:
+    """Whether nothing but autograd stands between these arguments and their kernel.
+
+    No compiler, tracer, profiler, function transform or mode, and only tensors with plain memory of the kernel's
+    devices: no subclass, no lazy negation or conjugation, no tensor that stands for zeros or for a batch.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _C._are_functorch_transforms_active()
+        or _C._len_torch_dispatch_stack() != 0
+        or _C._get_tracing_state() is not None
+        or _C._autograd._profiler_enabled()
+    ):
+        return False
+    other_keys = kernels.other_keys
+    for value in arguments:
+        if isinstance(value, Tensor) and (
+            type(value) not in _PLAIN_TENSORS or _C._dispatch_keys(value).raw_repr() & other_keys
+        ):
+            return False
+    return True
 
 
 def _needs_node(arguments: tuple[Any, ...]) -> bool:
@@ -120,7 +148,7 @@ def _make_functions(attention: Any, attention_backward: Any, kernels: Kernels) -
     """The autograd Functions of a pair. Their first argument is the dispatcher's key set, None in plain calls."""
 
     def call_backward(*arguments: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() or not is_plain_call(kernels, *arguments[2:5]):
+        if torch.is_grad_enabled() or not is_plain_call(kernels, arguments):
             return attention_backward(*arguments)
         return kernels.backward(*arguments)
 
@@ -232,6 +260,10 @@ def _fold_mask(mask: Tensor | None, axis: int | None, size: int, batch: int) -> 
 
 
 def _map_one_by_one(operator: Any, size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
+    if size == 0:
+        raise ValueError(
+            "vmap: expected a mapped axis of at least one entry where sinks, scale or documents are mapped"
+        )
     calls = [
         operator(
             *(
@@ -315,7 +347,7 @@ def register_rules(library: torch.library.Library, name: str, kernels: Kernels) 
         Half of the call overhead is the dispatcher calling Python back with 33 arguments, so the autograd rule is
         applied right here. Everything that wants to see the operator (compilers, transforms, modes) does.
         """
-        if not is_plain_call(kernels, *arguments[:3]):
+        if not is_plain_call(kernels, arguments[:CAUSAL]):
             return attention(*arguments)
         if _needs_node(arguments):
             return function.apply(None, *arguments)

@@ -48,7 +48,7 @@ def _product_scores(
     width = query.shape[-1]
     if weighting.normalize_qk:
         query, key = (_without_gradient_at_the_floor(x, dtype) for x in (query, key))
-    product = torch.where(visible, pair_product(query, key).to(dtype), 0)
+    product = torch.where(visible, pair_product(query.to(dtype), key.to(dtype)), 0)
     if weighting.normalize_qk:
         inverse = pair_product(_inverse_norm(query, dtype), _inverse_norm(key, dtype))
         product = product * torch.where(visible, inverse, 0)
