@@ -31,7 +31,7 @@ struct DecodeSplit {
                                       Products16Bit<T, kWidth, kVector>>;
   static constexpr int kBlockThreads = kThreads;
   // Registers limit this: the sums alone take 32, 64 or 128 of them.
-  static constexpr int kBlocksPerProcessor = (kWidth <= 64 ? 4 : kWidth <= 128 ? 3 : 2) - (kIsFloat32 && kWidth < 256);
+  static constexpr int kBlocksPerProcessor = kIsFloat32 || kWidth > 128 ? 2 : kWidth > 64 ? 3 : 4;
   static constexpr int kMergeStride = kWidthStep + 4;
 
   struct alignas(8) Floats2 {

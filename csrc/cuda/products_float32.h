@@ -57,7 +57,7 @@ struct ProductsFloat32 {
                                             key < keys.end);
       });
       const float* query = shared.queries + lane.g * kQueryStride + begin;
-      SIGHTLINE_UNROLL_BY(kFewRegisters ? 1 : 4)
+      SIGHTLINE_UNROLL_BY(kFewRegisters ? 1 : 2)
       for (int column = 0; column < kWidthStep; column += 4) {
         const Floats4 upper = read(query + column), lower = read(query + 8 * kQueryStride + column);
         SIGHTLINE_UNROLL
@@ -132,8 +132,9 @@ struct ProductsFloat32 {
  private:
   SIGHTLINE_DEVICE Floats4 read(const float* from) { return *reinterpret_cast<const Floats4*>(from); }
 
+  // Four products by themselves, then the sum: a quarter of the rounding errors of one long chain.
   SIGHTLINE_DEVICE float add_dot(float sum, const Floats4& a, const Floats4& b) {
-    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+    return sum + fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, a.x * b.x)));
   }
 
   SIGHTLINE_DEVICE uint32_t finite(uint32_t bits) { return is_finite(core::float_from_bits(bits)) ? bits : 0u; }

@@ -11,7 +11,13 @@ from torch import Tensor
 from sightline import reference
 from sightline._checks import check_attention, check_attention_rows
 from sightline.observe import AttentionStats, Observe
-from sightline.ops import choose_backend, native_library
+from sightline.ops import (
+    call_attention_decode,
+    choose_backend,
+    decode_refusal,
+    native_library,
+    requested_backend,
+)
 from sightline.ops.autocast import autocast_dtype
 from sightline.weighting import Softmax, Softplus
 
@@ -119,7 +125,33 @@ def attention(
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
-    if choose_backend(query, backend) == "native":
+    refusal = None
+    if query.is_cuda:
+        refusal = decode_refusal(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            cu_seqlens_q=cu_seqlens_q,
+            others=(sinks, scale),
+        )
+    if query.is_cuda and refusal is None and requested_backend(backend) in ("auto", "native"):
+        output, log_normalizer = call_attention_decode(
+            query,
+            key,
+            value,
+            key_lengths,
+            key_mask,
+            alibi_slopes,
+            sinks,
+            scale if isinstance(scale, Tensor) else None,
+            causal,
+            *_window_sides(window),
+            _scale_number(scale, weighting, query),
+            *_weighting_arguments(weighting),
+        )
+    elif choose_backend(query, backend, refusal) == "native":
         outputs = call_attention(
             query,
             key,

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from sightline.ops.library import isa_name, native_library
+from sightline.ops.library import cuda_architectures, cuda_library, isa_name, native_library
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
@@ -24,7 +24,11 @@ _warned_devices: set[str] = set()
 def backend_status() -> dict[str, tuple[bool, str]]:
     """For every backend whether it is available here, and why or why not."""
     library = native_library()
-    native = f"CPU kernels, instruction set {isa_name()}" if library.loaded else library.reason
+    native = library.reason
+    if library.loaded:
+        cuda = cuda_library()
+        decoding = f"for {', '.join(cuda_architectures())}" if cuda.loaded else f"not available, {cuda.reason}"
+        native = f"CPU kernels, instruction set {isa_name()}; CUDA decoding {decoding}"
     return {
         "native": (library.loaded, native),
         "triton": (False, _TRITON_REASON),
@@ -32,19 +36,28 @@ def backend_status() -> dict[str, tuple[bool, str]]:
     }
 
 
-def choose_backend(query: Tensor, backend: str) -> str:
-    """ "native" or "reference" for this query; `backend` as in `sightline.attention`, already checked.
+def requested_backend(backend: str) -> str:
+    """`backend`, and for "auto" the environment variable SIGHTLINE_BACKEND where it is set.
 
-    "auto" takes the environment variable SIGHTLINE_BACKEND where it is set. Falling back to the reference on a device
-    or in an installation without kernels warns once; float64 is the reference's own.
-
-    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot take
-    this query.
+    Raises ValueError for an unknown SIGHTLINE_BACKEND.
     """
     if backend == "auto":
         backend = os.environ.get("SIGHTLINE_BACKEND", "auto")
         if backend not in BACKENDS:
             raise ValueError(f"SIGHTLINE_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def choose_backend(query: Tensor, backend: str, decode_refusal: str | None = None) -> str:
+    """ "native" or "reference" for this query; `backend` as in `sightline.attention`, already checked.
+
+    decode_refusal: why the CUDA decoding kernel does not take this call, where the query is on a CUDA device. Falling back to the reference on a device
+    or in an installation without kernels warns once; float64 is the reference's own.
+
+    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot take
+    this query.
+    """
+    backend = requested_backend(backend)
     if backend == "reference":
         return backend
     if _MISCONFIGURED:
@@ -58,7 +71,10 @@ def choose_backend(query: Tensor, backend: str) -> str:
     if backend == "native":
         if query.dtype == torch.float64:
             raise NotImplementedError("backend: 'native' has no float64 kernels; use 'reference' or 'auto'")
-        reason = native_library().reason if device == "cpu" else f"there are no native kernels for device {device!r}"
+        if device == "cuda" and decode_refusal is not None:
+            reason = f"the decoding kernel is all there is for device 'cuda', and {decode_refusal}"
+        else:
+            reason = native_library().reason if device == "cpu" else f"there are no native kernels for device {device!r}"
         raise NotImplementedError(f"backend: 'native' is not available: {reason}; use 'reference' or 'auto'")
     if query.dtype != torch.float64 and not torch.compiler.is_compiling() and device not in _warned_devices:
         _warned_devices.add(device)
