@@ -55,8 +55,9 @@ format: env ## let ruff and clang-format rewrite the files
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
+# One worker per core and one thread per worker: the tests are many and small.
 test: env ## everything that a machine without a GPU can test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 demo: env ## the main job: attention over real text at 1K to 16K tokens, against torch; results in build/demo
 	$(BIN)/sightline bench --output build/demo $(ARGS)

@@ -1,6 +1,6 @@
 """Named cases of attention, and running one of them forward and backward on a backend.
 
-A case is drawn anew by every test: calling an entry of OPTIONS makes the options of `sightline.attention` for a problem.
+A case is drawn anew by every test: calling an entry of OPTIONS makes options of `sightline.attention` for given sizes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,7 +19,16 @@ import sightline as sl
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # (M, N): one below, at and above the tiles of the kernels, and the smallest there are.
-RAGGED_SIZES = [(1, 1), (1, 7), (3, 3), (63, 65), (113, 203), (128, 217), (511, 513), (1, 4097)]
+RAGGED_SIZES = [
+    (1, 1),
+    (1, 7),
+    pytest.param(3, 3, marks=pytest.mark.isa),
+    (63, 65),
+    pytest.param(113, 203, marks=pytest.mark.isa),
+    (128, 217),
+    (511, 513),
+    (1, 4097),
+]
 
 WEIGHTINGS: dict[str, sl.Softmax | sl.Softplus] = {
     "softmax": sl.Softmax(),
@@ -35,6 +45,22 @@ WEIGHTINGS: dict[str, sl.Softmax | sl.Softplus] = {
     "lssar3": sl.LSSAR(3.0),
 }
 MAIN_WEIGHTINGS = {name: WEIGHTINGS[name] for name in ("softmax", "lssa", "lssar")}
+# The dtypes differ in how numbers are read and rounded, not in what is done with them: float16 meets only the main ones.
+PAIRS = {
+    f"{name}-{dtype}": (weighting, DTYPES[dtype])
+    for name, weighting in WEIGHTINGS.items()
+    for dtype in DTYPES
+    if dtype != "fp16" or name in MAIN_WEIGHTINGS
+}
+OPTION_PAIRS = {
+    f"{name}-{dtype}": (WEIGHTINGS[name], DTYPES[dtype])
+    for dtype, names in {
+        "fp32": ("softmax", "capped", "lssa", "lssar"),
+        "fp16": ("lssa",),
+        "bf16": ("softmax", "lssar"),
+    }.items()
+    for name in names
+}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Random numbers that differ from run to run and can be repeated, and memory that never holds a right answer by chance.
 
-Every test draws from a seed of its own, made from the seed of the run and the test's name: a test that fails is repeated
-alone or among the others with the SIGHTLINE_TEST_SEED that its report names.
+Every test draws from a seed of its own, made from the seed of the run and the test's name: one that fails is repeated,
+alone or among the others, with the SIGHTLINE_TEST_SEED that its report names.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ FILL_WITH_0X7F = 0x80
 def pytest_configure(config: pytest.Config) -> None:
     # In the environment, so that xdist's workers and tests that start another pytest share it.
     os.environ.setdefault(SEED_VARIABLE, str(random.SystemRandom().randrange(2**32)))
+    # Tests are small: threads wait for each other longer than they work, above all on a busy machine. Those that are
+    # about threads set their own number.
+    torch.set_num_threads(1)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -67,7 +67,9 @@ def test_dropout_must_be_a_probability_below_one(probability: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "weighting", ["softmax", None, sl.Softmax, sl.LSSA, {"kind": "softmax"}, sl.Reweight()], ids=str
+    "weighting",
+    ["softmax", None, sl.Softmax, sl.LSSA, {"kind": "softmax"}, sl.Reweight()],
+    ids=lambda w: getattr(w, "__name__", str(w)),
 )
 def test_weighting_must_be_a_weighting(weighting: Any) -> None:
     assert refusal(TypeError, weighting=weighting).startswith(

@@ -1,8 +1,8 @@
 // exp2, log2(1 + y), log2 and tanh as short polynomials on the FMA units, for any vector type V.
 //
 // V is a type with arithmetic operators and these free functions found by its namespace: fma, maximum, select, less,
-// round_to_integer, times_power_of_two, split_exponent, absolute; V::broadcast(float). On a GPU it is scalar.h's. The
-// coefficients are minimax in relative error (tools/fit_polynomials.py); tests/csrc/test_elementwise.py sweeps the
+// equal, round_to_integer, times_power_of_two, split_exponent, absolute; V::broadcast(float). On a GPU it is scalar.h's.
+// The coefficients are minimax in relative error (tools/fit_polynomials.py); tests/csrc/test_elementwise.py sweeps the
 // whole range per instruction set.
 #pragma once
 
@@ -78,7 +78,7 @@ SIGHTLINE_INLINE V power(V x, float exponent) {
   }
   const V tiny = V::broadcast(1.17549435e-38f);
   const V result = exp2(log2(maximum(tiny, x)) * V::broadcast(exponent));
-  return select(less(x, tiny), V::broadcast(0.0f), result);
+  return select(equal(x, x), select(less(x, tiny), V::broadcast(0.0f), result), x);  // NaN stays NaN
 }
 
 }  // namespace sightline::core

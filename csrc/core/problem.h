@@ -85,7 +85,10 @@ struct AttentionGradients {
   HeadsView grad_output;
   const float* grad_log_normalizer = nullptr;  // (B,H,M) or null
   HeadsView grad_query, grad_key, grad_value;  // written, in the query's dtype
-  float* grad_mask = nullptr;                  // fp32, zeroed by the caller, addressed with grad_mask_strides
+  // One of these where a mask wants its gradient, zeroed by the caller: a mask with an entry for each score, or one
+  // that is broadcast, whose entries sum up to B * H * M * N numbers each.
+  float* grad_mask = nullptr;
+  double* grad_mask_sums = nullptr;
   int64_t grad_mask_strides[4] = {0, 0, 0, 0};
   float* grad_sinks = nullptr;   // (H,), written
   float* grad_scales = nullptr;  // (H,), written

@@ -20,6 +20,8 @@ namespace {
 
 // Enough units for this many threads when there are few heads; more would cost a partial dQ each.
 constexpr int64_t kWantedUnits = 8;
+// dK and dV are summed over this many rows, and these sums added up: the error must not grow with the number of rows.
+constexpr int64_t kChunkRows = 2048;
 
 struct Plan {
   const AttentionProblem* problem;
@@ -55,6 +57,9 @@ struct BackwardScratch {
     values = arena.take<float>(split_keys * problem.value_width);
     key_gradients = arena.take<float>(split_keys * plan.key_width);
     value_gradients = arena.take<float>(split_keys * plan.padded_value_width);
+    const int64_t total_keys = plan.rows > kChunkRows ? split_keys : 0;
+    key_totals = arena.take<float>(total_keys * plan.key_width);
+    value_totals = arena.take<float>(total_keys * plan.padded_value_width);
     rows = arena.take<RowTile>(1);
     row_gradients = arena.take<RowGradients>(1);
     return arena.used();
@@ -64,7 +69,7 @@ struct BackwardScratch {
   float *queries = nullptr, *transposed_queries = nullptr, *output_gradients = nullptr;
   float *transposed_output_gradients = nullptr, *row = nullptr, *scores = nullptr, *score_gradients = nullptr;
   float *bias = nullptr, *query_gradients = nullptr, *keys = nullptr, *values = nullptr, *key_gradients = nullptr;
-  float* value_gradients = nullptr;
+  float *value_gradients = nullptr, *key_totals = nullptr, *value_totals = nullptr;
   RowTile* rows = nullptr;
   RowGradients* row_gradients = nullptr;
   bool finite = true;
@@ -96,8 +101,26 @@ void load_keys(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_
       scratch.finite &= is_finite(key, problem.head_width);
     }
   }
-  zero(scratch.key_gradients, local * plan.key_width);
-  zero(scratch.value_gradients, local * plan.padded_value_width);
+  const int64_t split_keys = plan.tiles_per_split * kKeyTile;
+  zero(scratch.key_gradients, split_keys * plan.key_width);
+  zero(scratch.value_gradients, split_keys * plan.padded_value_width);
+  if (scratch.key_totals == nullptr) return;
+  zero(scratch.key_totals, split_keys * plan.key_width);
+  zero(scratch.value_totals, split_keys * plan.padded_value_width);
+}
+
+void move_sums(float* sums, float* totals, int64_t count) {
+  for (int64_t index = 0; index < count; ++index) {
+    totals[index] += sums[index];
+    sums[index] = 0.0f;
+  }
+}
+
+// Ends a chunk of rows: what it gathered for keys and values goes to the totals.
+void finish_chunk(const Plan& plan, BackwardScratch& scratch) {
+  const int64_t keys = plan.tiles_per_split * kKeyTile;
+  move_sums(scratch.key_gradients, scratch.key_totals, keys * plan.key_width);
+  move_sums(scratch.value_gradients, scratch.value_totals, keys * plan.padded_value_width);
 }
 
 // Output gradients of the row tile in both layouts, and what the saved tensors say of its rows.
@@ -138,17 +161,17 @@ void scale_by_key_factors(const RowTile& rows, const KeyTile& keys, float* score
     }
 }
 
-void add_mask_gradients(const AttentionGradients& gradients, const RowTile& rows, const KeyTile& keys,
+template <class Sum>
+void add_mask_gradients(Sum* mask, const int64_t* strides, const RowTile& rows, const KeyTile& keys,
                         const float* score_gradients) {
-  const int64_t* strides = gradients.grad_mask_strides;
   for (int lane = 0; lane < rows.rows; ++lane) {
-    float* row =
-        gradients.grad_mask + rows.batch * strides[0] + rows.head[lane] * strides[1] + rows.query[lane] * strides[2];
-    for (int j = 0; j < keys.count; ++j) row[(keys.first + j) * strides[3]] += score_gradients[j * rows.lanes + lane];
+    Sum* row = mask + rows.batch * strides[0] + rows.head[lane] * strides[1] + rows.query[lane] * strides[2] +
+               keys.first * strides[3];
+    for (int j = 0; j < keys.count; ++j) row[j * strides[3]] += score_gradients[j * rows.lanes + lane];
   }
 }
 
-// Through the normalisation q^ = q / |q|: takes off the part along q^. Nothing flows where the norm is at its floor.
+// Through the normalisation q^ = q / |q|: takes off the part along q^.
 SIGHTLINE_INLINE void project_out(float* gradient, const float* vector, float inverse_norm, int64_t width) {
   const float along = dot(gradient, vector, width) * inverse_norm * inverse_norm;
   for (int64_t d = 0; d < width; ++d) gradient[d] -= vector[d] * along;
@@ -158,8 +181,12 @@ SIGHTLINE_INLINE void project_out(float* gradient, const float* vector, float in
 void write_query_gradient(const Plan& plan, int64_t batch, int64_t head, int64_t query, float* gradient,
                           const float* vector, float factor, float inverse_norm, bool floored) {
   const AttentionProblem& problem = *plan.problem;
-  for (int64_t d = 0; d < problem.head_width; ++d) gradient[d] *= factor;
-  if (problem.normalize_qk && !floored) project_out(gradient, vector, inverse_norm, problem.head_width);
+  // No gradient stays none, whatever the vector holds.
+  if (floored) zero(gradient, problem.head_width);
+  if (!is_zero(gradient, problem.head_width)) {
+    for (int64_t d = 0; d < problem.head_width; ++d) gradient[d] *= factor;
+    if (problem.normalize_qk) project_out(gradient, vector, inverse_norm, problem.head_width);
+  }
   narrow(gradient, writable_row_of(plan.gradients->grad_query, problem.dtype, batch, head, query), problem.dtype,
          problem.head_width);
 }
@@ -174,7 +201,7 @@ void finish_row_tile(const Plan& plan, BackwardScratch& scratch, int64_t batch, 
     float* gradient = scratch.query_gradients + lane * plan.key_width;
     widen(row_of(problem.query, problem.dtype, batch, rows.head[lane], rows.query[lane]), problem.dtype, scratch.row,
           problem.head_width);
-    if (plan.partial_scales != nullptr)
+    if (plan.partial_scales != nullptr && state.inverse_normalizer[lane] != 0.0f)
       plan.partial_scales[split * problem.batch * problem.heads + head_index] +=
           rows.unit_factor[lane] * static_cast<double>(dot(gradient, scratch.row, problem.head_width));
     if (plan.partial_sinks != nullptr && split == 0) {
@@ -195,21 +222,25 @@ void finish_row_tile(const Plan& plan, BackwardScratch& scratch, int64_t batch, 
 
 void write_key_gradients(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_t key_head, int64_t split) {
   const AttentionProblem& problem = *plan.problem;
+  float* key_gradients = scratch.key_totals != nullptr ? scratch.key_totals : scratch.key_gradients;
+  const float* value_gradients = scratch.key_totals != nullptr ? scratch.value_totals : scratch.value_gradients;
   int64_t local = 0;
   for (int64_t tile = split; tile < plan.key_tiles; tile += plan.splits, local += kKeyTile) {
     const int64_t first = tile * kKeyTile;
     const int64_t count = core::smaller(kKeyTile, problem.keys - first);
     for (int64_t j = 0; j < count; ++j) {
-      float* key_gradient = scratch.key_gradients + (local + j) * plan.key_width;
+      float* key_gradient = key_gradients + (local + j) * plan.key_width;
       const float* key = scratch.keys + (local + j) * plan.key_width;
       if (problem.normalize_qk) {
         bool floored = false;
         const float inverse_norm = inverse_of_norm(key, problem.head_width, &floored);
-        if (!floored) project_out(key_gradient, key, inverse_norm, problem.head_width);
+        if (floored) zero(key_gradient, problem.head_width);
+        if (!is_zero(key_gradient, problem.head_width))
+          project_out(key_gradient, key, inverse_norm, problem.head_width);
       }
       narrow(key_gradient, writable_row_of(plan.gradients->grad_key, problem.dtype, batch, key_head, first + j),
              problem.dtype, problem.head_width);
-      narrow(scratch.value_gradients + (local + j) * plan.padded_value_width,
+      narrow(value_gradients + (local + j) * plan.padded_value_width,
              writable_row_of(plan.gradients->grad_value, problem.dtype, batch, key_head, first + j), problem.dtype,
              problem.value_width);
     }
@@ -255,8 +286,11 @@ void differentiate_unit(const Plan& plan, BackwardScratch& scratch, int64_t batc
       else
         differentiate<Weight, false>(problem, rows, *scratch.row_gradients, keys, scratch.scores,
                                      scratch.score_gradients);
-      if (plan.gradients->grad_mask != nullptr)
-        add_mask_gradients(*plan.gradients, rows, keys, scratch.score_gradients);
+      const AttentionGradients& gradients = *plan.gradients;
+      if (gradients.grad_mask != nullptr)
+        add_mask_gradients(gradients.grad_mask, gradients.grad_mask_strides, rows, keys, scratch.score_gradients);
+      if (gradients.grad_mask_sums != nullptr)
+        add_mask_gradients(gradients.grad_mask_sums, gradients.grad_mask_strides, rows, keys, scratch.score_gradients);
       if (problem.normalize_qk) scale_by_key_factors(rows, keys, scratch.score_gradients);
       accumulate_product(scratch.finite, {scratch.scores, rows.lanes, 1}, scratch.output_gradients,
                          plan.padded_value_width, scratch.value_gradients + local * plan.padded_value_width,
@@ -268,6 +302,8 @@ void differentiate_unit(const Plan& plan, BackwardScratch& scratch, int64_t batc
                          scratch.query_gradients, plan.key_width, rows.rows, plan.key_width, keys.count);
     }
     finish_row_tile(plan, scratch, batch, key_head, begin, split);
+    const bool chunk_ends = (begin / kRowTile + 1) % (kChunkRows / kRowTile) == 0 || begin + kRowTile >= plan.rows;
+    if (scratch.key_totals != nullptr && chunk_ends) finish_chunk(plan, scratch);
   }
   write_key_gradients(plan, scratch, batch, key_head, split);
 }
@@ -312,7 +348,7 @@ void attention_backward(const AttentionProblem& problem, const AttentionGradient
   plan.padded_value_width = core::round_up(problem.value_width, Vec::kWidth);
   plan.key_tiles = (problem.keys + kKeyTile - 1) / kKeyTile;
 
-  const bool sums_mask = gradients.grad_mask != nullptr;
+  const bool sums_mask = gradients.grad_mask_sums != nullptr;
   const bool mask_shared_by_keys = sums_mask && gradients.grad_mask_strides[3] == 0;
   const bool mask_shared_by_batch = sums_mask && gradients.grad_mask_strides[0] == 0;
   const bool mask_shared_by_heads = sums_mask && gradients.grad_mask_strides[1] == 0;

@@ -107,12 +107,12 @@ void start_rows(const AttentionProblem& problem, const ForwardScratch& scratch, 
 
 void finish_chunk(const ForwardScratch& scratch, float* values, float* chunk, const RowState& state) {
   for (int lane = 0; lane < state.rows.rows; ++lane) {
-    const Vec decay = Vec::broadcast(state.chunk_decay[lane]);
-    for (int64_t column = 0; column < scratch.padded_width; column += Vec::kWidth) {
-      const int64_t index = lane * scratch.padded_width + column;
-      store(values + index, fma(Vec::load(values + index), decay, Vec::load(chunk + index)));
-      store(chunk + index, Vec::broadcast(0.0f));
-    }
+    float* row = values + lane * scratch.padded_width;
+    float* chunk_row = chunk + lane * scratch.padded_width;
+    if (state.chunk_decay[lane] != 1.0f) scale_row(row, state.chunk_decay[lane], scratch.padded_width);
+    for (int64_t column = 0; column < scratch.padded_width; column += Vec::kWidth)
+      store(row + column, Vec::load(row + column) + Vec::load(chunk_row + column));
+    zero(chunk_row, scratch.padded_width);
   }
 }
 

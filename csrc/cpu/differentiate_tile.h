@@ -78,7 +78,8 @@ static void differentiate(const AttentionProblem& problem, const RowTile& rows, 
       Vec keep = ones;
       if (problem.dropout)
         keep = dropout_factor(problem, row_key, core::dropout_key_key(static_cast<uint32_t>(keys.first + j)));
-      const Vec value_product = Vec::load(score_gradients + index) * keep;
+      // What has no weight has no gradient either: its value may be NaN.
+      const Vec value_product = select(equal(keep, zeros), zeros, Vec::load(score_gradients + index) * keep);
       Vec slope;
       const Vec weight = Weight::forward_and_derivative(Weight::kShifted ? score - shift : score, slope);
       Vec attention = weight * inverse_normalizer;
@@ -87,11 +88,12 @@ static void differentiate(const AttentionProblem& problem, const RowTile& rows, 
         const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
         Vec response = core::power(excess, power - 1.0f);
         if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
-        const Vec sharp_gradient = response * response_factor * (value_product - delta) - coupling;
+        const Vec sharp = select(equal(response, zeros), zeros, response * response_factor * (value_product - delta));
+        const Vec sharp_gradient = sharp - coupling;
         attention = select(flat, attention, response * excess * inverse_weight_sum);
         gradient = select(flat, gradient, sharp_gradient);
       }
-      gradient = gradient * slope;
+      gradient = select(equal(slope, zeros), zeros, gradient * slope);
       if (problem.softcap > 0.0f) {
         const Vec ratio = score * Vec::broadcast(1.0f / problem.softcap);
         gradient = gradient * (ones - ratio * ratio);

@@ -47,7 +47,15 @@ SIGHTLINE_INLINE bool is_finite(const float* values, int64_t count) {
   return total == 0.0f;
 }
 
+SIGHTLINE_INLINE bool is_zero(const float* values, int64_t count) {
+  for (int64_t index = 0; index < count; ++index)
+    if (values[index] != 0.0f) return false;
+  return true;
+}
+
+// A factor of 0 forgets the row, NaN included.
 SIGHTLINE_INLINE void scale_row(float* row, float factor, int64_t width) {
+  if (factor == 0.0f) return zero(row, width);
   for (int64_t column = 0; column < width; column += Vec::kWidth)
     store(row + column, Vec::load(row + column) * Vec::broadcast(factor));
 }

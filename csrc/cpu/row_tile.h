@@ -115,10 +115,12 @@ SIGHTLINE_INLINE float mask_bias(const char* element, MaskKind kind) {
     tile.first[lane] = static_cast<int32_t>(empty ? 0 : first);
     tile.last[lane] = static_cast<int32_t>(empty ? -1 : interval.last);
     tile.position[lane] = static_cast<int32_t>(interval.position);
-    tile.min_first = core::smaller(tile.min_first, tile.first[lane]);
+    if (!empty) {  // a row that sees nothing must not widen the walk over the keys
+      tile.min_first = core::smaller(tile.min_first, tile.first[lane]);
+      tile.max_last = core::larger(tile.max_last, tile.last[lane]);
+    }
     tile.max_first = core::larger(tile.max_first, tile.first[lane]);
     tile.min_last = core::smaller(tile.min_last, tile.last[lane]);
-    tile.max_last = core::larger(tile.max_last, tile.last[lane]);
     tile.dropout_key[lane] =
         problem.dropout
             ? core::dropout_row_key(problem.dropout_seed, static_cast<uint32_t>(batch * problem.heads + head),

@@ -81,17 +81,14 @@ static void reweigh(const AttentionProblem& problem, RowState& state, int keys, 
       const Vec score = Vec::load(entry);
       const Vec weight = Weight::forward(Weight::kShifted ? score - shift : score);
       const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
-      Vec sharp;
+      Vec response = core::power(excess, power - 1.0f);
+      // 0^0 at p = 1: a key at or below the mean has no response.
+      if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
       if (responses != nullptr) {
-        Vec response = core::power(excess, power - 1.0f);
-        // 0^0 at p = 1: a key at or below the mean has no response.
-        if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
         response_sum = response_sum + response;
         store(responses + j * lanes + lane, response);
-        sharp = response * excess;
-      } else {
-        sharp = core::power(excess, power);
       }
+      Vec sharp = response * excess;  // the same bits with and without saving
       sharp = select(flat, weight, sharp);
       sum = sum + sharp;
       store(entry, sharp);

@@ -75,19 +75,25 @@ static void for_each_unit(const Parallel& parallel, int64_t count, const Shared&
     Unit unit;
     int64_t count;
     int64_t next;
-  } context{shared, unit, count, 0};
+    int out_of_memory;
+  } context{shared, unit, count, 0, 0};
   auto body = [](void* pointer) {
     auto& work = *static_cast<Context*>(pointer);
     int64_t index = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
     if (index >= work.count) return;
     const FlushDenormals mode;
-    State state(work.shared);
-    for (; index < work.count; index = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED)) work.unit(index, state);
+    try {
+      State state(work.shared);
+      for (; index < work.count; index = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED)) work.unit(index, state);
+    } catch (const std::bad_alloc&) {
+      __atomic_store_n(&work.out_of_memory, 1, __ATOMIC_RELAXED);
+    }
   };
   if (count <= 1 || parallel.threads <= 1)
     body(&context);
   else
     parallel.run(body, &context, parallel.state);
+  if (context.out_of_memory != 0) throw std::bad_alloc();
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -4,6 +4,8 @@
 // call of the raw operator from touching memory it should not.
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+
 #include "cpu/kernel_table.h"
 #include "torch/tensors.h"
 
@@ -34,6 +36,12 @@ struct Options {
       *tensor = arguments.optional_tensor();
   }
 
+  void check_device() const {
+    for (const auto* tensor : {&key_lengths, &key_mask, &attn_mask, &alibi_slopes, &sinks, &scale_per_head,
+                               &cu_seqlens_q, &cu_seqlens_k, &dropout_seed})
+      STD_TORCH_CHECK(!*tensor || (*tensor)->is_cpu(), "options: expected CPU tensors, as query is one");
+  }
+
   void take_scalars(ArgumentReader& arguments) {
     causal = arguments.take<bool>();
     window_left = arguments.take<int64_t>();
@@ -51,8 +59,6 @@ struct Options {
 };
 
 void set_up_sizes(const Tensor& query, const Tensor& key, const Tensor& value, AttentionProblem& problem) {
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "query, key and value: expected 4 axes");
-  STD_TORCH_CHECK(query.is_cpu() && key.is_cpu() && value.is_cpu(), "query, key and value: expected CPU tensors");
   STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
                   "key and value: expected the dtype of query");
   problem.dtype = dtype_of(query, "query");
@@ -133,6 +139,7 @@ std::vector<float> read_per_head(const Tensor& tensor, int64_t heads, const char
 }
 
 void set_up_options(Options& options, AttentionProblem& problem) {
+  options.check_device();
   set_up_masks(options, problem);
   if (options.key_lengths) {
     STD_TORCH_CHECK(options.key_lengths->dim() == 1 && options.key_lengths->size(0) == problem.batch,
@@ -141,6 +148,10 @@ void set_up_options(Options& options, AttentionProblem& problem) {
     for (int64_t& length : options.lengths) length = length < 0 ? 0 : length > problem.keys ? problem.keys : length;
     problem.key_lengths = options.lengths.data();
   }
+  STD_TORCH_CHECK(options.cu_seqlens_q.has_value() == options.cu_seqlens_k.has_value(),
+                  "cu_seqlens_q and cu_seqlens_k: expected both or none");
+  STD_TORCH_CHECK(!options.sinks || (options.weight_function == 0 && options.reweight_power == 0.0),
+                  "sinks: expected softmax without re-weighting");
   if (options.cu_seqlens_q) {
     STD_TORCH_CHECK(options.cu_seqlens_k && problem.batch == 1 && options.cu_seqlens_q->dim() == 1 &&
                         options.cu_seqlens_k->dim() == 1 &&
@@ -202,9 +213,7 @@ void put_results(StableIValue* stack, Tensors&&... tensors) {
 
 void attention(StableIValue* stack, uint64_t, uint64_t) {
   ArgumentReader arguments(stack);
-  const Tensor query = with_contiguous_rows(arguments.tensor());
-  const Tensor key = with_contiguous_rows(arguments.tensor());
-  const Tensor value = with_contiguous_rows(arguments.tensor());
+  const Tensor given_query = arguments.tensor(), given_key = arguments.tensor(), given_value = arguments.tensor();
   Options options;
   options.take_tensors(arguments);
   const auto value_weights = arguments.optional_tensor();
@@ -216,6 +225,9 @@ void attention(StableIValue* stack, uint64_t, uint64_t) {
     arguments.take<int64_t>();
   STD_TORCH_CHECK(row_statistics == 0, "row_statistics: the CPU kernels compute none yet");
 
+  const Tensor query = with_contiguous_rows(given_query, "query");
+  const Tensor key = with_contiguous_rows(given_key, "key");
+  const Tensor value = with_contiguous_rows(given_value, "value");
   AttentionProblem problem;
   set_up_sizes(query, key, value, problem);
   set_up_options(options, problem);
@@ -245,14 +257,10 @@ void attention(StableIValue* stack, uint64_t, uint64_t) {
 
 void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   ArgumentReader arguments(stack);
-  const Tensor grad_output = with_contiguous_rows(arguments.tensor());
+  const Tensor given_grad_output = arguments.tensor();
   const auto grad_log_normalizer = arguments.optional_tensor();
-  const Tensor query = with_contiguous_rows(arguments.tensor());
-  const Tensor key = with_contiguous_rows(arguments.tensor());
-  const Tensor value = with_contiguous_rows(arguments.tensor());
-  const Tensor output = with_contiguous_rows(arguments.tensor());
-  const Tensor saved_rows = arguments.tensor();
-  const Tensor saved_values = arguments.tensor();
+  const Tensor given_query = arguments.tensor(), given_key = arguments.tensor(), given_value = arguments.tensor();
+  const Tensor given_output = arguments.tensor(), given_rows = arguments.tensor(), given_values = arguments.tensor();
   Options options;
   options.take_tensors(arguments);
   options.take_scalars(arguments);
@@ -260,6 +268,13 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   const bool needs_sinks = arguments.take<bool>();
   const bool needs_scale = arguments.take<bool>();
 
+  const Tensor grad_output = with_contiguous_rows(given_grad_output, "grad_output");
+  const Tensor query = with_contiguous_rows(given_query, "query");
+  const Tensor key = with_contiguous_rows(given_key, "key");
+  const Tensor value = with_contiguous_rows(given_value, "value");
+  const Tensor output = with_contiguous_rows(given_output, "output");
+  const Tensor saved_rows = torch::stable::contiguous(given_rows);
+  const Tensor saved_values = torch::stable::contiguous(given_values);
   AttentionProblem problem;
   set_up_sizes(query, key, value, problem);
   set_up_options(options, problem);
@@ -271,11 +286,11 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
                         tensor->size(2) == rows && tensor->size(3) == problem.value_width &&
                         tensor->scalar_type() == query.scalar_type(),
                     "grad_output and output: expected (B, H, M, Dv) in the dtype of query");
-  STD_TORCH_CHECK(saved_rows.numel() == batch * heads * rows * saved_width && saved_rows.is_contiguous() &&
+  STD_TORCH_CHECK(saved_rows.numel() == batch * heads * rows * saved_width && saved_rows.is_cpu() &&
                       saved_rows.scalar_type() == ScalarType::Float,
                   "saved_rows: expected what attention(save_for_backward=True) returned");
   STD_TORCH_CHECK(!reweighted || (saved_values.numel() == batch * heads * rows * problem.value_width &&
-                                  saved_values.is_contiguous() && saved_values.scalar_type() == ScalarType::Float),
+                                  saved_values.is_cpu() && saved_values.scalar_type() == ScalarType::Float),
                   "saved_values: expected what attention(save_for_backward=True) returned");
   problem.output = heads_view(output);
   problem.saved_rows = const_cast<float*>(static_cast<const float*>(saved_rows.const_data_ptr()));
@@ -292,11 +307,13 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad_log =
       grad_log_normalizer ? torch::stable::contiguous(*grad_log_normalizer) : empty_contiguous({0}, ScalarType::Float);
   if (grad_log_normalizer) {
-    STD_TORCH_CHECK(grad_log.numel() == batch * heads * rows && grad_log.scalar_type() == ScalarType::Float,
-                    "grad_log_normalizer: expected float32 (B, H, M)");
+    STD_TORCH_CHECK(
+        grad_log.numel() == batch * heads * rows && grad_log.scalar_type() == ScalarType::Float && grad_log.is_cpu(),
+        "grad_log_normalizer: expected float32 (B, H, M) on the CPU");
     gradients.grad_log_normalizer = static_cast<const float*>(grad_log.const_data_ptr());
   }
   Tensor grad_mask = empty_contiguous({0}, ScalarType::Float);
+  std::vector<double> mask_sums;
   Tensor grad_sinks = empty_contiguous({needs_sinks ? heads : 0}, ScalarType::Float);
   Tensor grad_scale = empty_contiguous({needs_scale ? heads : 0}, ScalarType::Float);
   if (needs_mask) {
@@ -305,8 +322,13 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
     std::vector<int64_t> sizes;
     for (int axis = 0; axis < 4; ++axis) sizes.push_back(options.attn_mask->size(axis));
     grad_mask = empty_contiguous(sizes, ScalarType::Float);
-    torch::stable::zero_(grad_mask);
-    gradients.grad_mask = static_cast<float*>(grad_mask.mutable_data_ptr());
+    if (grad_mask.numel() == batch * heads * rows * problem.keys) {
+      torch::stable::zero_(grad_mask);
+      gradients.grad_mask = static_cast<float*>(grad_mask.mutable_data_ptr());
+    } else {
+      mask_sums.assign(static_cast<size_t>(grad_mask.numel()), 0.0);
+      gradients.grad_mask_sums = mask_sums.data();
+    }
     for (int axis = 0; axis < 4; ++axis)
       gradients.grad_mask_strides[axis] = sizes[static_cast<size_t>(axis)] == 1 ? 0 : grad_mask.stride(axis);
   }
@@ -316,6 +338,7 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   }
   if (needs_scale) gradients.grad_scales = static_cast<float*>(grad_scale.mutable_data_ptr());
   kernels().attention_backward(problem, gradients, torch_threads(multiply_adds(problem)));
+  std::copy(mask_sums.begin(), mask_sums.end(), static_cast<float*>(grad_mask.mutable_data_ptr()));
   put_results(stack, grad_query, grad_key, grad_value, grad_mask, grad_sinks, grad_scale);
 }
 

@@ -72,8 +72,10 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-// The tensor itself when its last axis is contiguous, else a contiguous copy.
-inline Tensor with_contiguous_rows(Tensor tensor) {
+// The tensor itself when its last axis is contiguous, else a contiguous copy. (B, H, rows, width) in CPU memory.
+inline Tensor with_contiguous_rows(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 axes");
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
   if (tensor.size(3) <= 1 || tensor.stride(3) == 1) return tensor;
   return torch::stable::contiguous(tensor);
 }

@@ -7,7 +7,6 @@ reads the numbers inside a tensor, so that none synchronises with a device or br
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ _INT32 = {torch.int32: None}
 _INT64 = {torch.int64: None}
 _INTEGERS = dict.fromkeys((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 _INTEGER_TYPES = (int, torch.SymInt)
+# What float32 kernels can multiply scores with.
+_LARGEST_SCALE = 1e30
 _NUMBER_TYPES = (int, float, torch.SymInt, torch.SymFloat)
 
 
@@ -215,7 +216,7 @@ def _check_window(window: Any) -> None:
     if len(window) != 2:
         raise ValueError(f"window: expected {expected}, got {window!r}")
     left, right = window
-    if (left is not None and left < 0) or (right is not None and right < 0):
+    if (left is not None and not 0 <= left < 2**63) or (right is not None and not 0 <= right < 2**63):
         raise ValueError(f"window: expected {expected}, got {window!r}")
 
 
@@ -277,8 +278,10 @@ def _check_scale(scale: Any, query: Tensor) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, _NUMBER_TYPES):
         raise _wrong_type("scale", "None, a finite number or a tensor (H,)", scale)
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: expected None, a finite number or a tensor (H,), got {scale}")
+    if not -_LARGEST_SCALE <= scale <= _LARGEST_SCALE:
+        raise ValueError(
+            f"scale: expected None, a finite number (at most {_LARGEST_SCALE} in size) or a tensor (H,), got {scale}"
+        )
 
 
 def _check_dropout(dropout_p: Any) -> None:

@@ -11,6 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+# Beyond these float32 arithmetic has nothing left to compute with.
+SMALLEST_SOFTCAP = 1e-6
+LARGEST_SOFTCAP = 1e6
+LARGEST_POWER = 1e4
+
 
 def _check_flag(owner: str, name: str, value: object) -> None:
     if not isinstance(value, bool):
@@ -49,14 +54,14 @@ class Reweight:
     def __post_init__(self) -> None:
         power = _check_number("Reweight", "power", self.power, "a finite number of at least 1")
         offset = _check_number("Reweight", "offset", self.offset, "a finite number of at least 0")
-        if not (math.isfinite(power) and power >= 1):
-            raise ValueError(f"Reweight.power: expected a finite number of at least 1, got {self.power!r}")
+        if not 1 <= power <= LARGEST_POWER:
+            raise ValueError(f"Reweight.power: expected a number in [1, {LARGEST_POWER}], got {self.power!r}")
         if not (math.isfinite(offset) and offset >= 0):
             raise ValueError(f"Reweight.offset: expected a finite number of at least 0, got {self.offset!r}")
         if isinstance(self.exempt_rows, bool) or not isinstance(self.exempt_rows, int):
             raise TypeError(f"Reweight.exempt_rows: expected an integer of at least 0, got {self.exempt_rows!r}")
-        if self.exempt_rows < 0:
-            raise ValueError(f"Reweight.exempt_rows: expected an integer of at least 0, got {self.exempt_rows!r}")
+        if not 0 <= self.exempt_rows < 2**31:
+            raise ValueError(f"Reweight.exempt_rows: expected an integer in [0, 2^31), got {self.exempt_rows!r}")
         object.__setattr__(self, "power", power)
         object.__setattr__(self, "offset", offset)
 
@@ -92,8 +97,11 @@ class Softmax:
         _check_flag("Softmax", "normalize_qk", self.normalize_qk)
         if self.softcap is not None:
             softcap = _check_number("Softmax", "softcap", self.softcap, "None or a finite number above 0")
-            if not (math.isfinite(softcap) and softcap > 0):
-                raise ValueError(f"Softmax.softcap: expected None or a finite number above 0, got {self.softcap!r}")
+            if not (SMALLEST_SOFTCAP <= softcap <= LARGEST_SOFTCAP):
+                raise ValueError(
+                    f"Softmax.softcap: expected None or a number in [{SMALLEST_SOFTCAP}, {LARGEST_SOFTCAP}], "
+                    f"got {self.softcap!r}"
+                )
             object.__setattr__(self, "softcap", softcap)
         _check_reweight("Softmax", self.reweight)
 

@@ -10,8 +10,10 @@ from attention_cases import (
     DTYPES,
     LAYOUTS,
     MAIN_WEIGHTINGS,
+    OPTION_PAIRS,
     OPTIONS,
     PACKINGS,
+    PAIRS,
     RAGGED_SIZES,
     SOFTMAX_OPTIONS,
     WEIGHTINGS,
@@ -28,6 +30,8 @@ from sightline import ops
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 every_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS.values(), ids=WEIGHTINGS.keys())
+every_pair = pytest.mark.parametrize(("weighting", "dtype"), PAIRS.values(), ids=PAIRS.keys())
+option_pairs = pytest.mark.parametrize(("weighting", "dtype"), OPTION_PAIRS.values(), ids=OPTION_PAIRS.keys())
 main_weightings = pytest.mark.parametrize("weighting", MAIN_WEIGHTINGS.values(), ids=MAIN_WEIGHTINGS.keys())
 
 
@@ -48,9 +52,7 @@ def test_kernels_are_those_of_the_instruction_set_asked_for() -> None:
     assert ops.isa_name() == os.environ.get("SIGHTLINE_ISA", ops.available_isas()[-1])
 
 
-@pytest.mark.isa
-@every_dtype
-@every_weighting
+@every_pair
 @pytest.mark.parametrize(("queries", "keys"), RAGGED_SIZES)
 def test_every_weighting_at_ragged_sizes(queries: int, keys: int, weighting: Any, dtype: torch.dtype) -> None:
     sizes = ragged_sizes(queries, keys)
@@ -58,12 +60,11 @@ def test_every_weighting_at_ragged_sizes(queries: int, keys: int, weighting: Any
         assert_forward_is_close(random_problem(sizes, dtype, causal=causal), weighting)
 
 
-@every_dtype
-@pytest.mark.parametrize("weighting", ["softmax", "capped", "lssa", "raw_softplus", "lssar", "lssar2.5"])
+@option_pairs
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option(option: str, weighting: str, dtype: torch.dtype) -> None:
+def test_every_option(option: str, weighting: Any, dtype: torch.dtype) -> None:
     sizes = Sizes()
-    assert_forward_is_close(random_problem(sizes, dtype, **OPTIONS[option](sizes)), WEIGHTINGS[weighting])
+    assert_forward_is_close(random_problem(sizes, dtype, **OPTIONS[option](sizes)), weighting)
 
 
 @every_dtype
@@ -74,8 +75,7 @@ def test_sinks(option: str, weighting: str, dtype: torch.dtype) -> None:
     assert_forward_is_close(random_problem(sizes, dtype, **SOFTMAX_OPTIONS[option](sizes)), WEIGHTINGS[weighting])
 
 
-@every_dtype
-@every_weighting
+@every_pair
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packed_documents(packing: str, weighting: Any, dtype: torch.dtype) -> None:
     sizes = Sizes(batch=1, queries=140, keys=170)

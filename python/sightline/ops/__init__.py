@@ -1,4 +1,4 @@
-"""The registered operators of namespace `sightline`: native library, fake kernels, autograd, autocast, vmap, backends."""
+"""The operators of namespace `sightline`: native library, fake kernels, autograd, autocast, vmap, backends."""
 
 from __future__ import annotations
 

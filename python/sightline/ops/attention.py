@@ -21,6 +21,7 @@ ATTENTION_BACKWARD = torch.ops.sightline.attention_backward.default
 # Positions in the schema of `attention`: query, key, value, then these.
 OPTION_TENSORS = slice(3, 12)
 OPTION_SCALARS = slice(14, 26)
+CAUSAL = 14
 ATTN_MASK, SINKS, SCALE, CU_SEQLENS_Q, DROPOUT_SEED = 5, 7, 8, 9, 11
 REWEIGHT_POWER = 23
 SAVE_FOR_BACKWARD = 26
@@ -31,6 +32,19 @@ BACKWARD_LEADING = 8
 
 _CPU_KERNEL = _C.DispatchKeySet(_C.DispatchKey.CPU)
 _PLAIN_TENSORS = {Tensor: None, torch.nn.Parameter: None}
+
+
+def _without(*keys: Any) -> int:
+    plain = _C.DispatchKeySet(keys[0])
+    for key in keys[1:]:
+        plain = plain | _C.DispatchKeySet(key)
+    return ~plain.raw_repr()
+
+
+# The dispatch keys that a plain CPU tensor does not have.
+_OTHER_KEYS = _without(
+    _C.DispatchKey.CPU, _C.DispatchKey.ADInplaceOrView, _C.DispatchKey.AutogradCPU, _C.DispatchKey.AutocastCPU
+)
 
 _library = torch.library.Library("sightline", "FRAGMENT")
 
@@ -43,6 +57,9 @@ def _empty_heads(like: Tensor, batch: Any, heads: Any, rows: Any, width: Any) ->
 @torch.library.register_fake("sightline::attention", lib=_library)
 def _attention_fake(*arguments: Any) -> tuple[Tensor, ...]:
     query, _, value = arguments[:3]
+    for tensor in arguments[:CAUSAL]:
+        if isinstance(tensor, Tensor) and tensor.device != query.device:
+            raise RuntimeError(f"options: expected tensors on {query.device}, as query, got one on {tensor.device}")
     batch, heads, rows, _ = query.shape
     width = value.shape[3]
 
@@ -133,7 +150,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _call_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() or not _reaches_cpu_kernel(*arguments[2:5]):
+    if torch.is_grad_enabled() or not _reaches_cpu_kernel(arguments):
         return ATTENTION_BACKWARD(*arguments)
     return ATTENTION_BACKWARD.redispatch(_CPU_KERNEL, *arguments)
 
@@ -174,17 +191,26 @@ def _needs_node(arguments: tuple[Any, ...]) -> bool:
     return (torch.is_grad_enabled() and _C._any_requires_grad(*arguments)) or forward_ad._current_level >= 0
 
 
-def _reaches_cpu_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    # Nothing but autograd stands between the call and the kernel: no compiler, transform, mode or tensor subclass.
-    return (
-        type(query) in _PLAIN_TENSORS
-        and type(key) in _PLAIN_TENSORS
-        and type(value) in _PLAIN_TENSORS
-        and not torch.compiler.is_compiling()
-        and not _C._are_functorch_transforms_active()
-        and _C._len_torch_dispatch_stack() == 0
-        and query.is_cpu
-    )
+def _reaches_cpu_kernel(arguments: tuple[Any, ...]) -> bool:
+    """Whether nothing but autograd stands between these arguments and the kernel.
+
+    No compiler, tracer, profiler, function transform or mode, and only tensors with plain CPU memory: no subclass,
+    no lazy negation or conjugation, no tensor that stands for zeros or for a batch.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _C._are_functorch_transforms_active()
+        or _C._len_torch_dispatch_stack() != 0
+        or _C._get_tracing_state() is not None
+        or _C._autograd._profiler_enabled()
+    ):
+        return False
+    for value in arguments:
+        if isinstance(value, Tensor) and (
+            type(value) not in _PLAIN_TENSORS or _C._dispatch_keys(value).raw_repr() & _OTHER_KEYS
+        ):
+            return False
+    return True
 
 
 def call_attention(*arguments: Any) -> tuple[Tensor, ...]:
@@ -193,7 +219,7 @@ def call_attention(*arguments: Any) -> tuple[Tensor, ...]:
     Half of the call overhead is the dispatcher calling Python back with 33 arguments, so the autograd rule is applied
     right here. Everything that wants to see the operator (compilers, transforms, modes) does.
     """
-    if not _reaches_cpu_kernel(*arguments[:3]):
+    if not _reaches_cpu_kernel(arguments[:CAUSAL]):
         return ATTENTION(*arguments)
     if _needs_node(arguments):
         return _Attention.apply(_CPU_KERNEL, *arguments)
@@ -239,6 +265,10 @@ def _fold_mask(mask: Tensor | None, axis: int | None, size: int, batch: int) -> 
 
 
 def _map_one_by_one(operator: Any, size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
+    if size == 0:
+        raise ValueError(
+            "vmap: expected a mapped axis of at least one entry where sinks, scale or documents are mapped"
+        )
     calls = [
         operator(
             *(

@@ -25,6 +25,11 @@ def _inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     return 1 / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).clamp(min=NORM_FLOOR)
 
 
+def _without_gradient_at_the_floor(x: Tensor, dtype: torch.dtype) -> Tensor:
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=dtype)
+    return torch.where(norm < NORM_FLOOR, x.detach(), x)
+
+
 def _row_maximum(x: Tensor) -> Tensor:
     """The largest entry of each row, a constant to autograd; -inf where there are no columns at all."""
     return x.detach().amax(-1, keepdim=True) if x.shape[-1] else x.new_full((*x.shape[:-1], 1), -torch.inf)
@@ -41,7 +46,9 @@ def _product_scores(
 ) -> Tensor:
     """c_i <q_i, k_j> for visible j, 0 elsewhere."""
     width = query.shape[-1]
-    product = torch.where(visible, pair_product(query, key).to(dtype), 0)
+    if weighting.normalize_qk:
+        query, key = (_without_gradient_at_the_floor(x, dtype) for x in (query, key))
+    product = torch.where(visible, pair_product(query.to(dtype), key.to(dtype)), 0)
     if weighting.normalize_qk:
         inverse = pair_product(_inverse_norm(query, dtype), _inverse_norm(key, dtype))
         product = product * torch.where(visible, inverse, 0)

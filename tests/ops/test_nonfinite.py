@@ -1,0 +1,204 @@
+"""A NaN or infinity reaches the rows and keys that give it non-zero weight, and nothing else (MATH.md, section 1)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import DTYPES, WEIGHTINGS, Problem, Sizes, random_problem, run
+from torch import Tensor
+
+import sightline as sl
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+CHOSEN = ("softmax", "capped", "cosine", "lssa", "raw_softplus", "lssar", "lssar1", "lssar2.5")
+every_weighting = pytest.mark.parametrize("weighting", [WEIGHTINGS[name] for name in CHOSEN], ids=CHOSEN)
+every_poison = pytest.mark.parametrize("poison", [math.nan, -math.inf], ids=["nan", "-inf"])
+
+SIZES = Sizes(batch=2, heads=4, key_heads=2, queries=150, keys=150, width=16, value_width=20)
+# What is hit: batch entry, key head (query heads 2 and 3), and a key or query row in the second tile, off its edges.
+BATCH, KEY_HEAD, HEADS, PLACE = 1, 1, slice(2, 4), 77
+VISIBILITIES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (20, None)},
+    "masked": {"key_mask": torch.arange(150).expand(2, 150) != PLACE},
+}
+every_visibility = pytest.mark.parametrize(
+    "visibility", ["all", pytest.param("causal", marks=pytest.mark.isa), "window", "masked"]
+)
+# Another order of summation in 16 bits; contamination would be far larger.
+CLOSE = {"rtol": 1e-2, "atol": 1e-3}
+
+
+def seen(visibility: str) -> Tensor:
+    """(M, N): which pairs are visible."""
+    distance = torch.arange(150).view(-1, 1) - torch.arange(150)
+    options = VISIBILITIES[visibility]
+    visible = torch.ones(150, 150, dtype=torch.bool)
+    if options.get("causal"):
+        visible &= distance >= 0
+    if "window" in options:
+        visible &= distance <= 20
+    if "key_mask" in options:
+        visible &= options["key_mask"][0]
+    return visible
+
+
+def gradients_of(problem: Problem) -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 4, 150, 20).to(problem.query.dtype), torch.randn(2, 4, 150)
+
+
+def assert_untouched_except(actual: Tensor, clean: Tensor, reached: Tensor, heads: slice | int, name: str) -> None:
+    """(B, H or Hk, rows, width): outside of batch entry, heads and rows that are reached, nothing has changed."""
+    others = torch.ones(actual.shape[:3], dtype=torch.bool)
+    others[BATCH, heads] &= ~reached
+    assert actual[others].isfinite().all(), f"{name}: a non-finite number reached what cannot see it"
+    torch.testing.assert_close(actual[others], clean[others], **CLOSE, msg=lambda text: f"{name}: {text}")
+
+
+@every_dtype
+@every_weighting
+@every_visibility
+@every_poison
+def test_a_value_reaches_the_rows_that_weigh_it(
+    poison: float, visibility: str, weighting: Any, dtype: torch.dtype
+) -> None:
+    problem = random_problem(SIZES, dtype, **VISIBILITIES[visibility])
+    clean = run(problem, weighting, "native")
+    weights = sl.attention_rows(
+        problem.query.double(), problem.key.double(), torch.arange(150), weighting=weighting, **problem.options
+    )[BATCH, HEADS, :, PLACE]
+    problem.value[BATCH, KEY_HEAD, PLACE, 3] = poison
+    result = run(problem, weighting, "native")
+    assert torch.equal(result["log_normalizer"], clean["log_normalizer"])
+
+    visible = seen(visibility)[:, PLACE]
+    touched = ~result["output"].isfinite()
+    assert_untouched_except(result["output"], clean["output"], visible, HEADS, "output")
+    # A weight may underflow to 0 in the kernel, or not: certain is what is far from it.
+    assert touched[BATCH, HEADS, :, 3][weights > 1e-30].all()
+    assert not touched[BATCH, HEADS, :, 3][weights == 0].any()
+    hit = result["output"][BATCH, HEADS, :, 3][touched[BATCH, HEADS, :, 3]]
+    assert hit.isnan().all() if math.isnan(poison) else (hit == poison).all()
+    columns = [column for column in range(20) if column != 3]
+    torch.testing.assert_close(result["output"][..., columns], clean["output"][..., columns], **CLOSE)
+
+
+@every_dtype
+@every_weighting
+@every_visibility
+@every_poison
+def test_a_value_reaches_the_gradients_of_the_rows_that_see_it(
+    poison: float, visibility: str, weighting: Any, dtype: torch.dtype
+) -> None:
+    problem = random_problem(SIZES, dtype, **VISIBILITIES[visibility])
+    gradients = gradients_of(problem)
+    clean = run(problem, weighting, "native", *gradients)
+    problem.value[BATCH, KEY_HEAD, PLACE, 3] = poison
+    result = run(problem, weighting, "native", *gradients)
+
+    visible = seen(visibility)
+    rows = visible[:, PLACE]
+    assert_untouched_except(result["query"], clean["query"], rows, HEADS, "gradient of query")
+    assert_untouched_except(result["key"], clean["key"], visible[rows].any(0), KEY_HEAD, "gradient of key")
+    torch.testing.assert_close(result["value"], clean["value"], **CLOSE)
+
+
+@every_dtype
+@every_weighting
+@every_visibility
+@every_poison
+def test_a_key_reaches_the_rows_that_see_it(poison: float, visibility: str, weighting: Any, dtype: torch.dtype) -> None:
+    problem = random_problem(SIZES, dtype, **VISIBILITIES[visibility])
+    gradients = gradients_of(problem)
+    clean = run(problem, weighting, "native", *gradients)
+    problem.key[BATCH, KEY_HEAD, PLACE, 3] = poison
+    result = run(problem, weighting, "native", *gradients)
+
+    visible = seen(visibility)
+    rows = visible[:, PLACE]
+    assert_untouched_except(result["output"], clean["output"], rows, HEADS, "output")
+    assert_untouched_except(result["query"], clean["query"], rows, HEADS, "gradient of query")
+    # The rows that it reached carry it to every key that they see.
+    keys = visible[rows].any(0)
+    assert_untouched_except(result["key"], clean["key"], keys, KEY_HEAD, "gradient of key")
+    assert_untouched_except(result["value"], clean["value"], keys, KEY_HEAD, "gradient of value")
+    if math.isnan(poison):
+        assert result["output"][BATCH, HEADS][:, rows].isnan().all()
+        assert result["log_normalizer"][BATCH, HEADS][:, rows].isnan().all()
+
+
+@every_dtype
+@every_weighting
+@every_visibility
+@every_poison
+def test_a_query_reaches_its_own_row(poison: float, visibility: str, weighting: Any, dtype: torch.dtype) -> None:
+    problem = random_problem(SIZES, dtype, **VISIBILITIES[visibility])
+    gradients = gradients_of(problem)
+    clean = run(problem, weighting, "native", *gradients)
+    problem.query[BATCH, 2, PLACE, 3] = poison
+    result = run(problem, weighting, "native", *gradients)
+
+    row = torch.arange(150) == PLACE
+    assert_untouched_except(result["output"], clean["output"], row, 2, "output")
+    assert_untouched_except(result["query"], clean["query"], row, 2, "gradient of query")
+    keys = seen(visibility)[PLACE]
+    assert_untouched_except(result["key"], clean["key"], keys, KEY_HEAD, "gradient of key")
+    assert_untouched_except(result["value"], clean["value"], keys, KEY_HEAD, "gradient of value")
+    if math.isnan(poison):
+        assert result["output"][BATCH, 2, PLACE].isnan().all()
+
+
+@every_dtype
+@every_weighting
+@every_visibility
+@every_poison
+def test_a_gradient_of_the_output_reaches_its_own_row(
+    poison: float, visibility: str, weighting: Any, dtype: torch.dtype
+) -> None:
+    problem = random_problem(SIZES, dtype, **VISIBILITIES[visibility])
+    grad_output, grad_log_normalizer = gradients_of(problem)
+    clean = run(problem, weighting, "native", grad_output, grad_log_normalizer)
+    grad_output[BATCH, 2, PLACE, 3] = poison
+    result = run(problem, weighting, "native", grad_output, grad_log_normalizer)
+
+    row = torch.arange(150) == PLACE
+    keys = seen(visibility)[PLACE]
+    assert_untouched_except(result["query"], clean["query"], row, 2, "gradient of query")
+    assert_untouched_except(result["key"], clean["key"], keys, KEY_HEAD, "gradient of key")
+    assert_untouched_except(result["value"], clean["value"], keys, KEY_HEAD, "gradient of value")
+    assert result["value"][..., :3].isfinite().all()
+    assert result["value"][..., 4:].isfinite().all()
+    assert not result["query"][BATCH, 2, PLACE].isfinite().all()
+
+
+@every_dtype
+@every_weighting
+def test_masked_keys_may_hold_anything(weighting: Any, dtype: torch.dtype) -> None:
+    problem = random_problem(SIZES, dtype, key_lengths=torch.tensor([150, 90]), causal=True)
+    gradients = gradients_of(problem)
+    clean = run(problem, weighting, "native", *gradients)
+    problem.key[1, :, 90:] = math.nan
+    problem.value[1, :, 90:] = math.inf
+    result = run(problem, weighting, "native", *gradients)
+    for name in ("output", "query", "key", "value"):
+        torch.testing.assert_close(result[name], clean[name], **CLOSE)
+    assert (result["key"][1, :, 90:] == 0).all()
+    assert (result["value"][1, :, 90:] == 0).all()
+
+
+@every_weighting
+@pytest.mark.parametrize("gradient_of", ["attn_mask", "scale"])
+def test_gradients_of_options_stay_finite_when_only_hidden_keys_are_not(gradient_of: str, weighting: Any) -> None:
+    mask = torch.zeros(150, 150)
+    mask[:, PLACE] = -math.inf
+    options = {"attn_mask": mask, "scale": torch.ones(4)}
+    problem = random_problem(SIZES, torch.float32, **options)
+    problem.key[:, :, PLACE] = math.nan
+    problem.value[:, :, PLACE] = math.nan
+    result = run(problem, weighting, "native", *gradients_of(problem))
+    assert result[gradient_of].isfinite().all()
+    assert result["query"].isfinite().all()
