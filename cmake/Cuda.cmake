@@ -31,6 +31,13 @@ if(NOT CMAKE_CUDA_COMPILER)
   sightline_no_cuda("nvcc was not found, or does not work")
   return()
 endif()
+# Asked before CUDA is enabled, which would fail on a GPU family that nvcc does not know.
+execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE nvcc_version ERROR_QUIET)
+string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" nvcc_version "${nvcc_version}")
+if(NOT CMAKE_MATCH_1 OR CMAKE_MATCH_1 VERSION_LESS 12.8)
+  sightline_no_cuda("nvcc ${CMAKE_MATCH_1} is too old: 12.8 is the first that knows every GPU family here")
+  return()
+endif()
 # Set before CUDA is enabled, which would choose one of its own: machine code for every family since Ampere, and portable
 # code of the newest for those to come.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
@@ -42,11 +49,6 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
 enable_language(CUDA)
-if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
-  sightline_no_cuda("nvcc ${CMAKE_CUDA_COMPILER_VERSION} is too old, 12.8 is the first that knows every GPU family here")
-  return()
-endif()
-find_package(CUDAToolkit REQUIRED)
 
 # 80-real -> 80, 100-virtual -> 100+: what the library says of itself.
 set(architectures)

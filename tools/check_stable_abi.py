@@ -12,8 +12,8 @@ import re
 import subprocess
 import sys
 
-# libcudart is not among them: the CUDA runtime is linked in, so that the library fits a torch of any CUDA version. Nor is
-# libgomp: threads come from torch's own pool, and a second OpenMP runtime oversubscribes the cores.
+# libgomp is not among them: threads come from torch's own pool, and a second OpenMP runtime oversubscribes the cores.
+# Nor is libcudart: the CUDA runtime is linked in, so that the library fits a torch of any CUDA version.
 ALLOWED_LIBRARIES = re.compile(
     r"(libtorch_cpu|libtorch_cuda|libtorch|libstdc\+\+|libgcc_s|libc|libm|libdl|libpthread|librt|ld-linux[-\w]*)\.so(\.\d+)?"
 )

@@ -105,8 +105,8 @@ py::tuple attention_decode(const py::array& query, const py::array& key, const p
                         static_cast<float>(option("reweight_offset", 1)),
                         static_cast<int64_t>(option("reweight_exempt_rows", 3))};
 
-  const auto sizes = std::vector<py::ssize_t>{attention.batch, attention.heads, attention.queries,
-                                              attention.value_width};
+  const auto sizes =
+      std::vector<py::ssize_t>{attention.batch, attention.heads, attention.queries, attention.value_width};
   py::array output(query.dtype(), sizes);
   py::array_t<float> log_normalizer(std::vector<py::ssize_t>(sizes.begin(), sizes.end() - 1));
   std::memset(output.mutable_data(), kPoison, static_cast<size_t>(output.nbytes()));
@@ -159,24 +159,22 @@ FloatArray apply_scalar(const FloatArray& x, Function function) {
 }  // namespace
 
 void bind_decode(py::module_& module) {
-  module.def("attention_decode", attention_decode, py::arg("query"), py::arg("key"), py::arg("value"),
-             py::arg("dtype"), py::arg("options"), py::arg("splits") = 0, py::arg("key_lengths") = py::none(),
+  module.def("attention_decode", attention_decode, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("dtype"),
+             py::arg("options"), py::arg("splits") = 0, py::arg("key_lengths") = py::none(),
              py::arg("key_mask") = py::none(), py::arg("alibi_slopes") = py::none(), py::arg("sinks") = py::none(),
              py::arg("scales") = py::none(),
              "The GPU's decoding kernels, emulated: output, log normalizer, how many splits, whether loads are wide.");
   module.def("key_splits", key_splits, "The [begin, end) that each split of the keys [first, last] takes.");
-  module.def("scalar_exp2", [](const FloatArray& x) {
-    return apply_scalar(x, [](core::Scalar value) { return core::exp2(value); });
-  });
-  module.def("scalar_tanh", [](const FloatArray& x) {
-    return apply_scalar(x, [](core::Scalar value) { return core::tanh(value); });
-  });
+  module.def("scalar_exp2",
+             [](const FloatArray& x) { return apply_scalar(x, [](core::Scalar value) { return core::exp2(value); }); });
+  module.def("scalar_tanh",
+             [](const FloatArray& x) { return apply_scalar(x, [](core::Scalar value) { return core::tanh(value); }); });
   module.def("scalar_power", [](const FloatArray& x, float exponent) {
     return apply_scalar(x, [exponent](core::Scalar value) { return core::power(value, exponent); });
   });
   module.def("scalar_softplus", [](const FloatArray& x) {
-    return apply_scalar(
-        x, [](core::Scalar value) { return core::SoftPlus::forward(value) * core::Scalar{core::kLn2}; });
+    return apply_scalar(x,
+                        [](core::Scalar value) { return core::SoftPlus::forward(value) * core::Scalar{core::kLn2}; });
   });
 }
 

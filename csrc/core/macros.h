@@ -15,7 +15,7 @@
 #if defined(__CUDACC__)
 #define SIGHTLINE_PRAGMA(text) _Pragma(#text)
 #define SIGHTLINE_UNROLL _Pragma("unroll")
-#define SIGHTLINE_UNROLL_BY(count) SIGHTLINE_PRAGMA(unroll (count))
+#define SIGHTLINE_UNROLL_BY(count) SIGHTLINE_PRAGMA(unroll(count))
 #else
 #define SIGHTLINE_UNROLL_BY(count)
 #define SIGHTLINE_UNROLL _Pragma("GCC unroll 32")

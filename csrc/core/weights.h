@@ -1,5 +1,5 @@
-// The weight functions phi of MATH.md section 1, for any vector type (see polynomials.h), and the thresholds of sections
-// 1 and 2.
+// The weight functions phi of MATH.md section 1, for any vector type (see polynomials.h), and the thresholds of
+// sections 1 and 2.
 //
 // forward(score): phi(score). A masked score is -inf and gets exactly 0.
 // forward_and_derivative: both from one exp2.

@@ -1,5 +1,5 @@
-// The way into the decoding kernels. CUDA's runtime is linked statically: the library then loads into a process whatever
-// runtime its torch brought, and both meet in the driver's primary context.
+// The way into the decoding kernels. CUDA's runtime is linked statically: the library then loads into a process
+// whatever runtime its torch brought, and both meet in the driver's primary context.
 #include "cuda/attention_decode.h"
 
 #include "cuda/kernel_launcher.h"

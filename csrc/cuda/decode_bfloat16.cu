@@ -2,6 +2,8 @@
 
 namespace sightline::cuda {
 
-cudaError_t decode_bfloat16(const DecodeProblem& problem, cudaStream_t stream) { return decode<BFloat16>(problem, stream); }
+cudaError_t decode_bfloat16(const DecodeProblem& problem, cudaStream_t stream) {
+  return decode<BFloat16>(problem, stream);
+}
 
 }  // namespace sightline::cuda

@@ -2,6 +2,8 @@
 
 namespace sightline::cuda {
 
-cudaError_t decode_float16(const DecodeProblem& problem, cudaStream_t stream) { return decode<Float16>(problem, stream); }
+cudaError_t decode_float16(const DecodeProblem& problem, cudaStream_t stream) {
+  return decode<Float16>(problem, stream);
+}
 
 }  // namespace sightline::cuda

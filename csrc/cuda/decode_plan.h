@@ -5,8 +5,8 @@
 
 namespace sightline::cuda {
 
-// More splits than fill the machine once cost a partial result each. Fewer lengthen the sums of one warp: fp32 sums stay
-// accurate to the dtype over this many keys.
+// More splits than fill the machine once cost a partial result each. Fewer lengthen the sums of one warp: fp32 sums
+// stay accurate to the dtype over this many keys.
 constexpr int64_t kBlocksPerProcessor = 3;
 constexpr int64_t kFewestKeysPerSplit = kWarps * kKeyTile * 2;
 constexpr int64_t kMostKeysPerWarp16Bit = 8192;
@@ -17,10 +17,8 @@ inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / 
 inline int64_t choose_splits(const AttentionProblem& problem, int64_t processors) {
   int64_t span = problem.keys;  // what the rows of a block can see at most
   const int64_t right = problem.causal ? 0 : problem.window_right;
-  if (problem.window_left >= 0 && right >= 0)
-    span = core::smaller(span, problem.window_left + right + problem.queries);
-  const int64_t longest =
-      kWarps * (problem.dtype == DType::kFloat32 ? kMostKeysPerWarpFloat32 : kMostKeysPerWarp16Bit);
+  if (problem.window_left >= 0 && right >= 0) span = core::smaller(span, problem.window_left + right + problem.queries);
+  const int64_t longest = kWarps * (problem.dtype == DType::kFloat32 ? kMostKeysPerWarpFloat32 : kMostKeysPerWarp16Bit);
   const int64_t fewest = core::larger(divide_up(span, longest), 1);
   const int64_t most = core::larger(divide_up(span, kFewestKeysPerSplit), 1);
   const int64_t blocks = core::larger(problem.batch * problem.key_heads * row_blocks(problem), 1);
@@ -56,8 +54,7 @@ inline int64_t lay_out_workspace(DecodeProblem& problem, char* base) {
   };
   constexpr auto kPartialBytes = static_cast<int64_t>(sizeof(RowPartial));
   problem.row_partials = reinterpret_cast<RowPartial*>(take(rows * problem.splits * kPartialBytes));
-  problem.weight_partials =
-      reinterpret_cast<RowPartial*>(take(reweights ? rows * problem.splits * kPartialBytes : 0));
+  problem.weight_partials = reinterpret_cast<RowPartial*>(take(reweights ? rows * problem.splits * kPartialBytes : 0));
   problem.value_partials = reinterpret_cast<float*>(take(rows * problem.splits * attention.value_width * 4));
   problem.scores = reinterpret_cast<float*>(take(reweights ? rows * score_stride(attention) * 4 : 0));
   const bool counts = attention.key_mask != nullptr && counts_keys(attention);

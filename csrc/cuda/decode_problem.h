@@ -1,8 +1,8 @@
 // What the decoding kernels are given: an AttentionProblem whose pointers are the device's, memory to work in, and how
 // the keys are split.
 //
-// The query rows of all heads that share a key head are numbered rho = g * M + i (g: head within the group) and cut into
-// blocks of 16. A "packed row" is (batch, key head, rho) as one index.
+// The query rows of all heads that share a key head are numbered rho = g * M + i (g: head within the group) and cut
+// into blocks of 16. A "packed row" is (batch, key head, rho) as one index.
 #pragma once
 
 #include <cstdint>
@@ -81,8 +81,8 @@ struct KeyRange {
   int32_t begin = 0, end = 0;
 };
 
-// Part `split` of the tiles that hold the keys [first, last]. It depends on what the rows see and not on the size of the
-// cache, so that a long cache with few valid keys still keeps every block busy.
+// Part `split` of the tiles that hold the keys [first, last]. It depends on what the rows see and not on the size of
+// the cache, so that a long cache with few valid keys still keeps every block busy.
 SIGHTLINE_INLINE KeyRange keys_of_split(int64_t first, int64_t last, int64_t split, int64_t splits) {
   if (last < first) return {};
   const int64_t first_tile = first / kKeyTile;

@@ -69,8 +69,9 @@ SIGHTLINE_DEVICE void set_up_row(const DecodeProblem& problem, const BlockPlace&
   info.last = static_cast<int32_t>(interval.last);
   info.position = static_cast<int32_t>(interval.position);
   if (counts_keys(attention)) info.visible = visible_count(problem, place.batch, info.query, interval);
-  const float length =
-      !attention.length_scale ? 1.0f : info.visible > 0 ? logf(static_cast<float>(info.visible)) : 0.0f;
+  const float length = !attention.length_scale ? 1.0f
+                       : info.visible > 0      ? logf(static_cast<float>(info.visible))
+                                               : 0.0f;
   info.factor = (attention.scales != nullptr ? attention.scales[info.head] : problem.scale) * length;
   info.slope = attention.alibi_slopes != nullptr ? attention.alibi_slopes[info.head] : 0.0f;
 }

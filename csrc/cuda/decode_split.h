@@ -1,15 +1,15 @@
 // Attention of up to 16 query rows over one split of the keys: the kernel in which decoding spends its time.
 //
-// A block takes one (batch, key head, 16 rows, split). Its four warps take the split's tiles of 16 keys in turn and each
-// gathers weights and weighted values of its own (warp_rows.h), in registers; K and V are read once, for all rows of the
-// group. At the end the warps' sums are added in a fixed order and go to the workspace, where merge_splits.h finds them.
-// Nothing depends on timing, so results repeat bit by bit.
+// A block takes one (batch, key head, 16 rows, split). Its four warps take the split's tiles of 16 keys in turn and
+// each gathers weights and weighted values of its own (warp_rows.h), in registers; K and V are read once, for all rows
+// of the group. At the end the warps' sums are added in a fixed order and go to the workspace, where merge_splits.h
+// finds them. Nothing depends on timing, so results repeat bit by bit.
 //
 // Re-weighting (MATH.md section 2) needs the row's mean and peak before any weight: the first sweep reads the keys and
 // leaves the scores in the workspace, at most a quarter of what the keys take; the second reads scores and values.
 //
-// Infinities and NaN: a warp whose sums are not finite walks its tiles again, with the non-finite numbers of V taken out
-// of the products and given only to the rows that weigh their key; finite data pays nothing.
+// Infinities and NaN: a warp whose sums are not finite walks its tiles again, with the non-finite numbers of V taken
+// out of the products and given only to the rows that weigh their key; finite data pays nothing.
 #pragma once
 
 #include <type_traits>
@@ -27,8 +27,8 @@ struct DecodeSplit {
   static constexpr bool kReadsKeys = kSweep != Sweep::kWeights;
   static constexpr bool kReadsValues = kSweep != Sweep::kScores;
   static constexpr bool kIsFloat32 = std::is_same_v<T, Float32>;
-  using Products = std::conditional_t<kIsFloat32, ProductsFloat32<kWidth, kVector, kReadsValues>,
-                                      Products16Bit<T, kWidth, kVector>>;
+  using Products =
+      std::conditional_t<kIsFloat32, ProductsFloat32<kWidth, kVector, kReadsValues>, Products16Bit<T, kWidth, kVector>>;
   static constexpr int kBlockThreads = kThreads;
   // Registers limit this: the sums alone take 32, 64 or 128 of them.
   static constexpr int kBlocksPerProcessor = kIsFloat32 || kWidth > 128 ? 2 : kWidth > 64 ? 3 : 4;
@@ -106,14 +106,13 @@ struct DecodeSplit {
                                 problem.splits, function, -INFINITY);
       if (lane.index != 0) continue;
       shared.totals[row] = total;
-      shared.peaks[row] =
-          find_peak(problem.attention.reweight, shared.rows[row].visible, total_of(total.weights),
-                    relative_weight(function, total.largest, reference_of(function, total.largest)));
+      shared.peaks[row] = find_peak(problem.attention.reweight, shared.rows[row].visible, total_of(total.weights),
+                                    relative_weight(function, total.largest, reference_of(function, total.largest)));
     }
   }
 
-  // Two groups of copies are under way at any time: in the whole sweep the keys and the values of a tile, each asked for
-  // again as soon as the last ones are used; in the others this tile and the next.
+  // Two groups of copies are under way at any time: in the whole sweep the keys and the values of a tile, each asked
+  // for again as soon as the last ones are used; in the others this tile and the next.
   SIGHTLINE_DEVICE void sweep(const DecodeProblem& problem, const BlockPlace& place, const KeyRange& range,
                               const Lane& lane, bool finite_only, Shared& shared, WarpRows<kWidth>& state) {
     const AttentionProblem& attention = problem.attention;

@@ -1,5 +1,5 @@
-// What the kernels ask of a GPU, in a dozen functions: who a thread is, exchange within a warp, barriers, wide copies, the
-// matrix instruction of 16-bit numbers.
+// What the kernels ask of a GPU, in a dozen functions: who a thread is, exchange within a warp, barriers, wide copies,
+// the matrix instruction of 16-bit numbers.
 //
 // Compiled by nvcc they are the instructions of sm_80 and newer. Compiled by anything else they are the functions of
 // emulation.h, which runs the threads of a block one after the other: so the same kernel source is tested on a machine
@@ -38,8 +38,8 @@ SIGHTLINE_DEVICE int32_t shuffle_xor(int32_t x, int mask) { return __shfl_xor_sy
 SIGHTLINE_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 SIGHTLINE_DEVICE bool any_in_warp(bool condition) { return __any_sync(0xffffffffu, condition); }
 
-// From global to shared memory behind the thread's back, past the first-level cache; zeros where not `live`. What a thread
-// asked for is there for that thread alone, once it has waited for the group.
+// From global to shared memory behind the thread's back, past the first-level cache; zeros where not `live`. What a
+// thread asked for is there for that thread alone, once it has waited for the group.
 SIGHTLINE_DEVICE void copy_16_bytes(void* to, const void* from, bool live) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                :
@@ -83,15 +83,13 @@ SIGHTLINE_DEVICE float widen_float16(uint16_t bits) {
 
 // sums (16 x 8) += a (16 x 16) b (16 x 8), spread over the warp as PTX ISA says for mma.m16n8k16.
 SIGHTLINE_DEVICE void multiply_add_float16(float (&sums)[4], const Words4& a, uint32_t b0, uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 SIGHTLINE_DEVICE void multiply_add_bfloat16(float (&sums)[4], const Words4& a, uint32_t b0, uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));

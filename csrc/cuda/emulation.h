@@ -188,9 +188,7 @@ SIGHTLINE_DEVICE int64_t block_z() { return machine().block().z; }
 SIGHTLINE_DEVICE void sync_block() { machine().meet(emulation::Meeting::kBlockBarrier); }
 SIGHTLINE_DEVICE void sync_warp() { machine().meet(emulation::Meeting::kWarpBarrier); }
 
-SIGHTLINE_DEVICE float shuffle(float x, int lane) {
-  return machine().exchange(emulation::Meeting::kExchange, x)[lane];
-}
+SIGHTLINE_DEVICE float shuffle(float x, int lane) { return machine().exchange(emulation::Meeting::kExchange, x)[lane]; }
 SIGHTLINE_DEVICE float shuffle_xor(float x, int mask) { return shuffle(x, (thread_index() % kWarpThreads) ^ mask); }
 SIGHTLINE_DEVICE int32_t shuffle_xor(int32_t x, int mask) {
   return machine().exchange(emulation::Meeting::kExchange, x)[(thread_index() % kWarpThreads) ^ mask];

@@ -2,7 +2,8 @@
 //
 // mma.m16n8k16 wants its operands spread over the lanes in 4-byte pieces, and memory wants 16-byte loads. Both are had
 // by taking the sums over columns (Q K^T) and the columns of the result (P V) in another order: the sum does not care.
-//   Q K^T: lane 4 g + t fetches columns 8 t .. 8 t + 7 of key g; its four words are the operands of two products. Q lies
+//   Q K^T: lane 4 g + t fetches columns 8 t .. 8 t + 7 of key g; its four words are the operands of two products. Q
+//   lies
 //          in shared memory in the same order, one 16-byte word per lane and product.
 //   P V:   lane 4 g + t fetches columns 8 g .. 8 g + 7 of the four keys whose scores it owns, and a byte permutation
 //          pairs neighbouring keys. Product e of 8 then yields the columns 8 n + e.

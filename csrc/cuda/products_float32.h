@@ -117,9 +117,9 @@ struct ProductsFloat32 {
     for (int set = 0; set < kWidth / kWidthStep; ++set) {
       if (set * kWidthStep >= values.width) continue;
       stage<kTileStride, true>(shared, lane, [&](int in_tile) {
-        const Words4 words = load_words<Float32, kVector>(HeadRows::row(values, tile + in_tile),
-                                                          set * kWidthStep + lane.index % 16 * 4, values.width,
-                                                          (live_keys >> in_tile & 1) != 0);
+        const Words4 words =
+            load_words<Float32, kVector>(HeadRows::row(values, tile + in_tile), set * kWidthStep + lane.index % 16 * 4,
+                                         values.width, (live_keys >> in_tile & 1) != 0);
         return finite_only ? Words4{finite(words.x), finite(words.y), finite(words.z), finite(words.w)} : words;
       });
       SIGHTLINE_UNROLL_BY(kFewRegisters ? 1 : 2)
@@ -184,7 +184,7 @@ struct ProductsFloat32 {
         const float columns[4] = {parts[part].x, parts[part].y, parts[part].z, parts[part].w};
         SIGHTLINE_UNROLL
         for (int index = 0; index < 4; ++index) {
-          float(&sum)[4] = sums[part * 4 + index];
+          float (&sum)[4] = sums[part * 4 + index];
           sum[h] = fmaf(upper, columns[index], sum[h]);
           sum[2 + h] = fmaf(lower, columns[index], sum[2 + h]);
         }

@@ -1,8 +1,9 @@
 // Weights relative to a reference that follows the row's largest score, for both weight functions.
 //
-// Softmax subtracts the maximum so that exp does not overflow. Softplus needs no maximum in fp32, but its weights go into
-// the product with V as 16-bit numbers, and fp16 ends at 65504 and at 6e-8: so they are divided by the power of two just
-// below the weight of the largest score. Both follow from `largest` alone, so partial sums over keys can be merged.
+// Softmax subtracts the maximum so that exp does not overflow. Softplus needs no maximum in fp32, but its weights go
+// into the product with V as 16-bit numbers, and fp16 ends at 65504 and at 6e-8: so they are divided by the power of
+// two just below the weight of the largest score. Both follow from `largest` alone, so partial sums over keys can be
+// merged.
 #pragma once
 
 #include <cmath>

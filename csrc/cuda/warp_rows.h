@@ -37,8 +37,7 @@ SIGHTLINE_DEVICE OfKeys<bool> live_keys(const AttentionProblem& problem, int64_t
       const int32_t key = tile + key_in_tile(lane, n, h);
       live.of[n][h] = key < end;
       if (problem.key_mask != nullptr && key < end)
-        live.of[n][h] =
-            problem.key_mask[batch * problem.key_mask_strides[0] + key * problem.key_mask_strides[1]] != 0;
+        live.of[n][h] = problem.key_mask[batch * problem.key_mask_strides[0] + key * problem.key_mask_strides[1]] != 0;
     }
   }
   return live;
@@ -60,8 +59,7 @@ SIGHTLINE_DEVICE void finish_scores(const AttentionProblem& problem, const RowIn
         const int32_t key = tile + key_in_tile(lane, n, h);
         float& entry = scores.entries[n][r * 2 + h];
         float score = entry * (problem.normalize_qk ? row_factor * inverse_norms.of[n][h] : row_factor);
-        if (problem.alibi_slopes != nullptr)
-          score -= row.slope * fabsf(static_cast<float>(row.position - key));
+        if (problem.alibi_slopes != nullptr) score -= row.slope * fabsf(static_cast<float>(row.position - key));
         if (problem.softcap > 0.0f)
           score = problem.softcap * core::tanh(core::Scalar{score * (1.0f / problem.softcap)}).value;
         entry = key >= first && key <= last && live.of[n][h] ? score : -INFINITY;

@@ -1,8 +1,8 @@
 // How a warp divides a tile of 16 rows and 16 keys, or 16 rows and 64 columns of V, among its lanes.
 //
 // Lane 4 g + t owns the rows g and g + 8. Of a score tile it owns the keys 8 n + 2 t + h (n, h in {0, 1}), as
-// entries[n][2 r + h] for row g + 8 r: what the matrix instruction leaves in its registers, and, packed, what it takes as
-// its next operand. Of a set of 64 columns it owns (2 t + h) * 8 + e, e < 8, as sums[set][e][2 r + h].
+// entries[n][2 r + h] for row g + 8 r: what the matrix instruction leaves in its registers, and, packed, what it takes
+// as its next operand. Of a set of 64 columns it owns (2 t + h) * 8 + e, e < 8, as sums[set][e][2 r + h].
 #pragma once
 
 #include "cuda/decode_problem.h"

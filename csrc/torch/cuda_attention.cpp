@@ -43,8 +43,10 @@ void check_on_device(const Tensor& tensor, int32_t device, const char* name) {
 
 void set_up_sizes(Call& call) {
   AttentionProblem& problem = call.problem.attention;
+  call.query = with_contiguous_rows_anywhere(call.query, "query");
+  call.key = with_contiguous_rows_anywhere(call.key, "key");
+  call.value = with_contiguous_rows_anywhere(call.value, "value");
   const Tensor &query = call.query, &key = call.key, &value = call.value;
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "query, key and value: expected 4 axes");
   STD_TORCH_CHECK(query.is_cuda(), "query: expected a CUDA tensor");
   check_on_device(key, query.get_device_index(), "key");
   check_on_device(value, query.get_device_index(), "value");
@@ -70,12 +72,9 @@ void set_up_sizes(Call& call) {
                   "query: expected a multiple of the key heads");
   STD_TORCH_CHECK(problem.queries <= kLargestIndex && problem.keys <= kLargestIndex,
                   "query and key: expected fewer than 2^31 rows");
-  STD_TORCH_CHECK(problem.batch <= kLargestGridSide &&
-                      problem.key_heads * cuda::row_blocks(problem) <= kLargestGridSide,
-                  "query: expected at most 65535 batch entries, and as many key heads times blocks of 16 rows");
-  call.query = with_contiguous_rows(query);
-  call.key = with_contiguous_rows(key);
-  call.value = with_contiguous_rows(value);
+  STD_TORCH_CHECK(
+      problem.batch <= kLargestGridSide && problem.key_heads * cuda::row_blocks(problem) <= kLargestGridSide,
+      "query: expected at most 65535 batch entries, and as many key heads times blocks of 16 rows");
   problem.query = heads_view(call.query);
   problem.key = heads_view(call.key);
   problem.value = heads_view(call.value);
@@ -140,8 +139,7 @@ void take_scalars(ArgumentReader& arguments, cuda::DecodeProblem& problem) {
 void attention_decode(StableIValue* stack, uint64_t, uint64_t) {
   ArgumentReader arguments(stack);
   Call call{arguments.tensor(), arguments.tensor(), arguments.tensor(), {}, {}, {}, {}, {}, {}};
-  for (auto* tensor :
-       {&call.key_lengths, &call.key_mask, &call.alibi_slopes, &call.sinks, &call.scale_per_head})
+  for (auto* tensor : {&call.key_lengths, &call.key_mask, &call.alibi_slopes, &call.sinks, &call.scale_per_head})
     *tensor = arguments.optional_tensor();
   take_scalars(arguments, call.problem);
   set_up_sizes(call);
@@ -156,8 +154,7 @@ void attention_decode(StableIValue* stack, uint64_t, uint64_t) {
                 width = attention.value_width;
   Tensor output = empty_on(device, {batch, heads, rows, width}, {rows * heads * width, width, heads * width, 1},
                            call.query.scalar_type());
-  Tensor log_normalizer =
-      empty_on(device, {batch, heads, rows}, {heads * rows, rows, 1}, ScalarType::Float);
+  Tensor log_normalizer = empty_on(device, {batch, heads, rows}, {heads * rows, rows, 1}, ScalarType::Float);
   if (batch * heads * rows > 0) {
     const torch::stable::accelerator::DeviceGuard guard(device);
     attention.output = writable_heads_view(output);

@@ -51,11 +51,11 @@ def requested_backend(backend: str) -> str:
 def choose_backend(query: Tensor, backend: str, decode_refusal: str | None = None) -> str:
     """ "native" or "reference" for this query; `backend` as in `sightline.attention`, already checked.
 
-    decode_refusal: why the CUDA decoding kernel does not take this call, where the query is on a CUDA device. Falling back to the reference on a device
-    or in an installation without kernels warns once; float64 is the reference's own.
+    decode_refusal: why the CUDA decoding kernel does not take this call, where the query is on a CUDA device. Falling
+    back to the reference on a device or in an installation without kernels warns once; float64 is the reference's own.
 
-    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot take
-    this query.
+    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot
+    take this query.
     """
     backend = requested_backend(backend)
     if backend == "reference":
@@ -71,10 +71,12 @@ def choose_backend(query: Tensor, backend: str, decode_refusal: str | None = Non
     if backend == "native":
         if query.dtype == torch.float64:
             raise NotImplementedError("backend: 'native' has no float64 kernels; use 'reference' or 'auto'")
-        if device == "cuda" and decode_refusal is not None:
-            reason = f"the decoding kernel is all there is for device 'cuda', and {decode_refusal}"
+        if device == "cpu":
+            reason = native_library().reason
+        elif decode_refusal is not None:
+            reason = f"the decoding kernel is all there is for device {device!r}, and {decode_refusal}"
         else:
-            reason = native_library().reason if device == "cpu" else f"there are no native kernels for device {device!r}"
+            reason = f"there are no native kernels for device {device!r}"
         raise NotImplementedError(f"backend: 'native' is not available: {reason}; use 'reference' or 'auto'")
     if query.dtype != torch.float64 and not torch.compiler.is_compiling() and device not in _warned_devices:
         _warned_devices.add(device)
