@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 PACKAGE := $(VENV)/.package
 LIBRARY := python/sightline/_lib/libsightline.so
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
-CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 PYTHON ?=
 ARGS ?=
 

@@ -1,6 +1,7 @@
-"""Builds libsightline.so with CMake and Ninja. Everything else about the package stands in pyproject.toml.
+"""Builds libsightline.so, and libsightline_cuda.so where nvcc is found, with CMake and Ninja. Everything else about the
+package stands in pyproject.toml.
 
-The library uses torch's stable ABI and no symbol of Python, so one wheel (py3-none-<platform>) serves every Python and
+The libraries use torch's stable ABI and no symbol of Python, so one wheel (py3-none-<platform>) serves every Python and
 every torch from 2.10. torch is looked up, never imported, and only when something is compiled.
 """
 
@@ -19,6 +20,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+LIBRARIES = ("libsightline.so", "libsightline_cuda.so")
 
 
 def tool(name: str) -> str:
@@ -44,7 +46,7 @@ def torch_folder() -> Path:
 
 
 class BuildNative(build_ext):
-    """Configures, compiles and places the one library of this package; in place (editable) also the _bench module."""
+    """Configures, compiles and places the libraries of this package; in place (editable) also the _bench module."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
@@ -58,12 +60,13 @@ class BuildNative(build_ext):
         options = {
             "SIGHTLINE_TORCH_DIR": torch_folder(),
             "SIGHTLINE_PYTHON": sys.executable,
+            "SIGHTLINE_CUDA": os.environ.get("SIGHTLINE_CUDA", "auto"),
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
         }
         if self.inplace:
             options["SIGHTLINE_BENCH"] = "ON"
         flags = [f"-D{name}={value}" for name, value in options.items()]
-        targets = [] if self.inplace else ["--target", "sightline"]
+        targets = [] if self.inplace else ["--target", "sightline_libraries"]
         cmake = tool("cmake")
         for arguments in (
             ["-S", str(ROOT), "-B", str(build), "-G", "Ninja", *flags],
@@ -72,13 +75,22 @@ class BuildNative(build_ext):
             if subprocess.call([cmake, *arguments]) != 0:
                 raise SystemExit("sightline: the build failed; the reason stands above")
 
-        library = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve()
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: an interrupted copy must not look like a finished build, and a running process
-        # keeps the old file.
-        partial = library.with_suffix(".partial")
-        shutil.copyfile(build / library.name, partial)
-        partial.replace(library)
+        folder = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in LIBRARIES:
+            place(build / name, folder / name)
+
+
+def place(built: Path, library: Path) -> None:
+    """Copy a library into the package; one that was not built this time must not stay there."""
+    if not built.exists():
+        library.unlink(missing_ok=True)
+        return
+    # Written aside and renamed: an interrupted copy must not look like a finished build, and a running process keeps
+    # the old file.
+    partial = library.with_suffix(".partial")
+    shutil.copyfile(built, partial)
+    partial.replace(library)
 
 
 class WheelForEveryPython(bdist_wheel):

@@ -44,6 +44,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def fresh_random_numbers(request: pytest.FixtureRequest) -> None:
     """Seeds torch and random for this test."""

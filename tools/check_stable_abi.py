@@ -13,8 +13,9 @@ import subprocess
 import sys
 
 # libgomp is not among them: threads come from torch's own pool, and a second OpenMP runtime oversubscribes the cores.
+# Nor is libcudart: the CUDA runtime is linked in, so that the library fits a torch of any CUDA version.
 ALLOWED_LIBRARIES = re.compile(
-    r"(libtorch_cpu|libtorch|libstdc\+\+|libgcc_s|libc|libm|libdl|libpthread|librt|ld-linux[-\w]*)\.so(\.\d+)?"
+    r"(libtorch_cpu|libtorch_cuda|libtorch|libstdc\+\+|libgcc_s|libc|libm|libdl|libpthread|librt|ld-linux[-\w]*)\.so(\.\d+)?"
 )
 PYTHON_SYMBOL = re.compile(r"_?Py[A-Z_]")
 TORCH_CPP = re.compile(r"\b(c10|at|torch|caffe2)::")

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "bench/decode.h"
 #include "cpu/kernel_table.h"
 
 namespace py = pybind11;
@@ -127,6 +128,7 @@ PYBIND11_MODULE(_bench, module) {
   module.def("attention", attention, py::arg("isa"), py::arg("query"), py::arg("key"), py::arg("value"),
              py::arg("weighting") = "softmax", py::arg("causal") = false, py::arg("threads") = 1,
              "Output (B,H,M,Dv) and log normalizer (B,H,M) of float32 arrays.");
+  bind_decode(module);
 }
 
 }  // namespace sightline::bench

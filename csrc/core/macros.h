@@ -10,3 +10,13 @@
 #else
 #define SIGHTLINE_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
 #endif
+
+// Before a loop whose bounds the compiler knows: a register array is indexed by constants only when it is unrolled.
+#if defined(__CUDACC__)
+#define SIGHTLINE_PRAGMA(text) _Pragma(#text)
+#define SIGHTLINE_UNROLL _Pragma("unroll")
+#define SIGHTLINE_UNROLL_BY(count) SIGHTLINE_PRAGMA(unroll(count))
+#else
+#define SIGHTLINE_UNROLL_BY(count)
+#define SIGHTLINE_UNROLL _Pragma("GCC unroll 32")
+#endif

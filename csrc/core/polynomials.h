@@ -1,32 +1,23 @@
 // exp2, log2(1 + y), log2 and tanh as short polynomials on the FMA units, for any vector type V.
 //
 // V is a type with arithmetic operators and these free functions found by its namespace: fma, maximum, select, less,
-// equal, round_to_integer, times_power_of_two, split_exponent, absolute; V::broadcast(float). The coefficients are
-// minimax in relative error (tools/fit_polynomials.py); tests/csrc/test_elementwise.py sweeps the whole range per
-// instruction set.
+// equal, round_to_integer, times_power_of_two, split_exponent, absolute; V::broadcast(float). On a GPU it is
+// scalar.h's. The coefficients are minimax in relative error (tools/fit_polynomials.py); tests/csrc/test_elementwise.py
+// sweeps the whole range per instruction set.
 #pragma once
 
 #include "core/macros.h"
 
 namespace sightline::core {
 
-// 2^f = P(f) on [-1/2, 1/2], relative error 1.9e-9 before rounding.
-constexpr float kExp2[] = {1.000000001e+00f, 6.931472057e-01f, 2.402264689e-01f, 5.550328777e-02f,
-                           9.618488957e-03f, 1.339993122e-03f, 1.534581200e-04f};
-// log2(1 + y) = y P(y) on [0, 1], relative error 4.7e-9 before rounding.
-constexpr float kLog2OnePlus[] = {1.442695034e+00f, -7.213461127e-01f, 4.808497149e-01f, -3.600120487e-01f,
-                                  2.838637999e-01f, -2.208130250e-01f, 1.529784031e-01f, -8.217523761e-02f,
-                                  2.863960631e-02f, -4.680139039e-03f};
-// tanh(u) = u P(u^2) for |u| <= 1/4: the Taylor series to u^9, truncation 8e-9.
-constexpr float kTanh[] = {1.0f, -0.333333333f, 0.133333333f, -0.0539682540f, 0.0218694885f};
-
 constexpr float kLog2E = 1.442695040888963f;
 constexpr float kLn2 = 0.693147180559945f;
 
+// The coefficients are local to the functions that use them: a GPU cannot refer to an array of the host.
 template <class V, int kCount>
 SIGHTLINE_INLINE V polynomial(const float (&coefficients)[kCount], V x) {
   V result = V::broadcast(coefficients[kCount - 1]);
-#pragma GCC unroll 16
+  SIGHTLINE_UNROLL
   for (int degree = kCount - 2; degree >= 0; --degree) result = fma(result, x, V::broadcast(coefficients[degree]));
   return result;
 }
@@ -34,6 +25,9 @@ SIGHTLINE_INLINE V polynomial(const float (&coefficients)[kCount], V x) {
 // 2^x for x <= 127. Below -126 it is exactly 0, so that no denormal slows the products; NaN stays NaN.
 template <class V>
 SIGHTLINE_INLINE V exp2(V x) {
+  // 2^f = P(f) on [-1/2, 1/2], relative error 1.9e-9 before rounding.
+  constexpr float kExp2[] = {1.000000001e+00f, 6.931472057e-01f, 2.402264689e-01f, 5.550328777e-02f,
+                             9.618488957e-03f, 1.339993122e-03f, 1.534581200e-04f};
   const V whole = round_to_integer(x);
   return times_power_of_two(polynomial(kExp2, x - whole), whole, x);
 }
@@ -41,6 +35,10 @@ SIGHTLINE_INLINE V exp2(V x) {
 // log2(1 + y) for y in [0, 1].
 template <class V>
 SIGHTLINE_INLINE V log2_one_plus(V y) {
+  // log2(1 + y) = y P(y), relative error 4.7e-9 before rounding.
+  constexpr float kLog2OnePlus[] = {1.442695034e+00f, -7.213461127e-01f, 4.808497149e-01f, -3.600120487e-01f,
+                                    2.838637999e-01f, -2.208130250e-01f, 1.529784031e-01f, -8.217523761e-02f,
+                                    2.863960631e-02f, -4.680139039e-03f};
   return y * polynomial(kLog2OnePlus, y);
 }
 
@@ -54,6 +52,8 @@ SIGHTLINE_INLINE V log2(V x) {
 
 template <class V>
 SIGHTLINE_INLINE V tanh(V u) {
+  // tanh(u) = u P(u^2) for |u| <= 1/4: the Taylor series to u^9, truncation 8e-9.
+  constexpr float kTanh[] = {1.0f, -0.333333333f, 0.133333333f, -0.0539682540f, 0.0218694885f};
   const V one = V::broadcast(1.0f);
   const V magnitude = absolute(u);
   const V decay = exp2(magnitude * V::broadcast(-2.0f * kLog2E));

@@ -32,7 +32,8 @@ SIGHTLINE_INLINE int64_t find_document(const int32_t* cu_seqlens, int64_t docume
   return low;
 }
 
-SIGHTLINE_INLINE KeyInterval visible_interval(const AttentionProblem& problem, int64_t batch, int64_t row) {
+// `length`: the valid keys of the row's batch entry, in [0, N]; packed documents have lengths of their own.
+SIGHTLINE_INLINE KeyInterval visible_interval_within(const AttentionProblem& problem, int64_t length, int64_t row) {
   KeyInterval interval;
   if (problem.cu_seqlens_q != nullptr) {
     const int64_t document = find_document(problem.cu_seqlens_q, problem.documents, row);
@@ -45,7 +46,6 @@ SIGHTLINE_INLINE KeyInterval visible_interval(const AttentionProblem& problem, i
     interval.first = key_begin;
     interval.last = key_end - 1;
   } else {
-    const int64_t length = problem.key_lengths != nullptr ? problem.key_lengths[batch] : problem.keys;
     interval.position = row + length - problem.queries;
     interval.last = length - 1;
   }
@@ -53,6 +53,11 @@ SIGHTLINE_INLINE KeyInterval visible_interval(const AttentionProblem& problem, i
   if (problem.window_right >= 0) interval.last = smaller(interval.last, interval.position + problem.window_right);
   if (problem.window_left >= 0) interval.first = larger(interval.first, interval.position - problem.window_left);
   return interval;
+}
+
+SIGHTLINE_INLINE KeyInterval visible_interval(const AttentionProblem& problem, int64_t batch, int64_t row) {
+  const int64_t length = problem.key_lengths != nullptr ? problem.key_lengths[batch] : problem.keys;
+  return visible_interval_within(problem, length, row);
 }
 
 }  // namespace sightline::core

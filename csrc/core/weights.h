@@ -1,4 +1,5 @@
-// The weight functions phi of MATH.md section 1, for any vector type (see polynomials.h).
+// The weight functions phi of MATH.md section 1, for any vector type (see polynomials.h), and the thresholds of
+// sections 1 and 2.
 //
 // forward(score): phi(score). A masked score is -inf and gets exactly 0.
 // forward_and_derivative: both from one exp2.
@@ -9,6 +10,11 @@
 #include "core/polynomials.h"
 
 namespace sightline::core {
+
+// Under normalize_qk a norm is at least this; below it no gradient flows.
+constexpr float kNormFloor = 1e-6f;
+// Re-weighting leaves a row alone whose largest weight exceeds the mean by less than this share (section 2).
+constexpr float kFlatRow = 0x1p-16f;
 
 struct Exponential {
   static constexpr bool kShifted = true;

@@ -4,11 +4,10 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/weights.h"
 #include "cpu/vec.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
-
-constexpr float kNormFloor = 1e-6f;
 
 SIGHTLINE_INLINE void zero(float* values, int64_t count) {
   for (int64_t index = 0; index < count; ++index) values[index] = 0.0f;
@@ -63,9 +62,9 @@ SIGHTLINE_INLINE void scale_row(float* row, float factor, int64_t width) {
 
 SIGHTLINE_INLINE float inverse_of_norm(const float* values, int64_t count, bool* floored = nullptr) {
   const float norm = std::sqrt(dot(values, values, count));
-  const bool below = norm < kNormFloor;  // false for NaN, which must stay
+  const bool below = norm < core::kNormFloor;  // false for NaN, which must stay
   if (floored != nullptr) *floored = below;
-  return 1.0f / (below ? kNormFloor : norm);
+  return 1.0f / (below ? core::kNormFloor : norm);
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

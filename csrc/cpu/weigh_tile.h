@@ -8,8 +8,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-constexpr float kFlatRow = 0x1p-16f;
-
 // What a tile of rows has gathered so far.
 struct RowState {
   RowTile rows;
@@ -119,7 +117,7 @@ static void find_peaks(const AttentionProblem& problem, RowState& state) {
                            ? 0.0f
                            : static_cast<float>(problem.reweight.offset * state.normalizer[lane] / visible);
     const float peak = largest_weight - mean;
-    const bool flat = (!exempt && !(peak > kFlatRow * largest_weight)) || !(peak > 0.0f);
+    const bool flat = (!exempt && !(peak > core::kFlatRow * largest_weight)) || !(peak > 0.0f);
     state.mean[lane] = mean;
     state.inverse_peak[lane] = flat ? 0.0f : 1.0f / peak;
     state.flat[lane] = flat ? 1.0f : 0.0f;

@@ -73,11 +73,15 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
 }
 
 // The tensor itself when its last axis is contiguous, else a contiguous copy. (B, H, rows, width) in CPU memory.
-inline Tensor with_contiguous_rows(const Tensor& tensor, const char* name) {
+inline Tensor with_contiguous_rows_anywhere(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 axes");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
   if (tensor.size(3) <= 1 || tensor.stride(3) == 1) return tensor;
   return torch::stable::contiguous(tensor);
+}
+
+inline Tensor with_contiguous_rows(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  return with_contiguous_rows_anywhere(tensor, name);
 }
 
 inline HeadsView heads_view(const Tensor& tensor) {

@@ -11,7 +11,13 @@ from torch import Tensor
 from sightline import reference
 from sightline._checks import check_attention, check_attention_rows
 from sightline.observe import AttentionStats, Observe
-from sightline.ops import choose_backend, native_library
+from sightline.ops import (
+    call_attention_decode,
+    choose_backend,
+    decode_refusal,
+    native_library,
+    requested_backend,
+)
 from sightline.ops.autocast import autocast_dtype
 from sightline.weighting import Softmax, Softplus
 
@@ -120,8 +126,34 @@ def attention(
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
-    chosen = choose_backend(query, backend, value.shape[3])
-    if chosen != "reference":
+    refusal = None
+    if query.is_cuda and requested_backend(backend) == "native":
+        refusal = decode_refusal(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            cu_seqlens_q=cu_seqlens_q,
+            others=(sinks, scale),
+        )
+    chosen = choose_backend(query, backend, value.shape[3], refusal)
+    if chosen == "decode":
+        output, log_normalizer = call_attention_decode(
+            query,
+            key,
+            value,
+            key_lengths,
+            key_mask,
+            alibi_slopes,
+            sinks,
+            scale if isinstance(scale, Tensor) else None,
+            causal,
+            *_window_sides(window),
+            _scale_number(scale, weighting, query),
+            *_weighting_arguments(weighting),
+        )
+    elif chosen != "reference":
         call = call_attention if chosen == "native" else call_attention_triton
         outputs = call(
             query,

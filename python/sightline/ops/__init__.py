@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from sightline.ops.backends import backend_status, choose_backend
-from sightline.ops.library import available_isas, isa_name, native_library
+from sightline.ops.backends import backend_status, choose_backend, requested_backend
+from sightline.ops.decode import call_attention_decode, decode_refusal
+from sightline.ops.library import available_isas, cuda_library, isa_name, native_library
 
-__all__ = ["available_isas", "backend_status", "choose_backend", "isa_name", "native_library"]
+__all__ = [
+    "available_isas",
+    "backend_status",
+    "call_attention_decode",
+    "choose_backend",
+    "cuda_library",
+    "decode_refusal",
+    "isa_name",
+    "native_library",
+    "requested_backend",
+]
 
 if native_library().loaded:
     # Importing them registers the Python half of the operators.

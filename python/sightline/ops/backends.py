@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from sightline.ops.library import isa_name, native_library
+from sightline.ops.library import cuda_architectures, cuda_library, isa_name, native_library
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
@@ -74,7 +74,11 @@ def _why_not_triton(query: Tensor, value_width: int) -> str | None:
 def backend_status() -> dict[str, tuple[bool, str]]:
     """For every backend whether it is available here, and why or why not."""
     library = native_library()
-    native = f"CPU kernels, instruction set {isa_name()}" if library.loaded else library.reason
+    native = library.reason
+    if library.loaded:
+        cuda = cuda_library()
+        decoding = f"for {', '.join(cuda_architectures())}" if cuda.loaded else f"not available, {cuda.reason}"
+        native = f"CPU kernels, instruction set {isa_name()}; CUDA decoding {decoding}"
     if _WHY_NO_TRITON is not None:
         triton = (False, _WHY_NO_TRITON)
     elif torch.cuda.is_available():
@@ -90,20 +94,30 @@ def backend_status() -> dict[str, tuple[bool, str]]:
     }
 
 
-def choose_backend(query: Tensor, backend: str, value_width: int = 1) -> str:
-    """ "native", "triton" or "reference" for this query; `backend` as in `sightline.attention`, already checked.
+def requested_backend(backend: str) -> str:
+    """`backend`, and for "auto" the environment variable SIGHTLINE_BACKEND where it is set.
 
-    "auto" takes the environment variable SIGHTLINE_BACKEND where it is set, else Triton for tensors on CUDA and the
-    native kernels for those on the CPU. Falling back to the reference on a device or in an installation without
-    kernels warns once; float64 is the reference's own.
-
-    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot
-    take this query with values of this width.
+    Raises ValueError for an unknown SIGHTLINE_BACKEND.
     """
     if backend == "auto":
         backend = os.environ.get("SIGHTLINE_BACKEND", "auto")
         if backend not in BACKENDS:
             raise ValueError(f"SIGHTLINE_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def choose_backend(query: Tensor, backend: str, value_width: int = 1, decode_refusal: str | None = None) -> str:
+    """ "native", "triton", "decode" or "reference" for this query; `backend` as in `sightline.attention`, checked.
+
+    "auto" takes the environment variable SIGHTLINE_BACKEND where it is set, else Triton for tensors on CUDA and the
+    native kernels for those on the CPU. "native" on CUDA is the decoding kernel; `decode_refusal` says why it does not
+    take this call. Falling back to the reference on a device or in an installation without kernels warns once;
+    float64 is the reference's own.
+
+    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot
+    take this query with values of this width.
+    """
+    backend = requested_backend(backend)
     if backend == "reference":
         return backend
     if _MISCONFIGURED:
@@ -115,12 +129,16 @@ def choose_backend(query: Tensor, backend: str, value_width: int = 1) -> str:
             return "triton"
         if backend == "triton":
             raise NotImplementedError(f"backend: 'triton' is not available: {reason}; use 'auto'")
+    if backend == "native" and device == "cuda" and decode_refusal is None and query.dtype != torch.float64:
+        return "decode"
     has_kernels = _HAS_KERNELS and device in ("cpu", "meta")
     if query.dtype != torch.float64 and has_kernels:
         return "native"
     if device == "cpu":
         reason = native_library().reason
-    elif device != "cuda" or backend == "native":
+    elif decode_refusal is not None:
+        reason = f"the decoding kernel is all there is for device {device!r}, and {decode_refusal}"
+    elif device != "cuda":
         reason = f"there are no native kernels for device {device!r}"
     if backend == "native":
         if query.dtype == torch.float64:

@@ -1,4 +1,4 @@
-"""Loading of libsightline.so, which holds the operators' schemas and CPU kernels."""
+"""Loading of libsightline.so, which holds the operators' schemas and CPU kernels, and of libsightline_cuda.so."""
 
 from __future__ import annotations
 
@@ -33,10 +33,13 @@ class NativeLibrary:
         return None if answer is None else answer.decode()
 
 
+_FOLDER = Path(__file__).parent.parent / "_lib"
+
+
 @functools.cache
 def native_library() -> NativeLibrary:
     """Load libsightline.so once. Where that fails the answer says why; a call that needs it raises."""
-    path = Path(__file__).parent.parent / "_lib" / "libsightline.so"
+    path = _FOLDER / "libsightline.so"
     if not path.exists():
         return NativeLibrary(None, f"{path.name} was not built for this installation ({platform.machine()})")
     try:
@@ -58,3 +61,46 @@ def available_isas() -> list[str]:
     """The instruction sets that this machine can run, narrowest first; one of them can be named in SIGHTLINE_ISA."""
     names = native_library().text("sightline_available_isas")
     return names.split(",") if names else []
+
+
+@functools.cache
+def cuda_library() -> NativeLibrary:
+    """Load libsightline_cuda.so once, where torch has a CUDA device. Where that fails the answer says why."""
+    path = _FOLDER / "libsightline_cuda.so"
+    if not native_library().loaded:
+        return NativeLibrary(None, native_library().reason)
+    if not path.exists():
+        return NativeLibrary(None, f"{path.name} was not built for this installation (no nvcc was found)")
+    if torch.version.cuda is None:
+        return NativeLibrary(None, f"torch {torch.__version__} was built without CUDA")
+    if not torch.cuda.is_available():
+        return NativeLibrary(None, "torch finds no CUDA device")
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return NativeLibrary(None, f"{path.name} does not load with torch {torch.__version__}: {error}")
+    library = NativeLibrary(ctypes.CDLL(str(path)), "loaded")
+    problem = library.text("sightline_cuda_driver_problem")
+    return library if problem is None else NativeLibrary(None, f"{path.name} cannot run: {problem}")
+
+
+def cuda_architectures() -> list[str]:
+    """The GPUs that libsightline_cuda.so has code for, as "90" (compute capability 9.0) or "100+" (10.0 and newer)."""
+    names = cuda_library().text("sightline_cuda_architectures")
+    return names.split(",") if names else []
+
+
+def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability can run code for one of `architectures`.
+
+    Machine code runs on its own family from its own member on, portable code on everything newer.
+
+    >>> runs_on(["80", "90"], (8, 9)), runs_on(["80", "90"], (12, 0)), runs_on(["80", "100+"], (12, 0))
+    (True, False, True)
+    """
+    number = capability[0] * 10 + capability[1]
+    for architecture in architectures:
+        built = int(architecture.rstrip("+"))
+        if built <= number and (architecture.endswith("+") or built // 10 == capability[0]):
+            return True
+    return False

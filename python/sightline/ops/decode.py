@@ -1,0 +1,104 @@
+"""Decoding on CUDA, `sightline::attention_decode`: when it can be used, and the Python half of the operator.
+
+The schema stands in csrc/torch/cuda_attention.cpp. It computes few query rows against many keys, without gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import _C, Tensor
+from torch.autograd import forward_ad
+
+from sightline.ops.library import cuda_architectures, cuda_library, runs_on
+
+# A block of the kernel takes 16 rows of a key head; with more blocks the keys are read again for each.
+MOST_ROWS = 16
+WIDEST_HEAD = 256
+_MOST_BLOCKS = 65535
+_MOST_KEYS = 2**31 - 65
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Constants to torch.compile: tracing must not look at the file system.
+_LOADED = cuda_library().loaded
+_REASON = cuda_library().reason
+
+
+def decode_refusal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    others: tuple[Any, ...] = (),
+) -> str | None:
+    """Why the CUDA decoding kernel cannot compute this call of `sightline.attention`; None where it can.
+
+    The arguments are those of `sightline.attention`, already checked; `others`: further tensors that may need a
+    gradient. This is the one place that knows what the kernel takes.
+    """
+    if not _LOADED:
+        return _REASON
+    if query.device.type != "cuda":
+        return f"it runs on CUDA devices, not on {query.device.type!r}"
+    if not _runs_on_device(query.device.index):
+        return f"libsightline_cuda.so was not built for the GPU {query.device}"
+    if query.dtype not in _DTYPES:
+        return f"it has no kernel for {query.dtype}"
+    for name, given in (
+        ("attn_mask", attn_mask is not None),
+        ("dropout_p", dropout_p > 0.0),
+        ("cu_seqlens_q", cu_seqlens_q is not None),
+    ):
+        if given:
+            return f"it does not take {name}"
+    batch, heads, queries, width = query.shape
+    key_heads, keys = key.shape[1], key.shape[2]
+    rows = heads // key_heads * queries
+    if rows > MOST_ROWS:
+        return f"it takes at most {MOST_ROWS} query rows per key head, this call has {rows}"
+    if max(width, value.shape[3]) > WIDEST_HEAD or min(width, value.shape[3]) < 1:
+        return f"it takes head widths from 1 to {WIDEST_HEAD}"
+    if batch > _MOST_BLOCKS or key_heads > _MOST_BLOCKS or keys > _MOST_KEYS:
+        return "it takes at most 65535 batch entries and key heads, and fewer than 2^31 keys"
+    if forward_ad._current_level >= 0 or _C._are_functorch_transforms_active():
+        return "it has no derivative and no rule for function transforms"
+    tensors = (query, key, value, *(other for other in others if isinstance(other, Tensor)))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "it has no derivative"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _runs_on_device(index: int) -> bool:
+    return runs_on(cuda_architectures(), torch.cuda.get_device_capability(index))
+
+
+def call_attention_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale_per_head: Tensor | None,
+    *scalars: Any,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, M, Dv) and log normaliser (B, H, M). `scalars` as in the schema, from `causal` on."""
+    per_head = (None if tensor is None else tensor.float() for tensor in (alibi_slopes, sinks, scale_per_head))
+    return torch.ops.sightline.attention_decode.default(query, key, value, key_lengths, key_mask, *per_head, *scalars)
+
+
+def attention_decode_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Shapes and strides of what the operator returns."""
+    batch, heads, queries, _width = query.shape
+    output = query.new_empty((batch, queries, heads, value.shape[3])).transpose(1, 2)
+    return output, query.new_empty((batch, heads, queries), dtype=torch.float32)
+
+
+if _LOADED:
+    torch.library.register_fake("sightline::attention_decode")(attention_decode_fake)
