@@ -42,6 +42,9 @@ KERNELS = (
     "key_gradients",
     "mask_gradient",
     "count_visible_keys",
+    "measure_split",
+    "attend_split",
+    "merge_splits",
 )
 HEADS, KEY_HEADS, LENGTH = 8, 2, 4096
 
@@ -148,6 +151,8 @@ def _call_operators(weighting: Any, dtype: torch.dtype, width: int, kernels: tup
     nothing = [None] * 9
     if "attention_forward" in kernels:
         launch.attention(query, key, key, *nothing, None, None, *scalars, True, 0, 0, 0, 0, 0)
+    if {"measure_split", "attend_split", "merge_splits"} & set(kernels):
+        launch.attention(query[:, :, :1], key, key, *nothing, None, None, *scalars, False, 0, 0, 0, 0, 0)
     leading = (query, rows, query, key, key, query, saved_rows, saved_values)
     if {"prepare_rows", "query_gradients", "key_gradients"} & set(kernels):
         launch.attention_backward(*leading, *nothing, *scalars, False, False, False)

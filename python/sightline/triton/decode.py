@@ -42,7 +42,7 @@ class Parts(NamedTuple):
 
     spreads: Any  # (splits, 3, rows): shift, largest score and normaliser
     sums: Any  # (splits, 3, rows): shift, normaliser (or sum of sharp weights), sum of rounded weights
-    values: Any  # (splits, rows, Dv)
+    value_sums: Any  # (splits, rows, Dv)
     rows: Any
     splits: Any
     split_keys: Any  # keys of a split, a multiple of the key tile
@@ -128,7 +128,7 @@ def attend_split(problem, parts, units, repairs, variant: tl.constexpr):
     columns = tl.arange(0, variant.block_value_width)
     row_start = (split.to(tl.int64) * parts.rows + rows.index) * variant.value_width
     live = rows.live[:, None] & (columns < variant.value_width)[None, :]
-    tl.store(parts.values + row_start[:, None] + columns[None, :], sums.value_sum, mask=live)
+    tl.store(parts.value_sums + row_start[:, None] + columns[None, :], sums.value_sum, mask=live)
     if not variant.safe:
         tl.store(repairs + program, (is_finite(sums.value_sum) == 0).to(tl.int32))
 
@@ -139,7 +139,7 @@ def load_part_values(variant: tl.constexpr, parts, rows, split):
     columns = tl.arange(0, variant.block_value_width)
     row_start = (tl.cast(split, tl.int64) * parts.rows + rows.index) * variant.value_width
     live = rows.live[:, None] & (columns < variant.value_width)[None, :]
-    return tl.load(parts.values + row_start[:, None] + columns[None, :], mask=live, other=0.0)
+    return tl.load(parts.value_sums + row_start[:, None] + columns[None, :], mask=live, other=0.0)
 
 
 @triton.jit

@@ -54,7 +54,7 @@ _TILES: dict[tuple[str, str, int], Tile] = {
     ("sharp forward", "fp32", 128): Tile(16, 32, 8, 2),
     ("sharp forward", "fp32", 256): Tile(16, 16, 8, 1),
     ("decode", "fp32", 64): Tile(16, 32, 4, 2),
-    ("decode", "fp32", 128): Tile(16, 32, 4, 2),
+    ("decode", "fp32", 128): Tile(16, 16, 8, 2),
     ("decode", "fp32", 256): Tile(16, 16, 8, 2),
     ("queries", "fp32", 64): Tile(32, 32, 8, 1),
     ("queries", "fp32", 128): Tile(16, 16, 8, 2),
@@ -64,7 +64,7 @@ _TILES: dict[tuple[str, str, int], Tile] = {
     ("keys", "fp32", 256): Tile(16, 16, 8, 1),
     ("mask", "fp32", 64): Tile(32, 32, 8, 1),
     ("mask", "fp32", 128): Tile(16, 32, 8, 1),
-    ("mask", "fp32", 256): Tile(16, 16, 8, 1),
+    ("mask", "fp32", 256): Tile(16, 16, 4, 1),
     ("sharp queries", "fp32", 256): Tile(16, 16, 8, 1),
 }
 # What Hopper and later hold more of than Ampere.
