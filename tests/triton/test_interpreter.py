@@ -28,7 +28,17 @@ def test_kernels_pass_under_the_interpreter(name: str) -> None:
     # A worker of xdist must not pass its identity on.
     environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_XDIST")}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton/kernels/{name}"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "not slow",
+            "-p",
+            "no:cacheprovider",
+            f"tests/triton/kernels/{name}",
+        ],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,

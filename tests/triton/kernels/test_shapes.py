@@ -39,7 +39,8 @@ LARGE = [size for size in SHAPES if max(size) >= 100]
 @pytest.mark.parametrize(
     ("size", "weighting", "dtype"),
     [
-        (size, weighting, list(DTYPES)[(place + turn) % 3])
+        # Of a handful of rows, re-weighting in 16 bits may be worse by max f / m (MATH.md, section 5).
+        (size, weighting, list(DTYPES)[(place + turn) % 3] if WEIGHTINGS[weighting].reweight is None else "fp32")
         for (place, size), (turn, weighting) in itertools.product(enumerate(SMALL), enumerate(WEIGHTINGS))
     ],
 )
@@ -51,6 +52,7 @@ def test_every_weighting_at_small_ragged_sizes(size: tuple[int, int], weighting:
     assert_triton_is_close(random_problem(sizes, DTYPES[dtype], causal=causal), WEIGHTINGS[weighting])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "weighting", "dtype"),
     list(
