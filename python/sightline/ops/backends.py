@@ -27,8 +27,8 @@ def backend_status() -> dict[str, tuple[bool, str]]:
     native = library.reason
     if library.loaded:
         cuda = cuda_library()
-        decoding = f"for {', '.join(cuda_architectures())}" if cuda.loaded else f"not available, {cuda.reason}"
-        native = f"CPU kernels, instruction set {isa_name()}; CUDA decoding {decoding}"
+        decoding = f"CUDA decoding for {', '.join(cuda_architectures())}" if cuda.loaded else f"no CUDA: {cuda.reason}"
+        native = f"CPU kernels, instruction set {isa_name()}; {decoding}"
     return {
         "native": (library.loaded, native),
         "triton": (False, _TRITON_REASON),
