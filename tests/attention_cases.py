@@ -45,7 +45,7 @@ WEIGHTINGS: dict[str, sl.Softmax | sl.Softplus] = {
     "lssar3": sl.LSSAR(3.0),
 }
 MAIN_WEIGHTINGS = {name: WEIGHTINGS[name] for name in ("softmax", "lssa", "lssar")}
-# The dtypes differ in how numbers are read and rounded, not in what is done with them: float16 meets only the main ones.
+# The dtypes differ in how numbers are read and rounded, not in what is done with them: float16 meets few.
 PAIRS = {
     f"{name}-{dtype}": (weighting, DTYPES[dtype])
     for name, weighting in WEIGHTINGS.items()

@@ -11,18 +11,13 @@ from torch import Tensor
 from sightline import reference
 from sightline._checks import check_attention, check_attention_rows
 from sightline.observe import AttentionStats, Observe
-from sightline.ops import (
-    call_attention_decode,
-    choose_backend,
-    decode_refusal,
-    native_library,
-    requested_backend,
-)
+from sightline.ops import call_attention_decode, choose_backend, decode_refusal, native_library
 from sightline.ops.autocast import autocast_dtype
 from sightline.weighting import Softmax, Softplus
 
 if native_library().loaded:
     from sightline.ops.attention import call_attention
+    from sightline.ops.triton_attention import call_attention_triton
 
 _WEIGHT_FUNCTIONS = {"softmax": 0, "softplus": 1}
 _DEFAULT = Softmax()
@@ -127,16 +122,10 @@ def attention(
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     refusal = None
     if query.is_cuda:
-        refusal = decode_refusal(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            cu_seqlens_q=cu_seqlens_q,
-            others=(sinks, scale),
-        )
-    if query.is_cuda and refusal is None and requested_backend(backend) in ("auto", "native"):
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "cu_seqlens_q": cu_seqlens_q}
+        refusal = decode_refusal(query, key, value, **options, others=(sinks, scale))
+    chosen = choose_backend(query, backend, value.shape[3], refusal)
+    if chosen == "native" and query.is_cuda:
         output, log_normalizer = call_attention_decode(
             query,
             key,
@@ -151,8 +140,9 @@ def attention(
             _scale_number(scale, weighting, query),
             *_weighting_arguments(weighting),
         )
-    elif choose_backend(query, backend, refusal) == "native":
-        outputs = call_attention(
+    elif chosen != "reference":
+        call = call_attention if chosen == "native" else call_attention_triton
+        outputs = call(
             query,
             key,
             value,

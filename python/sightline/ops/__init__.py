@@ -1,8 +1,8 @@
-"""The operators of namespace `sightline`: native library, fake kernels, autograd, autocast, vmap, backends."""
+"""The registered operators of namespace `sightline`: native library, fake kernels, autograd, vmap, backend choice."""
 
 from __future__ import annotations
 
-from sightline.ops.backends import backend_status, choose_backend, requested_backend
+from sightline.ops.backends import backend_status, choose_backend
 from sightline.ops.decode import call_attention_decode, decode_refusal
 from sightline.ops.library import available_isas, cuda_library, isa_name, native_library
 
@@ -15,8 +15,9 @@ __all__ = [
     "decode_refusal",
     "isa_name",
     "native_library",
-    "requested_backend",
 ]
 
 if native_library().loaded:
-    from sightline.ops import attention as attention  # registers the Python half of the operators
+    # Importing them registers the Python half of the operators.
+    from sightline.ops import attention as attention
+    from sightline.ops import triton_attention as triton_attention

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import re
 import warnings
 
 import torch
@@ -12,13 +15,60 @@ from sightline.ops.library import cuda_architectures, cuda_library, isa_name, na
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
-_TRITON_REASON = "the Triton kernels are not part of this version"
+_OLDEST_TRITON = (3, 4)
+_TRITON_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
+_TRITON_WIDTH = 256
+
+# Triton decides between its compiler and its interpreter when kernels are defined, once per process.
+INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 # A constant to torch.compile: tracing must not look at the file system.
 _HAS_KERNELS = native_library().loaded
 _MISCONFIGURED = native_library().misconfigured
 
 _warned_devices: set[str] = set()
+
+
+def _triton_version() -> str | None:
+    for distribution in _TRITON_DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _why_no_triton() -> str | None:
+    """Why no tensor can be computed by Triton in this installation, or None. Does not import it."""
+    oldest = ".".join(map(str, _OLDEST_TRITON))
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed (at least {oldest} is needed)"
+    version = _triton_version()
+    if version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_TRITON:
+        return f"Triton {version} is too old (at least {oldest} is needed)"
+    if not _HAS_KERNELS:
+        return f"its operators take their schema from the native library: {native_library().reason}"
+    return None
+
+
+_WHY_NO_TRITON = _why_no_triton()
+_TRITON_DEVICES = ("cuda", "cpu", "meta") if INTERPRETS_TRITON else ("cuda", "meta")
+
+
+def _why_not_triton(query: Tensor, value_width: int) -> str | None:
+    """Why Triton does not compute a call with this query and this width of value, or None."""
+    if _WHY_NO_TRITON is not None:
+        return _WHY_NO_TRITON
+    if query.dtype == torch.float64:
+        return "it has no float64 kernels"
+    device = query.device.type
+    if device not in _TRITON_DEVICES:
+        interpreter = "; TRITON_INTERPRET=1, set before sightline is imported, runs it in Triton's interpreter"
+        return f"query is on device {device!r}, not 'cuda'{interpreter if device == 'cpu' else ''}"
+    if query.shape[3] > _TRITON_WIDTH or value_width > _TRITON_WIDTH:
+        widths = f"{query.shape[3]} (query) and {value_width} (value)"
+        return f"its kernels take head widths up to {_TRITON_WIDTH}, got {widths}"
+    return None
 
 
 def backend_status() -> dict[str, tuple[bool, str]]:
@@ -29,58 +79,66 @@ def backend_status() -> dict[str, tuple[bool, str]]:
         cuda = cuda_library()
         decoding = f"CUDA decoding for {', '.join(cuda_architectures())}" if cuda.loaded else f"no CUDA: {cuda.reason}"
         native = f"CPU kernels, instruction set {isa_name()}; {decoding}"
+    if _WHY_NO_TRITON is not None:
+        triton = (False, _WHY_NO_TRITON)
+    elif torch.cuda.is_available():
+        triton = (True, f"kernels for CUDA devices, Triton {_triton_version()}")
+    elif INTERPRETS_TRITON:
+        triton = (True, f"kernels on the CPU in the interpreter of Triton {_triton_version()}, which is slow")
+    else:
+        triton = (False, "no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU in Triton's interpreter")
     return {
         "native": (library.loaded, native),
-        "triton": (False, _TRITON_REASON),
+        "triton": triton,
         "reference": (True, "the formulas in PyTorch, on any device"),
     }
 
 
-def requested_backend(backend: str) -> str:
-    """`backend`, and for "auto" the environment variable SIGHTLINE_BACKEND where it is set.
+def choose_backend(
+    query: Tensor, backend: str, value_width: int = 1, decode_refusal: str | None = "none was asked for"
+) -> str:
+    """ "native", "triton" or "reference" for this query; `backend` as in `sightline.attention`, already checked.
 
-    Raises ValueError for an unknown SIGHTLINE_BACKEND.
+    "auto" takes the environment variable SIGHTLINE_BACKEND where it is set, else Triton for tensors on CUDA and the
+    native kernels for those on the CPU. Falling back to the reference on a device or in an installation without
+    kernels warns once; float64 is the reference's own.
+
+    decode_refusal: why the native kernel for decoding on CUDA does not take this call (ops/decode.py), None if it does.
+    "auto" resorts to it only where there is no Triton: which of the two is faster has not been measured.
+
+    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot
+    take this query with values of this width.
     """
     if backend == "auto":
         backend = os.environ.get("SIGHTLINE_BACKEND", "auto")
         if backend not in BACKENDS:
             raise ValueError(f"SIGHTLINE_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    return backend
-
-
-def choose_backend(query: Tensor, backend: str, decode_refusal: str | None = None) -> str:
-    """ "native" or "reference" for this query; `backend` as in `sightline.attention`, already checked.
-
-    decode_refusal: why the CUDA decoding kernel does not take this call, where the query is on a CUDA device. Falling
-    back to the reference on a device or in an installation without kernels warns once; float64 is the reference's own.
-
-    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot
-    take this query.
-    """
-    backend = requested_backend(backend)
     if backend == "reference":
         return backend
     if _MISCONFIGURED:
         raise ValueError(native_library().reason)
-    if backend == "triton":
-        raise NotImplementedError(f"backend: 'triton' is not available: {_TRITON_REASON}; use 'auto'")
     device = query.device.type
+    if backend == "triton" or device == "cuda":
+        reason = _why_not_triton(query, value_width)
+        if reason is None and backend != "native":
+            return "triton"
+        if backend == "triton":
+            raise NotImplementedError(f"backend: 'triton' is not available: {reason}; use 'auto'")
     has_kernels = _HAS_KERNELS and device in ("cpu", "meta")
-    if query.dtype != torch.float64 and has_kernels:
+    if query.dtype != torch.float64 and (has_kernels or (device == "cuda" and decode_refusal is None)):
         return "native"
+    if device == "cpu":
+        reason = native_library().reason
+    elif device == "cuda" and backend == "native":
+        reason = f"on CUDA it has a decoding kernel only: {decode_refusal}"
+    elif device != "cuda":
+        reason = f"there are no native kernels for device {device!r}"
     if backend == "native":
         if query.dtype == torch.float64:
             raise NotImplementedError("backend: 'native' has no float64 kernels; use 'reference' or 'auto'")
-        if device == "cpu":
-            reason = native_library().reason
-        elif decode_refusal is not None:
-            reason = f"the decoding kernel is all there is for device {device!r}, and {decode_refusal}"
-        else:
-            reason = f"there are no native kernels for device {device!r}"
         raise NotImplementedError(f"backend: 'native' is not available: {reason}; use 'reference' or 'auto'")
     if query.dtype != torch.float64 and not torch.compiler.is_compiling() and device not in _warned_devices:
         _warned_devices.add(device)
-        reason = native_library().reason if device == "cpu" else f"there are no kernels for device {device!r}"
         warnings.warn(
             f"sightline falls back to its PyTorch reference, which is slow: {reason}. backend='reference' asks for it "
             "without this warning.",

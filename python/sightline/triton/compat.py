@@ -1,0 +1,81 @@
+"""Differences between Triton versions, and between Triton's compiler and its interpreter. Nothing else looks at them.
+
+The interpreter stores bfloat16 as integers: it cannot add or multiply them, and it cuts off where hardware rounds. So
+the launcher hands it float32 copies of bfloat16 tensors (exact), and what hardware rounds to bfloat16 is rounded
+here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+try:
+    INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+except AttributeError:  # before knobs there was the environment variable alone
+    INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+_REGISTERS = 65536  # of a multiprocessor
+
+
+@triton.jit
+def round_to_bfloat16(x):
+    """fp32 numbers as bfloat16, ready to be an operand of a product."""
+    if _INTERPRETED:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def round_to(x, variant: tl.constexpr):
+    """fp32 numbers in the dtype of the variant, ready to be an operand of a product."""
+    if variant.dtype == "fp16":
+        return x.to(tl.float16)
+    elif variant.dtype == "bf16":
+        return round_to_bfloat16(x)
+    else:
+        return x
+
+
+def interpretable(tensor: Tensor) -> Tensor:
+    """The tensor itself, or in the interpreter what it can read in its place."""
+    return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
+
+
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once on the device, at least; in the interpreter enough to split the keys of a test."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 32
+
+
+def launch_options(warps: int, stages: int = 1) -> dict[str, int]:
+    """Triton's options for a launch.
+
+    Left alone, ptxas spills a few registers for one more block per multiprocessor; a limit, even the largest, keeps it
+    from that. AMD's compiler has no such option.
+    """
+    options = {"num_warps": warps, "num_stages": stages}
+    if torch.version.hip is None:
+        options["maxnreg"] = min(255, _REGISTERS // (32 * warps))
+    return options
+
+
+def is_hopper_or_later() -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU of compute capability 9.0 or more."""
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90

@@ -1,0 +1,94 @@
+"""The one table of tile sizes: rows and keys of a tile, warps, and stages of the software pipeline, per kernel.
+
+docs/triton_resources.md has the registers and shared memory of each entry, which were chosen so that nothing spills.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sightline.triton.compat import INTERPRETED, is_hopper_or_later
+from sightline.triton.problem import Variant
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut and launched."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By kernel, operand ("half": fp16 and bf16) and the wider of the two head widths, rounded up to a power of two. A name
+# with "sharp" is for re-weighting, which holds more of a tile at once.
+_TILES: dict[tuple[str, str, int], Tile] = {
+    ("forward", "half", 64): Tile(128, 64, 8, 3),
+    ("forward", "half", 128): Tile(64, 64, 8, 2),
+    ("forward", "half", 256): Tile(64, 32, 8, 2),
+    ("sharp forward", "half", 64): Tile(64, 64, 8, 2),
+    ("sharp forward", "half", 128): Tile(32, 64, 8, 2),
+    ("sharp forward", "half", 256): Tile(32, 32, 8, 2),
+    ("decode", "half", 64): Tile(16, 64, 4, 3),
+    ("decode", "half", 128): Tile(16, 64, 4, 3),
+    ("decode", "half", 256): Tile(16, 32, 4, 3),
+    ("queries", "half", 64): Tile(64, 32, 4, 2),
+    ("queries", "half", 128): Tile(64, 32, 8, 2),
+    ("queries", "half", 256): Tile(16, 32, 8, 1),
+    ("sharp queries", "half", 64): Tile(64, 32, 8, 2),
+    ("sharp queries", "half", 128): Tile(32, 32, 4, 2),
+    ("sharp queries", "half", 256): Tile(16, 32, 8, 1),
+    ("keys", "half", 64): Tile(32, 32, 4, 2),
+    ("keys", "half", 128): Tile(16, 64, 8, 2),
+    ("keys", "half", 256): Tile(16, 32, 8, 1),
+    ("sharp keys", "half", 64): Tile(32, 32, 8, 2),
+    ("sharp keys", "half", 128): Tile(32, 32, 8, 2),
+    ("sharp keys", "half", 256): Tile(16, 32, 8, 1),
+    ("mask", "half", 64): Tile(64, 64, 8, 1),
+    ("mask", "half", 128): Tile(32, 64, 8, 1),
+    ("mask", "half", 256): Tile(16, 32, 8, 1),
+    ("forward", "fp32", 64): Tile(32, 32, 4, 2),
+    ("forward", "fp32", 128): Tile(32, 32, 8, 2),
+    ("forward", "fp32", 256): Tile(16, 32, 8, 1),
+    ("sharp forward", "fp32", 64): Tile(32, 32, 8, 2),
+    ("sharp forward", "fp32", 128): Tile(16, 32, 8, 2),
+    ("sharp forward", "fp32", 256): Tile(16, 16, 8, 1),
+    ("decode", "fp32", 64): Tile(16, 32, 4, 2),
+    ("decode", "fp32", 128): Tile(16, 32, 4, 2),
+    ("decode", "fp32", 256): Tile(16, 16, 8, 2),
+    ("queries", "fp32", 64): Tile(32, 32, 8, 1),
+    ("queries", "fp32", 128): Tile(16, 16, 8, 2),
+    ("queries", "fp32", 256): Tile(16, 16, 16, 1),
+    ("keys", "fp32", 64): Tile(32, 32, 8, 1),
+    ("keys", "fp32", 128): Tile(32, 32, 8, 1),
+    ("keys", "fp32", 256): Tile(16, 16, 8, 1),
+    ("mask", "fp32", 64): Tile(32, 32, 8, 1),
+    ("mask", "fp32", 128): Tile(16, 32, 8, 1),
+    ("mask", "fp32", 256): Tile(16, 16, 8, 1),
+    ("sharp queries", "fp32", 256): Tile(16, 16, 8, 1),
+}
+# What Hopper and later hold more of than Ampere.
+_HOPPER_TILES: dict[tuple[str, str, int], Tile] = {
+    ("forward", "half", 128): Tile(128, 64, 8, 3),
+    ("queries", "half", 64): Tile(128, 64, 8, 2),
+    ("sharp queries", "fp32", 256): Tile(16, 16, 16, 2),
+}
+# The kernel over rows holds whole rows and no tile of keys.
+_ROWS = {64: Tile(64, 16, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
+# Small enough that the sizes of tests span several tiles; the interpreter's time goes by operations, not by numbers.
+_INTERPRETED = Tile(32, 64, 4, 1)
+
+
+def choose_tile(kernel: str, variant: Variant) -> Tile:
+    """The tile of a kernel: "forward", "decode", "rows", "queries", "keys" or "mask"."""
+    if INTERPRETED:
+        return _INTERPRETED
+    operand = "fp32" if variant.dtype == "fp32" else "half"
+    width = max(64, variant.block_width, variant.block_value_width)
+    if kernel == "rows":
+        return _ROWS[width]
+    name = f"sharp {kernel}" if variant.reweight else kernel
+    if (name, operand, width) not in _TILES:
+        name = kernel
+    key = (name, operand, width)
+    return _HOPPER_TILES.get(key, _TILES[key]) if is_hopper_or_later() else _TILES[key]

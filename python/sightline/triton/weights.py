@@ -1,0 +1,113 @@
+"""The weight functions phi of MATH.md section 1, and the power of section 2, on tiles of scores in natural units.
+
+Softplus is one exp2 and a polynomial on the FMA units: max(s, 0) + ln(1 + y) with y = exp(-|s|), and ln(1 + y) = y
+P(y). The special-function unit is the limit on Hopper, so a second operation on it would cost as much as the matrix
+work. A masked score is -inf and both functions give exactly 0 for it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+FLAT_ROW = tl.constexpr(2.0**-16)
+
+# ln(1 + y) = y P(y) on [0, 1]: kLog2OnePlus of csrc/core/polynomials.h (tools/fit_polynomials.py) times ln 2. Single
+# constants, because Triton knows no arrays of them.
+_C0 = tl.constexpr(1.442695034 * LN_2.value)
+_C1 = tl.constexpr(-0.7213461127 * LN_2.value)
+_C2 = tl.constexpr(0.4808497149 * LN_2.value)
+_C3 = tl.constexpr(-0.3600120487 * LN_2.value)
+_C4 = tl.constexpr(0.2838637999 * LN_2.value)
+_C5 = tl.constexpr(-0.2208130250 * LN_2.value)
+_C6 = tl.constexpr(0.1529784031 * LN_2.value)
+_C7 = tl.constexpr(-0.08217523761 * LN_2.value)
+_C8 = tl.constexpr(0.02863960631 * LN_2.value)
+_C9 = tl.constexpr(-0.004680139039 * LN_2.value)
+
+
+@triton.jit
+def log_one_plus(y):
+    """ln(1 + y) for y in [0, 1], to a relative error of 5e-9 before rounding."""
+    p = y * _C9 + _C8
+    p = p * y + _C7
+    p = p * y + _C6
+    p = p * y + _C5
+    p = p * y + _C4
+    p = p * y + _C3
+    p = p * y + _C2
+    p = p * y + _C1
+    p = p * y + _C0
+    return p * y
+
+
+@triton.jit
+def weigh(scores, shift, softplus: tl.constexpr):
+    """phi(s), for softmax exp(s - shift); `shift` broadcasts to the scores and is finite."""
+    if softplus:
+        decay = tl.exp2(tl.abs(scores) * -LOG2_E)
+        return tl.maximum(scores, 0.0) + log_one_plus(decay)
+    else:
+        return tl.exp2((scores - shift) * LOG2_E)
+
+
+@triton.jit
+def weigh_with_derivative(scores, shift, softplus: tl.constexpr):
+    """(phi(s), phi'(s)) from one exp2."""
+    if softplus:
+        decay = tl.exp2(tl.abs(scores) * -LOG2_E)
+        slope = tl.where(scores < 0.0, decay, 1.0) / (1.0 + decay)
+        return tl.maximum(scores, 0.0) + log_one_plus(decay), slope
+    else:
+        weight = tl.exp2((scores - shift) * LOG2_E)
+        return weight, weight
+
+
+@triton.jit
+def hyperbolic_tangent(x):
+    """tanh, by its Taylor series where the quotient of exponentials would cancel."""
+    magnitude = tl.abs(x)
+    decay = tl.exp2(magnitude * (-2.0 * LOG2_E))
+    square = x * x
+    series = 0.0218694885 * square - 0.0539682540
+    series = series * square + 0.133333333
+    series = series * square - 0.333333333
+    series = (series * square + 1.0) * magnitude
+    result = tl.where(magnitude < 0.25, series, (1.0 - decay) / (1.0 + decay))
+    return tl.where(x < 0.0, -result, result)
+
+
+@triton.jit
+def positive_part(x):
+    """max(x, 0) that lets NaN through, as tl.maximum does not."""
+    return tl.where(x <= 0.0, 0.0, x)
+
+
+@triton.jit
+def whole_power_of(x, exponent: tl.constexpr):
+    """x^exponent for a whole exponent of at least 0, by repeated squaring."""
+    result = tl.full(x.shape, 1.0, tl.float32)
+    square = x
+    for bit in tl.static_range(7):
+        if (exponent >> bit) & 1:
+            result = result * square
+        if (exponent >> (bit + 1)) > 0:
+            square = square * square
+    return result
+
+
+@triton.jit
+def reweigh(excess, power, whole_power: tl.constexpr):
+    """(x^(p - 1), x^p) for x in [0, 1], the first 0 where x is: w1 and w of MATH.md section 2."""
+    if whole_power == 1:
+        return tl.where(excess == 0.0, 0.0, 1.0), excess
+    elif whole_power > 1:
+        response = whole_power_of(excess, whole_power - 1)
+        return response, response * excess
+    else:
+        tiny = 1.2e-38  # above the smallest normal number, or Triton would take it for fp64
+        response = tl.exp2(tl.log2(tl.where(excess < tiny, tiny, excess)) * (power - 1.0))
+        response = tl.where(excess < tiny, 0.0, response)
+        return response, response * excess
