@@ -122,8 +122,15 @@ def attention(
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     refusal = None
     if query.is_cuda:
-        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "cu_seqlens_q": cu_seqlens_q}
-        refusal = decode_refusal(query, key, value, **options, others=(sinks, scale))
+        refusal = decode_refusal(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            cu_seqlens_q=cu_seqlens_q,
+            others=(sinks, scale),
+        )
     chosen = choose_backend(query, backend, value.shape[3], refusal)
     if chosen == "native" and query.is_cuda:
         output, log_normalizer = call_attention_decode(
