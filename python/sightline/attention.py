@@ -11,7 +11,13 @@ from torch import Tensor
 from sightline import reference
 from sightline._checks import check_attention, check_attention_rows
 from sightline.observe import AttentionStats, Observe
-from sightline.ops import call_attention_decode, choose_backend, decode_refusal, native_library
+from sightline.ops import (
+    call_attention_decode,
+    choose_backend,
+    decode_refusal,
+    native_library,
+    requested_backend,
+)
 from sightline.ops.autocast import autocast_dtype
 from sightline.weighting import Softmax, Softplus
 
@@ -121,7 +127,7 @@ def attention(
     if dropout_p > 0.0:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     refusal = None
-    if query.is_cuda:
+    if query.is_cuda and requested_backend(backend) == "native":
         refusal = decode_refusal(
             query,
             key,
@@ -132,7 +138,7 @@ def attention(
             others=(sinks, scale),
         )
     chosen = choose_backend(query, backend, value.shape[3], refusal)
-    if chosen == "native" and query.is_cuda:
+    if chosen == "decode":
         output, log_normalizer = call_attention_decode(
             query,
             key,

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sightline as sl
 from sightline import ops
-from sightline.ops import backends, decode, library
+from sightline.ops import decode, library
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 every_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS.values(), ids=WEIGHTINGS.keys())
@@ -93,17 +93,8 @@ def test_a_gpu_without_code_for_it_is_named(pretended_gpu: None, monkeypatch: py
 
 
 def test_the_native_backend_says_why_there_is_no_kernel(pretended_gpu: None) -> None:
-    with pytest.raises(NotImplementedError, match=r"on CUDA it has a decoding kernel only: .* at most 16 query rows"):
+    with pytest.raises(NotImplementedError, match=r"decoding kernel is all there is .* at most 16 query rows"):
         sl.attention(*make_inputs(queries=9), backend="native")
-
-
-def test_auto_decodes_only_where_there_is_no_triton(pretended_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    query = make_inputs()[0]
-    monkeypatch.setattr(backends, "_WHY_NO_TRITON", None)
-    assert backends.choose_backend(query, "auto", 64, None) == "triton"
-    assert backends.choose_backend(query, "native", 64, None) == "native"
-    monkeypatch.setattr(backends, "_WHY_NO_TRITON", "Triton is not installed")
-    assert backends.choose_backend(query, "auto", 64, None) == "native"
 
 
 def test_fake_outputs_have_the_layout_of_the_others() -> None:

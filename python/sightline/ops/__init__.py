@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sightline.ops.backends import backend_status, choose_backend
+from sightline.ops.backends import backend_status, choose_backend, requested_backend
 from sightline.ops.decode import call_attention_decode, decode_refusal
 from sightline.ops.library import available_isas, cuda_library, isa_name, native_library
 
@@ -15,6 +15,7 @@ __all__ = [
     "decode_refusal",
     "isa_name",
     "native_library",
+    "requested_backend",
 ]
 
 if native_library().loaded:

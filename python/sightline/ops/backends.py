@@ -94,25 +94,30 @@ def backend_status() -> dict[str, tuple[bool, str]]:
     }
 
 
-def choose_backend(
-    query: Tensor, backend: str, value_width: int = 1, decode_refusal: str | None = "none was asked for"
-) -> str:
-    """ "native", "triton" or "reference" for this query; `backend` as in `sightline.attention`, already checked.
+def requested_backend(backend: str) -> str:
+    """`backend`, and for "auto" the environment variable SIGHTLINE_BACKEND where it is set.
 
-    "auto" takes the environment variable SIGHTLINE_BACKEND where it is set, else Triton for tensors on CUDA and the
-    native kernels for those on the CPU. Falling back to the reference on a device or in an installation without
-    kernels warns once; float64 is the reference's own.
-
-    decode_refusal: why the native kernel for decoding on CUDA does not take this call (ops/decode.py), None if it does.
-    "auto" resorts to it only where there is no Triton: which of the two is faster has not been measured.
-
-    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot
-    take this query with values of this width.
+    Raises ValueError for an unknown SIGHTLINE_BACKEND.
     """
     if backend == "auto":
         backend = os.environ.get("SIGHTLINE_BACKEND", "auto")
         if backend not in BACKENDS:
             raise ValueError(f"SIGHTLINE_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def choose_backend(query: Tensor, backend: str, value_width: int = 1, decode_refusal: str | None = None) -> str:
+    """ "native", "triton", "decode" or "reference" for this query; `backend` as in `sightline.attention`, checked.
+
+    "auto" takes the environment variable SIGHTLINE_BACKEND where it is set, else Triton for tensors on CUDA and the
+    native kernels for those on the CPU. "native" on CUDA is the decoding kernel; `decode_refusal` says why it does not
+    take this call. Falling back to the reference on a device or in an installation without kernels warns once;
+    float64 is the reference's own.
+
+    Raises ValueError for an unknown SIGHTLINE_BACKEND or SIGHTLINE_ISA, NotImplementedError for a backend that cannot
+    take this query with values of this width.
+    """
+    backend = requested_backend(backend)
     if backend == "reference":
         return backend
     if _MISCONFIGURED:
@@ -124,13 +129,15 @@ def choose_backend(
             return "triton"
         if backend == "triton":
             raise NotImplementedError(f"backend: 'triton' is not available: {reason}; use 'auto'")
+    if backend == "native" and device == "cuda" and decode_refusal is None and query.dtype != torch.float64:
+        return "decode"
     has_kernels = _HAS_KERNELS and device in ("cpu", "meta")
-    if query.dtype != torch.float64 and (has_kernels or (device == "cuda" and decode_refusal is None)):
+    if query.dtype != torch.float64 and has_kernels:
         return "native"
     if device == "cpu":
         reason = native_library().reason
-    elif device == "cuda" and backend == "native":
-        reason = f"on CUDA it has a decoding kernel only: {decode_refusal}"
+    elif decode_refusal is not None:
+        reason = f"the decoding kernel is all there is for device {device!r}, and {decode_refusal}"
     elif device != "cuda":
         reason = f"there are no native kernels for device {device!r}"
     if backend == "native":
