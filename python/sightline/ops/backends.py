@@ -77,8 +77,8 @@ def backend_status() -> dict[str, tuple[bool, str]]:
     native = library.reason
     if library.loaded:
         cuda = cuda_library()
-        decoding = f"for {', '.join(cuda_architectures())}" if cuda.loaded else f"not available, {cuda.reason}"
-        native = f"CPU kernels, instruction set {isa_name()}; CUDA decoding {decoding}"
+        decoding = f"CUDA decoding for {', '.join(cuda_architectures())}" if cuda.loaded else f"no CUDA: {cuda.reason}"
+        native = f"CPU kernels, instruction set {isa_name()}; {decoding}"
     if _WHY_NO_TRITON is not None:
         triton = (False, _WHY_NO_TRITON)
     elif torch.cuda.is_available():

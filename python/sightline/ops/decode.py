@@ -23,6 +23,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Constants to torch.compile: tracing must not look at the file system.
 _LOADED = cuda_library().loaded
 _REASON = cuda_library().reason
+_ARCHITECTURES = tuple(cuda_architectures())
 
 
 def decode_refusal(
@@ -64,7 +65,7 @@ def decode_refusal(
         return f"it takes head widths from 1 to {WIDEST_HEAD}"
     if batch > _MOST_BLOCKS or key_heads > _MOST_BLOCKS or keys > _MOST_KEYS:
         return "it takes at most 65535 batch entries and key heads, and fewer than 2^31 keys"
-    if forward_ad._current_level >= 0 or _C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _C._are_functorch_transforms_active()):
         return "it has no derivative and no rule for function transforms"
     tensors = (query, key, value, *(other for other in others if isinstance(other, Tensor)))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -72,9 +73,9 @@ def decode_refusal(
     return None
 
 
-@torch.compiler.assume_constant_result
 def _runs_on_device(index: int) -> bool:
-    return runs_on(cuda_architectures(), torch.cuda.get_device_capability(index))
+    properties = torch.cuda.get_device_properties(index)  # a constant to torch.compile
+    return runs_on(_ARCHITECTURES, (properties.major, properties.minor))
 
 
 def call_attention_decode(

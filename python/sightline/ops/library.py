@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def cuda_architectures() -> list[str]:
     return names.split(",") if names else []
 
 
-def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
+def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether a GPU of this compute capability can run code for one of `architectures`.
 
     Machine code runs on its own family from its own member on, portable code on everything newer.
