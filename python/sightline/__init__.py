@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sightline.attention import attention, attention_rows
 from sightline.observe import AttentionStats, Observe
+from sightline.recurrence import RecurrenceState, additive_recurrence
 from sightline.weighting import LSSA, LSSAR, Reweight, Softmax, Softplus, weighting_from_dict
 
 __version__ = "0.1.0"
@@ -13,9 +14,11 @@ __all__ = [
     "LSSAR",
     "AttentionStats",
     "Observe",
+    "RecurrenceState",
     "Reweight",
     "Softmax",
     "Softplus",
+    "additive_recurrence",
     "attention",
     "attention_rows",
     "weighting_from_dict",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_documents_are_sequences_of_their_own(causal):
         query, key, value, cu_seqlens=torch.tensor(cuts), initial_state=initial, causal=causal
     )
     assert not output[:, :, [0, 11]].any()
-    for document, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for document, (begin, end) in enumerate(pairwise(cuts)):
         own = tuple(part[document : document + 1] for part in initial)
         one, state = additive_recurrence(
             *(tensor[:, :, begin:end] for tensor in (query, key, value)), initial_state=own, causal=causal

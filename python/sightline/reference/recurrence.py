@@ -8,6 +8,7 @@ zero and not NaN.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,18 +35,14 @@ def _run(
     query: Tensor, key: Tensor, value: Tensor, gain: Tensor | None, state: State, causal: bool
 ) -> tuple[Tensor, State]:
     """Outputs (B, H, N, Dv), unscaled, and the final state of one sequence per batch entry."""
-    batch, heads, length, _ = query.shape
     key_heads = key.shape[1]
-    grouped = query.unflatten(1, (key_heads, heads // key_heads))
+    grouped = query.unflatten(1, (key_heads, query.shape[1] // key_heads))
     rows: list[Tensor] = []
-    for t in range(length):
+    for t in range(key.shape[2]):
         state = _advance(state, key[:, :, t], value[:, :, t], None if gain is None else gain[:, :, t])
         if causal:
             rows.append(grouped[:, :, :, t] @ state[1])
-    if causal and rows:
-        output = torch.stack(rows, dim=3)
-    else:
-        output = grouped @ state[1].unsqueeze(2)
+    output = torch.stack(rows, dim=3) if rows else grouped @ state[1].unsqueeze(2)
     return output.flatten(1, 2), state
 
 
@@ -69,7 +66,7 @@ def additive_recurrence(
     >>> import torch
     >>> query, key, value = torch.ones(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), torch.tensor([3.0, 5.0, 1.0])
     >>> output, _ = additive_recurrence(query, key, value.view(1, 1, 3, 1))
-    >>> output.flatten()  # equal keys: the running mean of the values
+    >>> output.flatten().round()  # equal keys: the running mean of the values
     tensor([3., 4., 3.])
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -90,8 +87,13 @@ def additive_recurrence(
     if cu_seqlens is None:
         output, state = _run(query, key, value, gain, (z, memory), causal)
     else:
-        output, state = _run_documents(query, key, value, gain, (z, memory), causal, cu_seqlens.tolist())
+        output, state = _run_documents(query, key, value, gain, (z, memory), causal, _cuts(cu_seqlens, length))
     return (scale * output).to(output_dtype), state
+
+
+def _cuts(cu_seqlens: Tensor, length: int) -> list[int]:
+    """The offsets, ascending and within the tensor, as the kernels take them."""
+    return cu_seqlens.clamp(0, length).cummax(0).values.tolist()
 
 
 def _run_documents(
@@ -101,7 +103,7 @@ def _run_documents(
     before = query.new_zeros(*query.shape[:2], cuts[0], value.shape[3])
     after = query.new_zeros(*query.shape[:2], query.shape[2] - cuts[-1], value.shape[3])
     outputs, final = [before], []
-    for document, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for document, (begin, end) in enumerate(pairwise(cuts)):
         own = slice(document, document + 1)
         rows = (slice(None), slice(None), slice(begin, end))
         output, state = _run(
