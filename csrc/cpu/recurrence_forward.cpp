@@ -5,9 +5,10 @@
 // each other, so however many blocks there are, the bits are the same; a head is cut into blocks only where there are
 // fewer heads than threads, because every block computes the keys' weights and scores for itself. Per chunk, for every
 // query head of the group: outputs from the state, scores within the chunk, outputs from those; then the chunk joins
-// the state. A sequence of one row is one pass over the state instead.
+// the state. A sequence of one row is one pass over the state instead (recurrence_step.h).
 #include "cpu/kernel_table.h"
 #include "cpu/recurrence_chunk.h"
+#include "cpu/recurrence_step.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
@@ -202,6 +203,13 @@ void run_unit(const Plan& plan, int64_t index, ForwardScratch& scratch) {
 }  // namespace
 
 void recurrence_forward(const RecurrenceProblem& problem, const Parallel& parallel) {
+  if (problem.length == 1 && problem.cuts == nullptr) {
+    for_each_unit<StepScratch>(parallel, problem.batch * problem.key_heads, problem,
+                               [&problem](int64_t index, StepScratch& scratch) {
+                                 run_step(problem, index / problem.key_heads, index % problem.key_heads, scratch);
+                               });
+    return;
+  }
   const Plan plan(problem, parallel.threads);
   for_each_unit<ForwardScratch>(parallel, problem.sequences() * problem.key_heads * plan.blocks, plan,
                                 [&plan](int64_t index, ForwardScratch& scratch) { run_unit(plan, index, scratch); });
