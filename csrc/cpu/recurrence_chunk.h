@@ -34,6 +34,10 @@ static_assert(kChunkRows % kTriangleRows == 0 && kTriangleRows % Vec::kWidth == 
 
 SIGHTLINE_INLINE int64_t padded(int64_t width) { return core::round_up(width, Vec::kWidth); }
 
+// The distance of rows of a state of `width` columns. Rows that lie a power of two apart fall on a part of the
+// first-level cache's sets, and a panel of them does not stay there.
+SIGHTLINE_INLINE int64_t state_stride(int64_t width) { return width + Vec::kWidth; }
+
 // One batch entry or one packed document.
 struct Sequence {
   int64_t index;  // which state is its own

@@ -37,9 +37,9 @@ struct ForwardScratch {
   float* transposed_keys;  // (padded Dk, kChunkRows)
   float* queries;          // (kChunkRows, padded Dk), divided by the normaliser
   float* scores;           // (kChunkRows, kChunkRows)
-  float* values;           // (kChunkRows, block)
-  float* outputs;          // (kChunkRows, block)
-  float* state;            // (Dk, block)
+  float* values;           // (kChunkRows, stride)
+  float* outputs;          // (kChunkRows, stride)
+  float* state;            // (Dk, stride)
 
   int64_t carve(const Plan& plan, char* start) {
     Arena arena(start);
@@ -48,9 +48,10 @@ struct ForwardScratch {
     transposed_keys = arena.take<float>(chunk.stride * kChunkRows);
     queries = arena.take<float>(chunk.stride * kChunkRows);
     scores = arena.take<float>(kChunkRows * kChunkRows);
-    values = arena.take<float>(kChunkRows * plan.block);
-    outputs = arena.take<float>(kChunkRows * plan.block);
-    state = arena.take<float>(plan.problem->key_width * plan.block);
+    const int64_t stride = state_stride(plan.block);
+    values = arena.take<float>(kChunkRows * stride);
+    outputs = arena.take<float>(kChunkRows * stride);
+    state = arena.take<float>(plan.problem->key_width * stride);
     return arena.used();
   }
   explicit ForwardScratch(const Plan& plan) : memory(carve(plan, nullptr)) { carve(plan, memory.get()); }
@@ -59,7 +60,8 @@ struct ForwardScratch {
 struct Unit {
   Sequence sequence;
   int64_t key_head;
-  int64_t column, columns, stride;  // value columns of the tensors, and the padded number that the scratch has
+  int64_t column, columns;  // value columns of the tensors
+  int64_t width, stride;    // their number with padding, and the distance of rows in the scratch
 
   int64_t state_row(const RecurrenceProblem& problem, int64_t d) const {
     return (sequence.index * problem.key_heads + key_head) * problem.key_width + d;
@@ -145,7 +147,7 @@ bool begin_chunk(const RecurrenceProblem& problem, const Unit& unit, int64_t fir
 
 void add_chunk_to_state(const RecurrenceProblem& problem, const Unit& unit, bool finite, ForwardScratch& scratch) {
   accumulate_product(finite, {scratch.chunk.gained, 1, scratch.chunk.stride}, scratch.values, unit.stride,
-                     scratch.state, unit.stride, problem.key_width, unit.stride, scratch.chunk.rows);
+                     scratch.state, unit.stride, problem.key_width, unit.width, scratch.chunk.rows);
 }
 
 void run_causal(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
@@ -157,11 +159,11 @@ void run_causal(const RecurrenceProblem& problem, const Unit& unit, ForwardScrat
     for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
       load_queries(problem, unit, head, first, chunk.rows, chunk.inverse, chunk.stride, scratch);
       product<false>({scratch.queries, chunk.stride, 1}, scratch.state, unit.stride, scratch.outputs, unit.stride,
-                     chunk.rows, unit.stride, problem.key_width);
+                     chunk.rows, unit.width, problem.key_width);
       lower_triangle_scores(scratch.queries, chunk.stride, scratch.transposed_keys, scratch.scores, chunk.rows,
                             problem.key_width);
       lower_triangle_product(scratch.scores, scratch.values, unit.stride, scratch.outputs, unit.stride, chunk.rows,
-                             unit.stride, finite);
+                             unit.width, finite);
       write_outputs(problem, unit, head, first, chunk.rows, scratch);
     }
     add_chunk_to_state(problem, unit, finite, scratch);
@@ -179,7 +181,7 @@ void run_without_order(const RecurrenceProblem& problem, const Unit& unit, Forwa
     for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
       load_queries(problem, unit, head, first, rows, chunk.inverse, 0, scratch);
       product<false>({scratch.queries, chunk.stride, 1}, scratch.state, unit.stride, scratch.outputs, unit.stride, rows,
-                     unit.stride, problem.key_width);
+                     unit.width, problem.key_width);
       write_outputs(problem, unit, head, first, rows, scratch);
     }
   }
@@ -188,9 +190,14 @@ void run_without_order(const RecurrenceProblem& problem, const Unit& unit, Forwa
 void run_unit(const Plan& plan, int64_t index, ForwardScratch& scratch) {
   const RecurrenceProblem& problem = *plan.problem;
   const int64_t head = index / plan.blocks, column = index % plan.blocks * plan.block;
-  Unit unit{find_sequence(problem, head / problem.key_heads), head % problem.key_heads, column,
-            core::smaller(plan.block, problem.value_width - column), plan.block};
-  unit.stride = padded(unit.columns);
+  Unit unit{find_sequence(problem, head / problem.key_heads),
+            head % problem.key_heads,
+            column,
+            core::smaller(plan.block, problem.value_width - column),
+            0,
+            0};
+  unit.width = padded(unit.columns);
+  unit.stride = state_stride(unit.width);
   if (unit.sequence.begin == unit.sequence.end) return pass_state_on(problem, unit);
   start_state(problem, unit, scratch);
   if (problem.causal)

@@ -121,10 +121,12 @@ static void step_state(const RecurrenceProblem& problem, const float* before, fl
                        const StepScratch& scratch) {
   const int64_t width = problem.value_width;
   const auto at = [](auto* state, int64_t column) { return state == nullptr ? nullptr : state + column; };
+  // As many as the registers hold, so that a row of 128 columns is one run of memory under AVX-512.
+  constexpr int kVectors = kHeads == 1 ? 2 * kProductVectors : kProductVectors;
   int64_t column = 0;
-  for (; column + kProductVectors * Vec::kWidth <= width; column += kProductVectors * Vec::kWidth)
-    step_columns<kHeads, kProductVectors, kFinite>(scratch, problem.key_width, column, at(before, column),
-                                                   at(after, column), width);
+  for (; column + kVectors * Vec::kWidth <= width; column += kVectors * Vec::kWidth)
+    step_columns<kHeads, kVectors, kFinite>(scratch, problem.key_width, column, at(before, column), at(after, column),
+                                            width);
   for (; column + Vec::kWidth <= width; column += Vec::kWidth)
     step_columns<kHeads, 1, kFinite>(scratch, problem.key_width, column, at(before, column), at(after, column), width);
   step_last_columns<kHeads>(scratch, problem.key_width, column, width - column, at(before, column), at(after, column),
