@@ -64,6 +64,7 @@ demo: env ## the main job: attention over real text at 1K to 16K tokens, against
 
 bench: env ## measure sightline against its peers and regenerate docs/performance.md
 	$(BIN)/python benchmarks/attention_ratio.py
+	$(BIN)/python benchmarks/recurrence_ratio.py
 	$(BIN)/python benchmarks/render.py
 
 # build/lib may hold modules that have been deleted since.
