@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sightline import nn, position
 from sightline.attention import attention, attention_rows
 from sightline.observe import AttentionStats, Observe
 from sightline.recurrence import RecurrenceState, additive_recurrence
@@ -21,5 +22,7 @@ __all__ = [
     "additive_recurrence",
     "attention",
     "attention_rows",
+    "nn",
+    "position",
     "weighting_from_dict",
 ]
