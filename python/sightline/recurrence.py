@@ -14,6 +14,7 @@ from sightline.ops.autocast import autocast_dtype
 
 if native_library().loaded:
     from sightline.ops.recurrence import call_recurrence
+    from sightline.ops.triton_recurrence import call_recurrence_triton
 
 
 class RecurrenceState(NamedTuple):
@@ -114,8 +115,10 @@ def additive_recurrence(
     if autocast is not None:
         query, key, value = query.to(autocast), key.to(autocast), value.to(autocast)
     initial_z, initial_memory = (None, None) if initial_state is None else initial_state
-    if choose_recurrence_backend(query, backend) == "native":
-        output, log_normalizer, memory = call_recurrence(
+    chosen = choose_recurrence_backend(query, backend)
+    if chosen != "reference":
+        call = call_recurrence if chosen == "native" else call_recurrence_triton
+        output, log_normalizer, memory = call(
             query,
             key,
             value,

@@ -29,3 +29,4 @@ if native_library().loaded:
     from sightline.ops import attention as attention
     from sightline.ops import recurrence as recurrence
     from sightline.ops import triton_attention as triton_attention
+    from sightline.ops import triton_recurrence as triton_recurrence

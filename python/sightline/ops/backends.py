@@ -150,30 +150,36 @@ def choose_backend(query: Tensor, backend: str, value_width: int = 1, decode_ref
 
 
 def choose_recurrence_backend(query: Tensor, backend: str) -> str:
-    """ "native" or "reference" for this query; `backend` as in `sightline.additive_recurrence`, checked.
+    """ "native", "triton" or "reference" for this query; `backend` as in `sightline.additive_recurrence`, checked.
 
-    The rules and errors are those of `choose_backend`; the additive recurrence has native kernels for the CPU alone and
-    no Triton kernels.
+    The rules and errors are those of `choose_backend`, but the native kernels are for the CPU alone and the Triton
+    kernels take every width.
     """
     backend = requested_backend(backend)
     if backend == "reference":
         return backend
     if _MISCONFIGURED:
         raise ValueError(native_library().reason)
-    if backend == "triton":
-        raise NotImplementedError(
-            "backend: 'triton' is not available: the additive recurrence has no Triton kernels yet; use 'auto'"
-        )
     device = query.device.type
+    why_not = None
+    if backend == "triton" or device == "cuda":
+        why_not = _why_not_triton(query[..., :1], 1)
+        if why_not is None and backend != "native":
+            return "triton"
+        if backend == "triton":
+            raise NotImplementedError(f"backend: 'triton' is not available: {why_not}; use 'auto'")
     if query.dtype == torch.float64:
         if backend == "native":
             raise NotImplementedError("backend: 'native' has no float64 kernels; use 'reference' or 'auto'")
         return "reference"
     if _HAS_KERNELS and device in ("cpu", "meta"):
         return "native"
-    reason = native_library().reason
-    if device not in ("cpu", "meta"):
-        reason = f"the additive recurrence has no kernels for device {device!r}"
+    if device == "cpu":
+        reason: str | None = native_library().reason
+    elif why_not is not None and backend != "native":
+        reason = why_not
+    else:
+        reason = f"the additive recurrence has no native kernels for device {device!r}"
     if backend == "native":
         raise NotImplementedError(f"backend: 'native' is not available: {reason}; use 'reference' or 'auto'")
     _warn_of_fallback(device, reason)

@@ -1,11 +1,12 @@
-"""The operators `sightline::additive_recurrence` and its backward: fake kernels, autograd, autocast and vmap.
+"""The operators `sightline::additive_recurrence` and its backward, and what makes such a pair a citizen of PyTorch.
 
-Kernels and schemas are native (csrc/torch/recurrence.cpp). What is the same for every pair of operators stands in
-rules.py.
+Kernels and schemas of this pair are native (csrc/torch/recurrence.cpp); `register_recurrence_rules` gives it, and its
+sibling of Triton kernels, fake kernels, autograd, autocast and vmap. What every pair needs stands in rules.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,13 +34,6 @@ OUTPUT_FINAL_STATE = 10
 # What the backward takes before these.
 BACKWARD_LEADING = 3
 
-_CPU_KERNEL = _C.DispatchKeySet(_C.DispatchKey.CPU)
-_kernels = Kernels(
-    ("cpu",),
-    lambda *arguments: ADDITIVE_RECURRENCE.redispatch(_CPU_KERNEL, *arguments),
-    lambda *arguments: ADDITIVE_RECURRENCE_BACKWARD.redispatch(_CPU_KERNEL, *arguments),
-)
-
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = arguments[:3]
@@ -65,62 +59,65 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return (*like, gain, *states)
 
 
-def _call_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() or not is_plain_call(_kernels, arguments):
-        return ADDITIVE_RECURRENCE_BACKWARD(*arguments)
-    return _kernels.backward(*arguments)
+def _make_functions(operator: Any, backward_operator: Any, kernels: Kernels) -> tuple[Any, Any]:
+    """The autograd Functions of a pair. Their first argument is the dispatcher's key set, None in plain calls."""
 
+    def call_backward(*arguments: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() or not is_plain_call(kernels, arguments):
+            return backward_operator(*arguments)
+        return kernels.backward(*arguments)
 
-class _AdditiveRecurrence(torch.autograd.Function):
-    """Forward, which saves its inputs and nothing else. The first argument is the dispatcher's key set or None."""
+    class AdditiveRecurrence(torch.autograd.Function):
+        """Forward, which saves its inputs and nothing else."""
 
-    @staticmethod
-    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        if keyset is None:
-            outputs = _kernels.forward(*arguments)
-        else:
-            with _C._AutoDispatchBelowAutograd():
-                outputs = ADDITIVE_RECURRENCE.redispatch(keyset & _C._after_autograd_keyset, *arguments)
-        ctx.save_for_backward(*arguments[TENSORS])
-        ctx.scalars = arguments[SCALARS]
-        ctx.set_materialize_grads(False)
-        if not arguments[OUTPUT_FINAL_STATE]:
-            ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+            if keyset is None:
+                outputs = kernels.forward(*arguments)
+            else:
+                with _C._AutoDispatchBelowAutograd():
+                    outputs = operator.redispatch(keyset & _C._after_autograd_keyset, *arguments)
+            ctx.save_for_backward(*arguments[TENSORS])
+            ctx.scalars = arguments[SCALARS]
+            ctx.set_materialize_grads(False)
+            if not arguments[OUTPUT_FINAL_STATE]:
+                ctx.mark_non_differentiable(*outputs[1:])
+            return outputs
 
-    @staticmethod
-    def backward(
-        ctx: Any, grad_output: Tensor | None, grad_log_normalizer: Tensor | None, grad_memory: Tensor | None
-    ) -> Any:
-        gradients: list[Tensor | None] = [None] * (OUTPUT_FINAL_STATE + 2)
-        if grad_output is None and grad_log_normalizer is None and grad_memory is None:
+        @staticmethod
+        def backward(
+            ctx: Any, grad_output: Tensor | None, grad_log_normalizer: Tensor | None, grad_memory: Tensor | None
+        ) -> Any:
+            gradients: list[Tensor | None] = [None] * (OUTPUT_FINAL_STATE + 2)
+            if grad_output is None and grad_log_normalizer is None and grad_memory is None:
+                return tuple(gradients)
+            query, _, value, *_ = inputs = ctx.saved_tensors
+            if grad_output is None:
+                grad_output = query.new_zeros((*query.shape[:3], value.shape[3]))
+            results = call_backward(grad_output, grad_log_normalizer, grad_memory, *inputs, *ctx.scalars)
+            gradients[1:4] = results[:3]
+            if inputs[KEY_GAIN] is not None:
+                gradients[1 + KEY_GAIN] = results[3]
+            if inputs[INITIAL_MEMORY] is not None:
+                gradients[INITIAL_MEMORY : INITIAL_MEMORY + 2] = results[4:]
             return tuple(gradients)
-        query, _, value, *_ = inputs = ctx.saved_tensors
-        if grad_output is None:
-            grad_output = query.new_zeros((*query.shape[:3], value.shape[3]))
-        results = _call_backward(grad_output, grad_log_normalizer, grad_memory, *inputs, *ctx.scalars)
-        gradients[1:4] = results[:3]
-        if inputs[KEY_GAIN] is not None:
-            gradients[1 + KEY_GAIN] = results[3]
-        if inputs[INITIAL_MEMORY] is not None:
-            gradients[INITIAL_MEMORY : INITIAL_MEMORY + 2] = results[4:]
-        return tuple(gradients)
 
+    class AdditiveRecurrenceBackward(torch.autograd.Function):
+        """Backward as a node of the graph, so that differentiating it again says why it cannot."""
 
-class _AdditiveRecurrenceBackward(torch.autograd.Function):
-    """Backward as a node of the graph, so that differentiating it again says why it cannot."""
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+            with _C._AutoDispatchBelowAutograd():
+                return backward_operator.redispatch(keyset & _C._after_autograd_keyset, *arguments)
 
-    @staticmethod
-    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with _C._AutoDispatchBelowAutograd():
-            return ADDITIVE_RECURRENCE_BACKWARD.redispatch(keyset & _C._after_autograd_keyset, *arguments)
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise NotImplementedError(
+                "sightline.additive_recurrence: second derivatives are not available in the kernels; use "
+                "backend='reference'"
+            )
 
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "sightline.additive_recurrence: second derivatives are not available in the kernels; use "
-            "backend='reference'"
-        )
+    return AdditiveRecurrence, AdditiveRecurrenceBackward
 
 
 def _vmap_rule(operator: Any, cu_seqlens: int) -> Any:
@@ -137,25 +134,43 @@ def _vmap_rule(operator: Any, cu_seqlens: int) -> Any:
     return rule
 
 
+def register_recurrence_rules(
+    library: torch.library.Library, name: str, kernels: Kernels
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Give `sightline::<name>` and `sightline::<name>_backward`, which are defined, their rules.
+
+    Returns a function that calls the first of them, past the dispatcher's detour through Python in plain eager calls.
+    """
+    operator = getattr(torch.ops.sightline, name).default
+    backward_operator = getattr(torch.ops.sightline, f"{name}_backward").default
+    function, backward_function = _make_functions(operator, backward_operator, kernels)
+    for one, fake, node, documents in (
+        (operator, _fake, function, CU_SEQLENS),
+        (backward_operator, _backward_fake, backward_function, BACKWARD_LEADING + CU_SEQLENS),
+    ):
+        qualified = one._schema.name
+        torch.library.register_fake(qualified, fake, lib=library)
+        torch.library.register_vmap(qualified, _vmap_rule(one, documents), lib=library)
+        library.impl(qualified, autograd_rule(one, node), "Autograd", with_keyset=True)
+    for key in (_C.DispatchKey.AutocastCPU, _C.DispatchKey.AutocastCUDA):
+        library.impl(operator._schema.name, autocast_rule(operator, key), key.name, with_keyset=True)
+
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
+        if not is_plain_call(kernels, arguments[TENSORS]):
+            return operator(*arguments)
+        if needs_node(arguments):
+            return function.apply(None, *arguments)
+        return kernels.forward(*arguments)
+
+    return call
+
+
+_CPU_KERNEL = _C.DispatchKeySet(_C.DispatchKey.CPU)
 _library = torch.library.Library("sightline", "FRAGMENT")
-for _operator, _fake_kernel, _function, _documents in (
-    (ADDITIVE_RECURRENCE, _fake, _AdditiveRecurrence, CU_SEQLENS),
-    (ADDITIVE_RECURRENCE_BACKWARD, _backward_fake, _AdditiveRecurrenceBackward, BACKWARD_LEADING + CU_SEQLENS),
-):
-    _name = _operator._schema.name
-    torch.library.register_fake(_name, _fake_kernel, lib=_library)
-    torch.library.register_vmap(_name, _vmap_rule(_operator, _documents), lib=_library)
-    _library.impl(_name, autograd_rule(_operator, _function), "Autograd", with_keyset=True)
-for _key in (_C.DispatchKey.AutocastCPU, _C.DispatchKey.AutocastCUDA):
-    _library.impl(
-        ADDITIVE_RECURRENCE._schema.name, autocast_rule(ADDITIVE_RECURRENCE, _key), _key.name, with_keyset=True
-    )
+_kernels = Kernels(
+    ("cpu",),
+    lambda *arguments: ADDITIVE_RECURRENCE.redispatch(_CPU_KERNEL, *arguments),
+    lambda *arguments: ADDITIVE_RECURRENCE_BACKWARD.redispatch(_CPU_KERNEL, *arguments),
+)
 
-
-def call_recurrence(*arguments: Any) -> tuple[Tensor, ...]:
-    """The operator, in plain eager calls without the dispatcher's detour through Python."""
-    if not is_plain_call(_kernels, arguments[TENSORS]):
-        return ADDITIVE_RECURRENCE(*arguments)
-    if needs_node(arguments):
-        return _AdditiveRecurrence.apply(None, *arguments)
-    return _kernels.forward(*arguments)
+call_recurrence = register_recurrence_rules(_library, "additive_recurrence", _kernels)
