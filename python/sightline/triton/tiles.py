@@ -26,7 +26,7 @@ _TILES: dict[tuple[str, str, int], Tile] = {
     ("forward", "half", 64): Tile(128, 64, 8, 3),
     ("forward", "half", 128): Tile(64, 64, 8, 2),
     ("forward", "half", 256): Tile(64, 32, 8, 2),
-    ("sharp forward", "half", 64): Tile(64, 64, 8, 2),
+    ("sharp forward", "half", 64): Tile(64, 32, 8, 2),
     ("sharp forward", "half", 128): Tile(32, 64, 8, 2),
     ("sharp forward", "half", 256): Tile(32, 32, 8, 2),
     ("decode", "half", 64): Tile(16, 64, 4, 3),
