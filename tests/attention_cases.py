@@ -100,9 +100,20 @@ class Problem:
         options = {name: _cast(option, dtype) for name, option in self.options.items()}
         return Problem(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), options, self.seed)
 
+    def redrawn(self, turn: int) -> Problem:
+        """Query, key and value with their numbers in another order, each: of random ones another draw every turn."""
+        seed = self.seed + 1 + turn
+        order = torch.Generator().manual_seed(seed)
+        inputs = (shuffled(tensor, order) for tensor in (self.query, self.key, self.value))
+        return Problem(*inputs, self.options, seed)
+
 
 def _cast(option: Any, dtype: torch.dtype) -> Any:
     return option.to(dtype) if isinstance(option, Tensor) and option.is_floating_point() else option
+
+
+def shuffled(tensor: Tensor, order: torch.Generator) -> Tensor:
+    return tensor.flatten()[torch.randperm(tensor.numel(), generator=order)].view(tensor.shape)
 
 
 def random_inputs(sizes: Sizes, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

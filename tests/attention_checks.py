@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from attention_cases import Problem, run
-from tolerance import assert_close_to_reference
+from attention_cases import Problem, run, shuffled
+from tolerance import Comparison, assert_close_to_reference
 from torch import Tensor
 
 import sightline as sl
@@ -25,7 +27,7 @@ def size_without_cancellation(exact: Problem, weighting: Any, name: str, gradien
 
     A gradient of attn_mask is the sum of that of the mask written out to (B, H, M, N). The terms of `sinks` and `scale`
     are added with random signs instead, and a rounding error of <do, o>, taken from the output as rounded to its dtype,
-    acts on them like a gradient of the log normaliser.
+    acts on them like a gradient of the log of the sum by which the row's final weights are divided.
     """
     option = exact.options.get(name)
     batch, heads, queries, _ = exact.query.shape
@@ -37,15 +39,43 @@ def size_without_cancellation(exact: Problem, weighting: Any, name: str, gradien
         return terms.abs().sum_to_size(option.shape)
     if name in ("sinks", "scale"):
         grad_output, grad_log_normalizer = gradients
+        leaf = option.detach().requires_grad_()
+        divisor = log_of_divisor(replace(exact, options={**exact.options, name: leaf}), weighting)
         rounded = run(exact, weighting, "reference")["output"] * (0 if grad_output is None else grad_output)
-        products = rounded.norm(dim=-1) + (0 if grad_log_normalizer is None else grad_log_normalizer.abs())
         draws = []
         for _ in range(3):
             sign = torch.randint(2, (batch, heads, queries)) * 2 - 1
-            signed = None if grad_output is None else grad_output * sign[..., None]
-            draws.append(run(exact, weighting, "reference", signed, products * sign)[name])
-        return torch.stack(draws).square().mean(0).sqrt()
+            signed = [None if gradient is None else gradient * sign[..., None] for gradient in gradients[:1]]
+            signed += [None if grad_log_normalizer is None else grad_log_normalizer * sign]
+            terms = run(exact, weighting, "reference", *signed)[name]
+            (of_rounding,) = torch.autograd.grad(divisor, leaf, rounded.norm(dim=-1) * sign, retain_graph=True)
+            draws.append(terms.square() + of_rounding.square())
+        return torch.stack(draws).mean(0).sqrt()
     return None
+
+
+def log_of_divisor(problem: Problem, weighting: Any) -> Tensor:
+    """ln Z_i, or under re-weighting ln sum_j (f_ij - mu_i)^p, (B, H, M): differentiable, by the reference."""
+    torch.manual_seed(problem.seed)
+    observed = sl.Observe(log_normalizer=True)
+    inputs = problem.query, problem.key, problem.value
+    _, stats = sl.attention(*inputs, weighting=weighting, observe=observed, backend="reference", **problem.options)
+    reweight = weighting.reweight
+    if reweight is None:
+        return stats.log_normalizer
+    rows = torch.arange(problem.query.shape[2])
+    options = {name: option for name, option in problem.options.items() if name != "dropout_p"}
+    plain = sl.attention_rows(problem.query, problem.key, rows, weighting=replace(weighting, reweight=None), **options)
+    sharp = sl.attention_rows(problem.query, problem.key, rows, weighting=weighting, **options)
+    visible = (plain > 0).sum(-1)
+    largest = plain.amax(-1)
+    offset = torch.where(visible <= reweight.exempt_rows, 0.0, reweight.offset) / visible.clamp(min=1)
+    # The largest final weight is (f - mu)^p over the divisor, with f = a Z.
+    is_sharp = largest - offset > 2**-16 * largest
+    excess = torch.where(is_sharp, largest - offset, 1.0)
+    final = torch.where(is_sharp, sharp.amax(-1), 1.0)
+    divisor = reweight.power * (excess.log() + stats.log_normalizer) - final.log()
+    return torch.where(is_sharp, divisor, stats.log_normalizer)
 
 
 def without_rows_on_the_kink(problem: Problem, weighting: Any, gradients: Any) -> Any:
@@ -63,6 +93,28 @@ def without_rows_on_the_kink(problem: Problem, weighting: Any, gradients: Any) -
     )
 
 
+def assert_outputs_are_close(
+    problem: Problem, weighting: Any, compute: Callable[[Problem], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Compare the outputs that `compute` makes of a problem with the float64 reference, and return them."""
+
+    def compare(problem: Problem) -> dict[str, Comparison]:
+        actual = compute(problem)
+        reference = run(problem.to(torch.float64), weighting, "reference")
+        in_dtype = run(problem, weighting, "reference")
+        return {name: Comparison(actual[name], reference[name], in_dtype[name]) for name in actual}
+
+    comparisons = compare(problem)
+    for name, comparison in comparisons.items():
+        assert_close_to_reference(
+            comparison,
+            name=name,
+            reweighted=weighting.reweight is not None,
+            redraw=partial(lambda name, turn: compare(problem.redrawn(turn))[name], name),
+        )
+    return {name: comparison.actual for name, comparison in comparisons.items()}
+
+
 def assert_results_are_close(
     problem: Problem,
     weighting: Any,
@@ -71,40 +123,45 @@ def assert_results_are_close(
     *,
     outputs: bool = False,
 ) -> dict[str, Tensor]:
-    """Compare every gradient, and where asked both outputs, with the float64 reference.
+    """Compare every gradient, and where asked both outputs, with the float64 reference, and return all of them.
 
     The gradients of both outputs are random unless given.
     """
     gradients = random_gradients(problem) if gradients is None else gradients
-    exact = problem.to(torch.float64)
-    if weighting.reweight is not None and weighting.reweight.power == 1:
-        gradients = without_rows_on_the_kink(exact, weighting, gradients)
-    results = run(problem, weighting, backend, *gradients)
-    reference = run(exact, weighting, "reference", *gradients)
-    in_dtype = run(problem, weighting, "reference", *gradients)
-    assert results.keys() == reference.keys()
     reweighted = weighting.reweight is not None
-    for name in results:
+
+    def compare(problem: Problem, gradients: Any) -> tuple[dict[str, Comparison], Any]:
+        exact = problem.to(torch.float64)
+        if reweighted and weighting.reweight.power == 1:
+            gradients = without_rows_on_the_kink(exact, weighting, gradients)
+        actual = run(problem, weighting, backend, *gradients)
+        reference = run(exact, weighting, "reference", *gradients)
+        in_dtype = run(problem, weighting, "reference", *gradients)
+        assert actual.keys() == reference.keys()
+        return {name: Comparison(actual[name], reference[name], in_dtype[name]) for name in actual}, gradients
+
+    def compare_again(name: str, turn: int) -> Comparison:
+        order = torch.Generator().manual_seed(turn)
+        others = [None if gradient is None else shuffled(gradient, order) for gradient in gradients]
+        return compare(problem.redrawn(turn), others)[0][name]
+
+    comparisons, gradients = compare(problem, gradients)
+    for name, comparison in comparisons.items():
+        redraw = partial(compare_again, name)
         if name in ("output", "log_normalizer"):
             if outputs:
-                assert_close_to_reference(
-                    results[name], reference[name], in_dtype[name], name=name, reweighted=reweighted
-                )
-            continue
-        if name == "scale" and reweighted and problem.query.dtype != torch.float32:
-            # Rows of few keys cancel down to the rounding of <do, o>, which is many times larger than what remains.
+                assert_close_to_reference(comparison, name=name, reweighted=reweighted, redraw=redraw)
             continue
         option = problem.options.get(name)
         leaf = getattr(problem, name) if option is None else option
-        assert results[name].dtype == leaf.dtype, name
+        assert comparison.actual.dtype == leaf.dtype, name
         assert_close_to_reference(
-            results[name],
-            reference[name],
-            in_dtype[name],
+            comparison,
             name=f"gradient of {name}",
             dtype=problem.query.dtype,
             gradient=True,
             reweighted=reweighted,
-            magnitude=size_without_cancellation(exact, weighting, name, gradients),
+            magnitude=size_without_cancellation(problem.to(torch.float64), weighting, name, gradients),
+            redraw=redraw,
         )
-    return results
+    return {name: comparison.actual for name, comparison in comparisons.items()}

@@ -22,7 +22,7 @@ struct Exponential {
 
   template <class V>
   SIGHTLINE_INLINE V forward(V score) {
-    return exp2(score * V::broadcast(kLog2E));
+    return exp2_of_product(score, V::broadcast(kLog2E));
   }
   template <class V>
   SIGHTLINE_INLINE V forward_and_derivative(V score, V& derivative) {
@@ -38,17 +38,16 @@ struct SoftPlus {
 
   template <class V>
   SIGHTLINE_INLINE V forward(V score) {
-    const V x = score * V::broadcast(kLog2E);
-    const V decay = exp2(V::broadcast(0.0f) - absolute(x));
-    return maximum(V::broadcast(0.0f), x) + log2_one_plus(decay);
+    const V decay = exp2_of_product(absolute(score), V::broadcast(-kLog2E));
+    return fma(maximum(V::broadcast(0.0f), score), V::broadcast(kLog2E), log2_one_plus(decay));
   }
   template <class V>
   SIGHTLINE_INLINE V forward_and_derivative(V score, V& derivative) {
     const V zero = V::broadcast(0.0f);
-    const V x = score * V::broadcast(kLog2E);
-    const V decay = exp2(zero - absolute(x));
-    derivative = select(less(x, zero), decay, V::broadcast(1.0f)) * V::broadcast(kLog2E) / (V::broadcast(1.0f) + decay);
-    return maximum(zero, x) + log2_one_plus(decay);
+    const V decay = exp2_of_product(absolute(score), V::broadcast(-kLog2E));
+    derivative =
+        select(less(score, zero), decay, V::broadcast(1.0f)) * V::broadcast(kLog2E) / (V::broadcast(1.0f) + decay);
+    return fma(maximum(zero, score), V::broadcast(kLog2E), log2_one_plus(decay));
   }
 };
 

@@ -6,7 +6,7 @@
 // strides, is the A operand of weights times V and of the gradients.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/row_math.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
@@ -78,10 +78,10 @@ static void product_panel(Broadcast a, const float* b, int64_t b_stride, float* 
   }
 }
 
-// C (rows x columns) = A B, or += with kAccumulate. `columns` is a multiple of the vector width.
+// One pass over at most kDepthChunk of the depth.
 template <bool kAccumulate>
-static void product(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
-                    int64_t columns, int64_t depth) {
+static void product_of_chunk(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
+                             int64_t columns, int64_t depth) {
   int64_t column = 0;
   for (; column + kProductVectors * Vec::kWidth <= columns; column += kProductVectors * Vec::kWidth)
     product_panel<kProductVectors, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
@@ -98,6 +98,16 @@ static void product(Broadcast a, const float* b, int64_t b_stride, float* c, int
     default:
       break;
   }
+}
+
+// C (rows x columns) = A B, or += with kAccumulate. `columns` is a multiple of the vector width.
+template <bool kAccumulate>
+static void product(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
+                    int64_t columns, int64_t depth) {
+  product_of_chunk<kAccumulate>(a, b, b_stride, c, c_stride, rows, columns, core::smaller(depth, kDepthChunk));
+  for (int64_t k = kDepthChunk; k < depth; k += kDepthChunk)
+    product_of_chunk<true>({a.data + k * a.depth_stride, a.row_stride, a.depth_stride}, b + k * b_stride, b_stride, c,
+                           c_stride, rows, columns, core::smaller(depth - k, kDepthChunk));
 }
 
 // C += A B in which a weight of exactly 0 selects nothing, so that 0 * NaN and 0 * inf do not reach C. Only for

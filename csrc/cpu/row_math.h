@@ -4,10 +4,15 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/visibility.h"
 #include "core/weights.h"
 #include "cpu/vec.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
+
+// Products sum over this much of their depth at a time and add these sums up: the error of one long chain grows with
+// its length.
+constexpr int64_t kDepthChunk = 128;
 
 SIGHTLINE_INLINE void zero(float* values, int64_t count) {
   for (int64_t index = 0; index < count; ++index) values[index] = 0.0f;
@@ -25,15 +30,20 @@ SIGHTLINE_INLINE float dot(const float* a, const float* b, int64_t count) {
 // The sum in the order in which product.h takes <do, v>: a row that attends to one key alone has o = v, and its score
 // gradient <do, v> - <do, o> is then exactly 0.
 SIGHTLINE_INLINE float dot_in_order(const float* a, const float* b, int64_t count) {
-  float sum = 0.0f;
-  for (int64_t index = 0; index < count; ++index) {
+  float total = 0.0f;
+  for (int64_t start = 0; start < count; start += kDepthChunk) {
+    const int64_t end = core::smaller(count, start + kDepthChunk);
+    float sum = 0.0f;
+    for (int64_t index = start; index < end; ++index) {
 #if defined(__FMA__)
-    sum = __builtin_fmaf(a[index], b[index], sum);
+      sum = __builtin_fmaf(a[index], b[index], sum);
 #else
-    sum += a[index] * b[index];
+      sum += a[index] * b[index];
 #endif
+    }
+    total += sum;
   }
-  return sum;
+  return total;
 }
 
 SIGHTLINE_INLINE bool is_finite(const float* values, int64_t count) {

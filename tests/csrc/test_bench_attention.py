@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from attention_cases import MAIN_WEIGHTINGS, Sizes, random_inputs
-from tolerance import assert_close_to_reference
+from attention_cases import MAIN_WEIGHTINGS, Problem, Sizes, random_inputs, random_problem, run
+from attention_checks import assert_outputs_are_close
 
-import sightline as sl
 from sightline import ops
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("weighting", MAIN_WEIGHTINGS)
 def test_attention_equals_the_operator(bench: ModuleType, isa: str, weighting: str, causal: bool) -> None:
-    query, key, value = random_inputs(Sizes())
-    options: dict[str, Any] = {
-        "weighting": MAIN_WEIGHTINGS[weighting],
-        "causal": causal,
-        "observe": sl.Observe(log_normalizer=True),
-    }
-    expected, stats = sl.attention(query, key, value, **options, backend="native")
-    arrays = query.numpy(), key.numpy(), value.numpy()
-    output, log_normalizer = map(torch.from_numpy, bench.attention(isa, *arrays, weighting=weighting, causal=causal))
+    def attend(problem: Problem) -> dict[str, torch.Tensor]:
+        arrays = problem.query.numpy(), problem.key.numpy(), problem.value.numpy()
+        results = map(torch.from_numpy, bench.attention(isa, *arrays, weighting=weighting, causal=causal))
+        return dict(zip(("output", "log_normalizer"), results, strict=True))
+
+    problem = random_problem(Sizes(), torch.float32, causal=causal)
+    actual = assert_outputs_are_close(problem, MAIN_WEIGHTINGS[weighting], attend)
     if isa == ops.isa_name():
         # Same kernels, but perhaps not the same build.
-        torch.testing.assert_close(output, expected)
-        torch.testing.assert_close(log_normalizer, stats.log_normalizer)
-    exact = (tensor.double() for tensor in (query, key, value))
-    reference, exact_stats = sl.attention(*exact, **options, backend="reference")
-    in_dtype, dtype_stats = sl.attention(query, key, value, **options, backend="reference")
-    reweighted = weighting == "lssar"
-    assert_close_to_reference(output, reference, in_dtype, reweighted=reweighted)
-    assert_close_to_reference(
-        log_normalizer, exact_stats.log_normalizer, dtype_stats.log_normalizer, name="log_normalizer"
-    )
+        expected = run(problem, MAIN_WEIGHTINGS[weighting], "native")
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name])
 
 
 @pytest.mark.parametrize("weighting", MAIN_WEIGHTINGS)

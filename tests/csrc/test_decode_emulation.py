@@ -26,9 +26,8 @@ from attention_cases import (
     Problem,
     Sizes,
     random_problem,
-    run,
 )
-from tolerance import assert_close_to_reference
+from attention_checks import assert_outputs_are_close
 
 import sightline as sl
 from sightline.attention import _scale_number, _weighting_arguments, _window_sides
@@ -92,13 +91,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def assert_decode_is_close(decode: Decode, problem: Problem, weighting: Any, splits: int = 3) -> None:
-    actual = decode(problem, weighting, splits)
-    reference = run(problem.to(torch.float64), weighting, "reference")
-    in_dtype = run(problem, weighting, "reference")
-    for name, value in actual.items():
-        assert_close_to_reference(
-            value, reference[name], in_dtype[name], name=name, reweighted=weighting.reweight is not None
-        )
+    assert_outputs_are_close(problem, weighting, lambda problem: decode(problem, weighting, splits))
 
 
 @every_pair

@@ -19,7 +19,7 @@ from attention_cases import (
     random_problem,
     run,
 )
-from tolerance import assert_close_to_reference
+from attention_checks import assert_outputs_are_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sightline as sl
@@ -141,14 +141,12 @@ def on_gpu(problem: Problem) -> Problem:
 
 
 def assert_gpu_is_close(problem: Problem, weighting: Any) -> None:
-    actual = run(on_gpu(problem), weighting, "native")
-    reference = run(problem.to(torch.float64), weighting, "reference")
-    in_dtype = run(problem, weighting, "reference")
-    for name, value in actual.items():
-        assert value.is_cuda
-        assert_close_to_reference(
-            value.cpu(), reference[name], in_dtype[name], name=name, reweighted=weighting.reweight is not None
-        )
+    def decode(problem: Problem) -> dict[str, torch.Tensor]:
+        results = run(on_gpu(problem), weighting, "native")
+        assert all(result.is_cuda for result in results.values())
+        return {name: result.cpu() for name, result in results.items()}
+
+    assert_outputs_are_close(problem, weighting, decode)
 
 
 def _taken(options: dict[str, Any]) -> list[str]:

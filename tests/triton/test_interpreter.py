@@ -33,8 +33,6 @@ def test_kernels_pass_under_the_interpreter(name: str) -> None:
             "-m",
             "pytest",
             "-q",
-            "-m",
-            "not slow",
             "-p",
             "no:cacheprovider",
             f"tests/triton/kernels/{name}",

@@ -30,6 +30,7 @@ from sightline.triton.sweeps import (
     start_sums,
     visible_range,
 )
+from sightline.triton.weights import LOG_UNIT
 
 
 @triton.jit
@@ -67,8 +68,7 @@ def store_log_normalizer(variant: tl.constexpr, log_normalizer, rows, shift, nor
     """ln Z; -inf for a row that sees nothing (its sink's logit where there is one, which is then the shift)."""
     empty = normalizer == 0.0
     result = tl.log(tl.where(empty, 1.0, normalizer))
-    if not variant.softplus:
-        result = result + shift
+    result = result + (LOG_UNIT if variant.softplus else shift)
     tl.store(log_normalizer + rows.index, tl.where(empty, float("-inf"), result), mask=rows.live)
 
 

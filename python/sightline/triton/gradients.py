@@ -12,22 +12,23 @@ import triton
 import triton.language as tl
 
 from sightline.triton.dropout import kept
+from sightline.triton.products import dot
 from sightline.triton.rows import NORM_FLOOR, count_visible, load_rows, row_factors, set_up_rows
 from sightline.triton.weights import LOG2_E, positive_part, reweigh, weigh_with_derivative
 
-# Columns of the table of rows: four, and six more under re-weighting.
-PLAIN_COLUMNS = 4
+# Columns of the table of rows: five, and five more under re-weighting.
+PLAIN_COLUMNS = 5
 REWEIGHT_COLUMNS = 10
 
 
 class RowGradients(NamedTuple):
-    """What a row contributes to the gradients of its scores. The last six only under re-weighting."""
+    """What a row contributes to the gradients of its scores. The last five only under re-weighting."""
 
     factor: Any  # c_i / |q_i|
     shift: Any
     inverse_normalizer: Any
-    balance: Any  # delta_i - g_i
     delta: Any
+    log_gradient: Any  # g_i
     mean: Any
     inverse_peak: Any  # 0 where the row is flat
     inverse_weight_sum: Any  # 0 where the row is flat
@@ -53,9 +54,12 @@ def prepare_rows(
     rows = set_up_rows(problem, variant, program % units, program // units)
     queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
     factors = row_factors(problem, variant, rows, queries)
-    upstream = load_rows(grad_output, rows, variant.value_width, variant.block_value_width).to(tl.float32)
-    result = load_rows(output, rows, variant.value_width, variant.block_value_width).to(tl.float32)
-    delta = tl.sum(upstream * result, 1)
+    upstream = load_rows(grad_output, rows, variant.value_width, variant.block_value_width)
+    result = load_rows(output, rows, variant.value_width, variant.block_value_width)
+    # Added up as <do, v> is: a row that attends to one key alone has o = v, and its gradient is then exactly 0.
+    lanes = tl.arange(0, variant.row_tile)
+    diagonal = lanes[:, None] == lanes[None, :]
+    delta = tl.sum(tl.where(diagonal, dot(upstream, tl.trans(result)), 0.0), 1)
     saved_width = 6 if variant.reweight else 2
     columns = saved.rows + rows.index * saved_width
     shift = tl.load(columns)
@@ -69,20 +73,22 @@ def prepare_rows(
     tl.store(target, factors.factor, mask=rows.live)
     tl.store(target + table_stride, shift, mask=rows.live)
     tl.store(target + 2 * table_stride, inverse, mask=rows.live)
-    tl.store(target + 3 * table_stride, delta - log_gradient, mask=rows.live)
+    tl.store(target + 3 * table_stride, delta, mask=rows.live)
+    tl.store(target + 4 * table_stride, log_gradient, mask=rows.live)
     if variant.reweight:
         peak = tl.load(columns + 3)
         weight_sum = tl.load(columns + 4)
         widths = tl.arange(0, variant.block_value_width)
         pointers = saved.responses + (rows.index * variant.value_width)[:, None] + widths[None, :]
         responses = tl.load(pointers, mask=(widths < variant.value_width)[None, :], other=0.0)
-        # E_i of MATH.md, section 2
-        row_sum = problem.power / peak * (tl.sum(upstream * responses, 1) - delta * tl.load(columns + 5))
+        # E_i of MATH.md, section 2: two sums in one order, for the same reason.
+        wide = upstream.to(tl.float32)
+        along = tl.sum(wide * result.to(tl.float32), 1)
+        row_sum = problem.power / peak * (tl.sum(wide * responses, 1) - along * tl.load(columns + 5))
         sharp = (weight_sum != 0.0) & (empty == 0)
         exempt = factors.visible <= problem.exempt_rows
         share = tl.where(exempt, 0.0, problem.offset) / tl.where(sharp, factors.visible, 1.0)
         per_sum = 1.0 / tl.where(sharp, weight_sum, 1.0)
-        tl.store(target + 4 * table_stride, delta, mask=rows.live)
         tl.store(target + 5 * table_stride, tl.load(columns + 2), mask=rows.live)
         tl.store(target + 6 * table_stride, tl.where(sharp, 1.0 / peak, 0.0), mask=rows.live)
         tl.store(target + 7 * table_stride, tl.where(sharp, per_sum, 0.0), mask=rows.live)
@@ -103,14 +109,15 @@ def load_row_gradients(table, table_stride, variant: tl.constexpr, rows):
     factor = tl.load(source, mask=rows.live, other=0.0)
     shift = tl.load(source + table_stride, mask=rows.live, other=0.0)
     inverse = tl.load(source + 2 * table_stride, mask=rows.live, other=0.0)
-    balance = tl.load(source + 3 * table_stride, mask=rows.live, other=0.0)
+    delta = tl.load(source + 3 * table_stride, mask=rows.live, other=0.0)
+    log_gradient = tl.load(source + 4 * table_stride, mask=rows.live, other=0.0)
     if variant.reweight:
         return RowGradients(
             factor,
             shift,
             inverse,
-            balance,
-            tl.load(source + 4 * table_stride, mask=rows.live, other=0.0),
+            delta,
+            log_gradient,
             tl.load(source + 5 * table_stride, mask=rows.live, other=0.0),
             tl.load(source + 6 * table_stride, mask=rows.live, other=0.0),
             tl.load(source + 7 * table_stride, mask=rows.live, other=0.0),
@@ -118,7 +125,7 @@ def load_row_gradients(table, table_stride, variant: tl.constexpr, rows):
             tl.load(source + 9 * table_stride, mask=rows.live, other=0.0),
         )
     else:
-        return RowGradients(factor, shift, inverse, balance, balance, balance, balance, balance, balance, balance)
+        return RowGradients(factor, shift, inverse, delta, log_gradient, delta, delta, delta, delta, delta)
 
 
 @triton.jit
@@ -129,7 +136,9 @@ def differentiate(problem, variant: tl.constexpr, MASKED: tl.constexpr, rows, st
         value_products = tl.where(keep, value_products * problem.dropout_scale, 0.0)
     plain, slope = weigh_with_derivative(scores, state.shift[:, None], variant.softplus)
     weights = plain * state.inverse_normalizer[:, None]
-    gradient = (value_products - state.balance[:, None]) * state.inverse_normalizer[:, None]
+    # First what may cancel exactly.
+    gradient = value_products - state.delta[:, None] + state.log_gradient[:, None]
+    gradient = gradient * state.inverse_normalizer[:, None]
     if variant.reweight:
         flat = (state.inverse_weight_sum == 0.0)[:, None]
         excess = positive_part(plain - state.mean[:, None]) * state.inverse_peak[:, None]

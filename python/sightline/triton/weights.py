@@ -1,8 +1,9 @@
 """The weight functions phi of MATH.md section 1, and the power of section 2, on tiles of scores in natural units.
 
-Softplus is one exp2 and a polynomial on the FMA units: max(s, 0) + ln(1 + y) with y = exp(-|s|), and ln(1 + y) = y
-P(y). The special-function unit is the limit on Hopper, so a second operation on it would cost as much as the matrix
-work. A masked score is -inf and both functions give exactly 0 for it.
+Softplus is one exp2 and a polynomial on the FMA units: max(s, 0) + ln(1 + y) with y = exp(-|s|). Its weights and slopes
+come in units of ln 2, as those of csrc/core/weights.h: the unit cancels in every weight, log2(1 + y) = y P(y) needs no
+factor, and a row with one key and score 0 gets exactly 1. The special-function unit is the limit on Hopper, so a second
+operation on it would cost as much as the matrix work. A masked score is -inf and both functions give exactly 0 for it.
 """
 
 from __future__ import annotations
@@ -11,26 +12,27 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+# The logarithm of the unit in which softplus comes, ln(ln 2).
+LOG_UNIT = tl.constexpr(-0.36651292058166432)
 FLAT_ROW = tl.constexpr(2.0**-16)
 
-# ln(1 + y) = y P(y) on [0, 1]: kLog2OnePlus of csrc/core/polynomials.h (tools/fit_polynomials.py) times ln 2. Single
-# constants, because Triton knows no arrays of them.
-_C0 = tl.constexpr(1.442695034 * LN_2.value)
-_C1 = tl.constexpr(-0.7213461127 * LN_2.value)
-_C2 = tl.constexpr(0.4808497149 * LN_2.value)
-_C3 = tl.constexpr(-0.3600120487 * LN_2.value)
-_C4 = tl.constexpr(0.2838637999 * LN_2.value)
-_C5 = tl.constexpr(-0.2208130250 * LN_2.value)
-_C6 = tl.constexpr(0.1529784031 * LN_2.value)
-_C7 = tl.constexpr(-0.08217523761 * LN_2.value)
-_C8 = tl.constexpr(0.02863960631 * LN_2.value)
-_C9 = tl.constexpr(-0.004680139039 * LN_2.value)
+# log2(1 + y) = y P(y) on [0, 1]: kLog2OnePlus of csrc/core/polynomials.h (tools/fit_polynomials.py). Single constants,
+# because Triton knows no arrays of them.
+_C0 = tl.constexpr(1.442695034)
+_C1 = tl.constexpr(-0.7213461127)
+_C2 = tl.constexpr(0.4808497149)
+_C3 = tl.constexpr(-0.3600120487)
+_C4 = tl.constexpr(0.2838637999)
+_C5 = tl.constexpr(-0.2208130250)
+_C6 = tl.constexpr(0.1529784031)
+_C7 = tl.constexpr(-0.08217523761)
+_C8 = tl.constexpr(0.02863960631)
+_C9 = tl.constexpr(-0.004680139039)
 
 
 @triton.jit
-def log_one_plus(y):
-    """ln(1 + y) for y in [0, 1], to a relative error of 5e-9 before rounding."""
+def log2_one_plus(y):
+    """log2(1 + y) for y in [0, 1], to a relative error of 5e-9 before rounding."""
     p = y * _C9 + _C8
     p = p * y + _C7
     p = p * y + _C6
@@ -45,10 +47,10 @@ def log_one_plus(y):
 
 @triton.jit
 def weigh(scores, shift, softplus: tl.constexpr):
-    """phi(s), for softmax exp(s - shift); `shift` broadcasts to the scores and is finite."""
+    """phi(s), softplus in units of ln 2, for softmax exp(s - shift); `shift` broadcasts to the scores and is finite."""
     if softplus:
         decay = tl.exp2(tl.abs(scores) * -LOG2_E)
-        return tl.maximum(scores, 0.0) + log_one_plus(decay)
+        return tl.maximum(scores, 0.0) * LOG2_E + log2_one_plus(decay)
     else:
         return tl.exp2((scores - shift) * LOG2_E)
 
@@ -58,8 +60,8 @@ def weigh_with_derivative(scores, shift, softplus: tl.constexpr):
     """(phi(s), phi'(s)) from one exp2."""
     if softplus:
         decay = tl.exp2(tl.abs(scores) * -LOG2_E)
-        slope = tl.where(scores < 0.0, decay, 1.0) / (1.0 + decay)
-        return tl.maximum(scores, 0.0) + log_one_plus(decay), slope
+        slope = tl.where(scores < 0.0, decay, 1.0) * LOG2_E / (1.0 + decay)
+        return tl.maximum(scores, 0.0) * LOG2_E + log2_one_plus(decay), slope
     else:
         weight = tl.exp2((scores - shift) * LOG2_E)
         return weight, weight
