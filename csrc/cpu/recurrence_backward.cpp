@@ -55,10 +55,12 @@ void finish_query_gradients(const Head& head, int64_t query_head, int64_t first,
     for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth) {
       const Vec inverse = Vec::load(chunk.inverse + row * chunk.stride + d);
       const Mask dead = equal(inverse, nothing);
-      const Vec grad_query = select(dead, nothing, Vec::load(gradient + d) * inverse * scale);
-      const Vec product = select(dead, nothing, Vec::load(scratch.queries + row * chunk.stride + d) * grad_query);
-      store(gradient + d, grad_query);
-      store(response + d, first_of_group ? product * inverse : fma(product, inverse, Vec::load(response + d)));
+      const Vec normalized = select(dead, nothing, Vec::load(gradient + d) * inverse);
+      const Vec query = select(dead, nothing, Vec::load(scratch.queries + row * chunk.stride + d) * inverse * scale);
+      store(gradient + d, normalized * scale);
+      // The factors in the order in which the sweep back multiplies them: what cancels there cancels to 0.
+      const Vec product = query * normalized;
+      store(response + d, first_of_group ? product : product + Vec::load(response + d));
     }
     narrow(gradient,
            writable_row_of(head.gradients.grad_query, problem.dtype, head.sequence.batch, query_head, first + row),
@@ -137,6 +139,7 @@ void sweep_back(const Head& head, int64_t begin, int64_t end, int64_t chunks, Ba
     transpose(scratch.values, scratch.value_stride, scratch.transposed_values, kChunkRows, padded(rows),
               scratch.value_stride);
     receive_from_later_rows(head, scratch);
+    zero(scratch.received_within, rows * chunk.stride);
     for (int64_t query_head = head.key_head * head.group(); query_head < (head.key_head + 1) * head.group();
          ++query_head) {
       const bool finite_outputs = load_grad_outputs(head, query_head, first, rows, scratch);
@@ -148,8 +151,8 @@ void sweep_back(const Head& head, int64_t begin, int64_t end, int64_t chunks, Ba
                             rows, problem.value_width);
       upper_triangle_product(scratch.scores, scratch.grad_outputs, scratch.value_stride, scratch.grad_values,
                              scratch.value_stride, rows, scratch.value_stride, finite_outputs);
-      upper_triangle_product(scratch.responses, scratch.queries, chunk.stride, scratch.received, chunk.stride, rows,
-                             chunk.stride, finite_queries);
+      upper_triangle_product(scratch.responses, scratch.queries, chunk.stride, scratch.received_within, chunk.stride,
+                             rows, chunk.stride, finite_queries);
       accumulate_product(finite_outputs, {scratch.queries, 1, chunk.stride}, scratch.grad_outputs, scratch.value_stride,
                          scratch.state_gradient, scratch.value_stride, problem.key_width, scratch.value_stride, rows);
     }
@@ -181,19 +184,6 @@ void run_causal(const Head& head, BackwardScratch& scratch) {
     sweep_back(head, begin, end, chunks, scratch);
   }
   write_initial_gradients(head, scratch);
-}
-
-// r = the gradient of the log normaliser - <G, S>, with the finished G; in the unit of the last normaliser.
-void set_response_to_state(const Head& head, BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
-  const float* given = head.gradients.grad_log_normalizer;
-  for (int64_t d = 0; d < problem.key_width; ++d) {
-    const double sum = scratch.normalizer.sum[d];
-    const float* row = scratch.state_gradient + d * scratch.value_stride;
-    if (sum == 0.0) continue;
-    const double wanted = given == nullptr ? 0.0 : given[head.state_row(d)];
-    scratch.key_response[d] = (wanted - inner_with_state(row, scratch, d, problem.value_width)) / sum;
-  }
 }
 
 // Every row reads the final state: G is the sum over all queries, and r is one for all rows.

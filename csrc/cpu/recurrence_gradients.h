@@ -57,7 +57,8 @@ struct BackwardScratch {
   float* values;               // (kChunkRows, padded Dv)
   float* grad_outputs;         // (kChunkRows, padded Dv)
   float* grad_values;          // (kChunkRows, padded Dv)
-  float* received;             // (kChunkRows, padded Dk): G_t v_t in the chunk's unit, and dq on the way there
+  float* received;             // (kChunkRows, padded Dk): G v of the rows after the chunk, and dq on the way there
+  float* received_within;      // (kChunkRows, padded Dk): what the chunk's own rows add to it
   float* transposed_state;     // (padded Dv, padded Dk): the state, transposed
   float* state_gradient;       // (padded Dk, padded Dv): G in the chunk's unit
   float* transposed_gradient;  // (padded Dv, padded Dk)
@@ -86,6 +87,7 @@ struct BackwardScratch {
     grad_outputs = arena.take<float>(width * kChunkRows);
     grad_values = arena.take<float>(width * kChunkRows);
     received = arena.take<float>(keys * kChunkRows);
+    received_within = arena.take<float>(keys * kChunkRows);
     transposed_state = arena.take<float>(width * keys);
     state_gradient = arena.take<float>(keys * width);
     transposed_gradient = arena.take<float>(width * keys);
@@ -174,12 +176,27 @@ struct BackwardScratch {
   return is_finite(scratch.queries, rows * stride);
 }
 
-// <grad_S_d, S_d> of channel d, S transposed and in the normaliser's unit.
-SIGHTLINE_INLINE double inner_with_state(const float* row, const BackwardScratch& scratch, int64_t d, int64_t width) {
-  double sum = 0.0;
-  for (int64_t c = 0; c < width; ++c)
-    sum += static_cast<double>(row[c]) * scratch.transposed_state[c * scratch.chunk.stride + d];
-  return sum;
+// r = the gradient of the log normaliser - <G, S> with G as it is; in the unit of the last normaliser. The sum is taken
+// in the order of the product G v, so that a single key has no gradient.
+[[maybe_unused]] static void set_response_to_state(const Head& head, BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const int64_t stride = scratch.chunk.stride;
+  const float* given = head.gradients.grad_log_normalizer;
+  transpose(scratch.state_gradient, scratch.value_stride, scratch.transposed_gradient, stride, stride,
+            scratch.value_stride);
+  for (int64_t d = 0; d < stride; d += Vec::kWidth) {
+    Vec inner = Vec::broadcast(0.0f);
+    for (int64_t c = 0; c < problem.value_width; ++c)
+      inner = fma(Vec::load(scratch.transposed_state + c * stride + d),
+                  Vec::load(scratch.transposed_gradient + c * stride + d), inner);
+    alignas(64) float lanes[Vec::kWidth];
+    store(lanes, inner);
+    for (int64_t lane = d; lane < d + Vec::kWidth && lane < problem.key_width; ++lane) {
+      const double sum = scratch.normalizer.sum[lane];
+      const double wanted = given == nullptr ? 0.0 : given[head.state_row(lane)];
+      if (sum != 0.0) scratch.key_response[lane] = (wanted - static_cast<double>(lanes[lane - d])) / sum;
+    }
+  }
 }
 
 // G and r after the last row, from the gradients of the final state; in the unit of the last normaliser.
@@ -192,14 +209,12 @@ SIGHTLINE_INLINE double inner_with_state(const float* row, const BackwardScratch
     scratch.key_response[d] = 0.0;
     const double sum = scratch.normalizer.sum[d];
     if (d >= problem.key_width || sum == 0.0) continue;
-    if (gradients.grad_log_normalizer != nullptr)
-      scratch.key_response[d] = gradients.grad_log_normalizer[head.state_row(d)] / sum;
     const float* memory = head.memory_row(gradients.grad_memory, d);
     if (memory == nullptr) continue;
-    scratch.key_response[d] -= inner_with_state(memory, scratch, d, problem.value_width) / sum / sum;
     for (int64_t c = 0; c < problem.value_width; ++c)
       scratch.state_gradient[d * scratch.value_stride + c] = static_cast<float>(memory[c] / sum);
   }
+  set_response_to_state(head, scratch);
 }
 
 // G and r before the first row are what the initial state receives.
@@ -223,31 +238,33 @@ SIGHTLINE_INLINE double inner_with_state(const float* row, const BackwardScratch
   }
 }
 
-// dv, dx and dgain of the chunk's rows from dv, from `received` = G_t v_t, and from r_t = r + the later rows' own.
-// `query_responses` is null where every row has the same r.
+// dv, dx and dgain of the chunk's rows from dv, from G_t v_t = `received` + `received_within`, and from r_t = r after
+// the chunk + what its own rows add. dx pairs the two that come from later rows and the two from the chunk's own before
+// it adds them: where one key holds all the weight each pair cancels, and their sums would not cancel as well.
+// `query_responses` is null where every row has the same r and nothing within the chunk.
 [[maybe_unused]] static void write_key_gradients(const Head& head, const float* query_responses,
                                                  BackwardScratch& scratch) {
   const RecurrenceProblem& problem = head.problem;
   const RecurrenceGradients& gradients = head.gradients;
   const KeyChunk& chunk = scratch.chunk;
   const int64_t batch = head.sequence.batch, stride = chunk.stride;
-  if (query_responses != nullptr) {
-    for (int64_t d = 0; d < stride; d += Vec::kWidth) {
-      Vec sum = Vec::broadcast(0.0f);
-      alignas(64) float lanes[Vec::kWidth];
-      for (int lane = 0; lane < Vec::kWidth; ++lane) lanes[lane] = static_cast<float>(scratch.key_response[d + lane]);
-      const Vec later = Vec::load(lanes);
-      for (int row = chunk.rows - 1; row >= 0; --row) {
-        sum = sum + Vec::load(query_responses + row * stride + d);
-        store(scratch.queries + row * stride + d, later - sum);
-      }
-      store(lanes, sum);
-      for (int lane = 0; lane < Vec::kWidth; ++lane) scratch.key_response[d + lane] -= static_cast<double>(lanes[lane]);
+  for (int64_t d = 0; d < stride; d += Vec::kWidth) {
+    alignas(64) float lanes[Vec::kWidth];
+    for (int lane = 0; lane < Vec::kWidth; ++lane) lanes[lane] = static_cast<float>(scratch.key_response[d + lane]);
+    const Vec later = Vec::load(lanes), nothing = Vec::broadcast(0.0f);
+    Vec own = nothing;
+    for (int row = chunk.rows - 1; row >= 0; --row) {
+      const int64_t entry = row * stride + d;
+      if (query_responses != nullptr) own = own + Vec::load(query_responses + entry);
+      const Vec weight = Vec::load(chunk.weights + entry), gained = Vec::load(chunk.gained + entry);
+      const Vec received = Vec::load(scratch.received + entry);
+      const Vec within = query_responses != nullptr ? Vec::load(scratch.received_within + entry) : nothing;
+      const Vec from_later = fma(gained, received, weight * later);
+      store(scratch.queries + entry, from_later + (gained * within - weight * own));
+      store(scratch.received + entry, weight * (received + within));
     }
-  } else {
-    for (int row = 0; row < chunk.rows; ++row)
-      for (int64_t d = 0; d < stride; ++d)
-        scratch.queries[row * stride + d] = static_cast<float>(scratch.key_response[d]);
+    store(lanes, own);
+    for (int lane = 0; lane < Vec::kWidth; ++lane) scratch.key_response[d + lane] -= static_cast<double>(lanes[lane]);
   }
   for (int row = 0; row < chunk.rows; ++row) {
     float* received = scratch.received + row * stride;
@@ -257,14 +274,6 @@ SIGHTLINE_INLINE double inner_with_state(const float* row, const BackwardScratch
       zero(received, stride);
       zero(grad_values, scratch.value_stride);
       zero(grad_keys, stride);
-    } else {
-      const float* weights = chunk.weights + row * stride;
-      const float* gained = chunk.gained + row * stride;
-      for (int64_t d = 0; d < stride; d += Vec::kWidth) {
-        const Vec weight = Vec::load(weights + d), value = Vec::load(received + d);
-        store(grad_keys + d, fma(Vec::load(gained + d), value, weight * Vec::load(grad_keys + d)));
-        store(received + d, weight * value);
-      }
     }
     const int64_t index = chunk.first + row;
     narrow(grad_keys, writable_row_of(gradients.grad_key, problem.dtype, batch, head.key_head, index), problem.dtype,
