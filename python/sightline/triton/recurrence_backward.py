@@ -30,6 +30,7 @@ from sightline.triton.recurrence_chunk import (
     store_tile,
     takes_part,
     walk_log_normalizers,
+    weigh_finally,
     weigh_keys,
 )
 from sightline.triton.recurrence_forward import load_gain
@@ -332,8 +333,7 @@ def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr
                         part = tl.where(weight == 0.0, 0.0, weight * carried)
                         responses = tl.where(here, part[None, :], responses)
     else:
-        z = load_channels(problem.final_log_normalizer, own, channel, variant, -float("inf"))
-        weights = tl.where((z == -float("inf"))[None, :], 0.0, tl.exp(keys - z[None, :]))
+        weights = weigh_finally(problem, variant, own, channel, keys)
         for column in tl.range(0, variant.value_width, variant.block_value_width):
             values = load_tile(
                 problem.value, chunk, key_head, live, column, variant.value_width, variant.block_value_width
@@ -434,9 +434,8 @@ def value_gradients(problem, gradients, grad_value, variant: tl.constexpr):
                 total += dot(scores, given, variant)
     else:
         for channel in tl.range(0, variant.width, variant.block_width):
-            z = load_channels(problem.final_log_normalizer, own, channel, variant, -float("inf"))
             keys = load_keys(problem, variant, chunk, key_head, live, channel)
-            weights = tl.where((z == -float("inf"))[None, :], 0.0, tl.exp(keys - z[None, :]))
+            weights = weigh_finally(problem, variant, own, channel, keys)
             gain = load_gain(problem, variant, chunk, key_head, live, channel)
             state_gradient = load_state(gradients.first_state_gradient, own, channel, column, variant)
             total += dot(weights * gain, state_gradient, variant)

@@ -42,6 +42,8 @@ class RecurrenceProblem(NamedTuple):
     states: Any  # (chunks, Hk, Dk, Dv): S before each chunk
     final_log_normalizer: Any  # (sequences, Hk, Dk)
     final_state: Any  # (sequences, Hk, Dk, Dv)
+    final_shift: Any  # (sequences, Hk, Dk): the final Delta once more, as e^shift times a number of at least 1, because
+    final_inverse: Any  # (sequences, Hk, Dk): e^(x - z) of large logarithms is not exact; 1 / number, or 0
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,15 @@ def weigh_keys(keys, z):
     safe = (total >= LEAST_NORMALIZER) | (met == 0)
     inverse = tl.where(met, 1.0 / tl.where(met, total, 1.0), 0.0)
     return Weights(weights, inverse, before, tl.min(safe.to(tl.int32)) == 1)
+
+
+@triton.jit
+def weigh_finally(problem, variant: tl.constexpr, own, channel, keys):
+    """exp(x - z) with the normaliser of the whole sequence, 0 where it has no key."""
+    shift = load_channels(problem.final_shift, own, channel, variant, 0.0)
+    inverse = load_channels(problem.final_inverse, own, channel, variant, 0.0)
+    dead = inverse == 0.0
+    return tl.where(dead[None, :], 0.0, tl.exp(keys - tl.where(dead, 0.0, shift)[None, :]) * inverse[None, :])
 
 
 @triton.jit

@@ -105,7 +105,12 @@ def scan_chunks(problem, chunk_normalizers, initial_log_normalizer, initial_stat
     tl.store(places, state, mask=inside)
     if column == 0:
         z = tl.where(total == 0.0, -float("inf"), shift + tl.log(total.to(tl.float32)))
-        tl.store(problem.final_log_normalizer + own * variant.width + channels, z, mask=channels < variant.width)
+        target = own * variant.width + channels
+        exists = channels < variant.width
+        tl.store(problem.final_log_normalizer + target, z, mask=exists)
+        tl.store(problem.final_shift + target, shift, mask=exists)
+        inverse = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total)).to(tl.float32)
+        tl.store(problem.final_inverse + target, inverse, mask=exists)
 
 
 @triton.jit

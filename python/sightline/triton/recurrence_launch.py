@@ -108,6 +108,8 @@ class _Call:
             self.fresh(self.chunks, self.key_heads, self.width, self.value_width),
             self.fresh(self.sequences, self.key_heads, self.width),
             self.fresh(self.sequences, self.key_heads, self.width, self.value_width),
+            self.fresh(self.sequences, self.key_heads, self.width),
+            self.fresh(self.sequences, self.key_heads, self.width),
         )
 
     def fresh(self, *shape: int) -> Tensor:

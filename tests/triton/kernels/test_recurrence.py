@@ -50,7 +50,7 @@ def test_steep_keys_lose_no_accuracy(step, causal):
     sizes = Sizes(batch=1, heads=2, key_heads=1, length=40, width=8, value_width=8)
     problem = random_problem(sizes, causal=causal, key_gain=torch.randn(sizes.key_shape()))
     problem.key += (torch.rand(8) < 0.5) * step / 8 * torch.arange(40.0)[:, None]
-    assert_results_are_close(problem, backend="triton", one_key_dominates=step < 0)
+    assert_results_are_close(problem, backend="triton", one_key_dominates=step < 0 or not causal)
 
 
 @pytest.mark.parametrize("where", ["key", "value", "query"])
