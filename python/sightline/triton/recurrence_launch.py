@@ -12,14 +12,13 @@ from sightline.triton.compat import INTERPRETED, launch_options, launching_on
 from sightline.triton.problem import Heads
 from sightline.triton.recurrence_backward import (
     Gradients,
-    key_gradients,
     query_gradients,
     scan_back,
     sum_back,
-    value_gradients,
 )
 from sightline.triton.recurrence_chunk import RecurrenceProblem, RecurrenceVariant
 from sightline.triton.recurrence_forward import recurrence_outputs, scan_chunks, sum_chunks
+from sightline.triton.recurrence_key_gradients import key_gradients, value_gradients
 
 
 class _Tile(NamedTuple):
