@@ -67,9 +67,6 @@ class Family:
         """A new model with random weights, in evaluation mode."""
         config = self.config(**changes)
         config._attn_implementation = implementation
-        if "num_local_experts" in self.options:
-            # The default has no float64, which the reference needs.
-            config._experts_implementation = "eager"
         model = getattr(transformers, self.model_type)(config).eval()
         # Fresh weights are so small that every score is near zero and no mask or scale would show. Vectors (norms,
         # biases, sinks) are moved off their initial zeros and ones.

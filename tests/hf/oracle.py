@@ -36,6 +36,7 @@ def oracle_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -57,7 +58,7 @@ def oracle_attention(
             sinks = s_aux.view(1, -1, 1, 1).expand(*score.shape[:3], 1)
             score = torch.cat([score, sinks], dim=-1)
         weights = torch.softmax(score, dim=-1)[..., : key.shape[2]].nan_to_num(0.0)
-        output = weights @ value
+        output = torch.nn.functional.dropout(weights, p=dropout, training=module.training) @ value
     else:
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         mask = visible if bias is None else torch.where(visible, bias.to(query.dtype), -torch.inf)
@@ -78,4 +79,7 @@ def oracle_of(model: Any) -> Any:
     """A copy of the model in float64 that computes its attention by the formulas."""
     double = copy.deepcopy(model).double()
     double.set_attn_implementation(NAME)
+    if double._can_set_experts_implementation():
+        # The default of mixtures of experts has no float64.
+        double.set_experts_implementation("eager")
     return double

@@ -19,7 +19,7 @@ from sightline.hf.interface import eager_parameters
 from sightline.hf.settings import read_settings
 from sightline.hf.visibility import Visibility
 from sightline.observe import AttentionStats, Observe
-from sightline.weighting import Softmax, Softplus
+from sightline.weighting import Reweight, Softmax, Softplus
 
 _STATISTICS = Observe(log_normalizer=True)
 _CACHED = "_sightline_weighting"
@@ -154,19 +154,44 @@ def _weighting(
     cached = getattr(module, _CACHED, None)
     if cached is not None and cached[0] == settings and cached[1] == softcap:
         return cached[2]
-    weighting = read_settings(settings, getattr(module, "layer_idx", None))
+    layer = getattr(module, "layer_idx", None)
+    if torch.compiler.is_compiling():
+        return _traced(settings, layer, softcap)
+    weighting = _read(settings, layer, softcap)
     replaced = {}
     if weighting.normalize_qk or isinstance(weighting, Softplus):
         replaced["scaling"] = scaling is not None and abs(scaling * width**0.5 - 1) > 1e-6
     if isinstance(weighting, Softplus):
         replaced.update(softcap=softcap is not None, sinks=has_sinks)
-    elif softcap is not None and weighting.softcap is None:
-        weighting = dataclasses.replace(weighting, softcap=softcap)
-    if torch.compiler.is_compiling():
-        return weighting
     _say_what_is_replaced(module, weighting, [name for name, is_set in replaced.items() if is_set])
     setattr(module, _CACHED, (copy.deepcopy(settings), softcap, weighting))
     return weighting
+
+
+def _read(settings: Any, layer: int | None, softcap: float | None) -> Softmax | Softplus:
+    weighting = read_settings(settings, layer)
+    if isinstance(weighting, Softmax) and weighting.softcap is None and softcap is not None:
+        return dataclasses.replace(weighting, softcap=softcap)
+    return weighting
+
+
+@torch._dynamo.assume_constant_result
+def _read_as_constants(settings: Any, layer: int | None, softcap: float | None) -> tuple[Any, ...]:
+    """The fields of the weighting: a compiler takes numbers for constants, but not what it would have to trace."""
+    weighting = _read(settings, layer, softcap)
+    reweight = weighting.reweight
+    fields = None if reweight is None else (reweight.power, reweight.offset, reweight.exempt_rows)
+    softcap = getattr(weighting, "softcap", None)
+    return weighting.kind, weighting.length_scale, weighting.normalize_qk, softcap, fields
+
+
+def _traced(settings: Any, layer: int | None, softcap: float | None) -> Softmax | Softplus:
+    """What `_read` gives, in a graph."""
+    kind, length_scale, normalize_qk, softcap, fields = _read_as_constants(settings, layer, softcap)
+    reweight = None if fields is None else Reweight(*fields)
+    if kind == Softplus.kind:
+        return Softplus(length_scale=length_scale, normalize_qk=normalize_qk, reweight=reweight)
+    return Softmax(length_scale=length_scale, normalize_qk=normalize_qk, softcap=softcap, reweight=reweight)
 
 
 def _say_what_is_replaced(module: nn.Module, weighting: Softmax | Softplus, replaced: list[str]) -> None:

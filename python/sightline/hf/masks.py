@@ -45,11 +45,9 @@ class _Pattern:
 
 def _cells(function: Any, code: Any) -> dict[str, Any] | None:
     """The captured variables of `function` where its code is `code`; None where it is not, or under a compiler."""
-    if code is None or _code(function) is not code:
+    if torch.compiler.is_compiling() or code is None or _code(function) is not code:
         return None
-    cells = getattr(function, "__closure__", None)
-    if cells is None:
-        return None
+    cells = function.__closure__
     return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
 
 
