@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from sightline.attention import attention, attention_rows
@@ -30,15 +31,16 @@ __all__ = [
 
 # Fetched on first use: `import sightline` does not import transformers.
 _FROM_TRANSFORMERS = ("restore_attention", "swap_attention")
+_NEED_TRANSFORMERS = ("hf", "models")
 
 
 def __getattr__(name: str) -> Any:
     if name in _FROM_TRANSFORMERS:
-        import sightline.hf
-
-        return getattr(sightline.hf, name)
+        return getattr(importlib.import_module("sightline.hf"), name)
+    if name in _NEED_TRANSFORMERS:
+        return importlib.import_module(f"sightline.{name}")
     raise AttributeError(f"module 'sightline' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_NEED_TRANSFORMERS})
