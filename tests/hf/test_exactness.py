@@ -26,10 +26,10 @@ def check_against_eager(model, inputs, *, real=None, swapped_inputs=None):
     assert_close_to_reference(swapped, reference, eager)
 
 
-def causal_mask_with_holes():
+def causal_mask_with_holes(length=LENGTH):
     """(B, 1, N, N) bool: no later key, and a third of the earlier ones hidden, but never a row's own."""
-    visible = torch.rand(BATCH, 1, LENGTH, LENGTH) > 0.3
-    return visible.tril() | torch.eye(LENGTH, dtype=torch.bool)
+    visible = torch.rand(BATCH, 1, length, length) > 0.3
+    return visible.tril() | torch.eye(length, dtype=torch.bool)
 
 
 def as_bias(visible, dtype=torch.float32):
@@ -59,15 +59,13 @@ def test_padded(family, side):
 
 
 @pytest.mark.parametrize("form", ["bool", "float"])
-@families("decoder")
+@families()
 def test_mask_of_the_user(family, form):
-    inputs, visible = family.inputs(), causal_mask_with_holes()
+    # ViT's 16 patches and its class token; models of two stacks take the mask for their decoder.
+    inputs, visible = family.inputs(), causal_mask_with_holes(17 if family.name == "vit" else LENGTH)
+    name = "decoder_attention_mask" if family.kind == "encoder-decoder" else "attention_mask"
     mask = visible if form == "bool" else as_bias(visible)
-    check_against_eager(
-        family.model(),
-        {**inputs, "attention_mask": as_bias(visible)},
-        swapped_inputs={**inputs, "attention_mask": mask},
-    )
+    check_against_eager(family.model(), {**inputs, name: as_bias(visible)}, swapped_inputs={**inputs, name: mask})
 
 
 @families("decoder", without=("gemma2",))  # which caps scores before a bias

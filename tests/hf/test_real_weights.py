@@ -12,7 +12,7 @@ PASSAGES = [
     "Attention weights are what a row of a transformer reads with.",
     "A kernel walks the keys tile by tile and never holds all the pairs at once, which is why a long context fits.",
     "Rain.",
-    "The bus to the harbour leaves at a quarter past nine, and the ferry waits for it unless the wind is from the west.",
+    "The bus to the harbour leaves at a quarter past nine, and the ferry waits for it unless the wind blows.",
 ]
 
 

@@ -40,9 +40,7 @@ def load_sentence_model(attention: str = "sdpa") -> tuple[Any, Any]:
 
 def embed(model: Any, tokenizer: Any, passages: Sequence[str]) -> Tensor:
     """The embeddings of a batch of passages, (passages, width), each of length 1."""
-    batch = tokenizer(
-        list(passages), padding=True, truncation=True, max_length=_LONGEST_PASSAGE, return_tensors="pt"
-    )
+    batch = tokenizer(list(passages), padding=True, truncation=True, max_length=_LONGEST_PASSAGE, return_tensors="pt")
     with torch.inference_mode():
         states = model(**batch).last_hidden_state
     real = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
