@@ -95,6 +95,31 @@ def test_decoding_with_a_static_cache_does_not_recompile(family):
         assert len(compilations) == first
 
 
+def test_export_with_lengths_that_vary():
+    family = FAMILIES[0]
+    model = sl.swap_attention(family.model(), sl.LSSAR())
+    length = torch.export.Dim("length", min=4, max=64)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens, mask):
+            return output(self.model, input_ids=tokens, attention_mask=mask, use_cache=False)
+
+    def batch(tokens):
+        inputs = family.inputs(length=tokens)
+        masks, real = family.padding(inputs, "left")
+        return (inputs["input_ids"], masks["attention_mask"]), real
+
+    with torch.no_grad():
+        exported = torch.export.export(Logits(), batch(21)[0], dynamic_shapes=({1: length}, {1: length})).module()
+        for tokens in (21, 33):
+            arguments, real = batch(tokens)
+            torch.testing.assert_close(exported(*arguments)[real], Logits()(*arguments)[real], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_inductor():
     model = sl.swap_attention(FAMILIES[0].model(), sl.LSSA())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -97,11 +98,13 @@ def test_swap_after_choosing_the_implementation_by_name():
     assert not hasattr(model.config, "sightline")
 
 
-def test_copies_are_independent():
-    model = sl.swap_attention(BY_NAME["llama"].model(), sl.LSSA())
-    twin = copy.deepcopy(model)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_independent(copied):
+    model = BY_NAME["llama"].model()
+    before = state(model)
+    twin = copied(sl.swap_attention(model, sl.LSSA()))
     sl.restore_attention(twin)
-    assert implementations(twin) == {"eager"}
+    assert state(twin) == before
     assert implementations(model) == {"sightline"}
 
 

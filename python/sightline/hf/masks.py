@@ -105,14 +105,17 @@ def _document_offsets(documents: Tensor, batch: int) -> Tensor:
     return torch.nn.functional.pad(offsets, (0, 1), value=begins.numel()).to(torch.int32)
 
 
-def _key_mask(padding: Tensor | None, first: int, keys: int, needed: int | None) -> Tensor | None:
-    """The padding mask of keys `first` to `first + keys`, None where all of the first `needed` of them take part.
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers can be looked at: off the CPU that waits for the device, and a tracer has none."""
+    return tensor.device.type == "cpu" and not masking_utils.is_tracing(tensor)
 
-    Reading the mask is left to the CPU: elsewhere it waits for the device, and a compiler cannot.
-    """
+
+def _key_mask(padding: Tensor | None, first: int, keys: int, needed: Any) -> Tensor | None:
+    """The padding mask of keys `first` to `first + keys`, None where all of the first `needed` of them take part."""
     if padding is None:
         return None
-    if needed is not None and padding.shape[1] >= first + needed and bool(padding[:, first : first + needed].all()):
+    covers = isinstance(needed, int) and padding.shape[1] >= first + needed
+    if covers and _is_readable(padding) and bool(padding[:, first : first + needed].all()):
         return None
     mask = padding[:, first : first + keys]
     return mask if mask.shape[1] == keys else torch.nn.functional.pad(mask, (0, keys - mask.shape[1]))
@@ -148,9 +151,8 @@ def sightline_mask(
     """
     if isinstance(attention_mask, Visibility):
         return attention_mask
-    is_readable = not torch.compiler.is_compiling() and torch.device(device).type == "cpu"
     is_static = isinstance(q_offset, Tensor)
-    offset: Any = int(q_offset) if is_readable else q_offset
+    offset: Any = int(q_offset) if isinstance(q_offset, Tensor) and _is_readable(q_offset) else q_offset
     # Row i sits at position offset + i, so keys past the last row's position are unused slots of a cache.
     length = offset + q_length - kv_offset
     pattern = None if use_vmap else _pattern(mask_function)
@@ -177,7 +179,6 @@ def sightline_mask(
     elif pattern.causal and (is_static or length != kv_length):
         # Also for the last slot of a static cache, so that a compiled forward meets the same arguments as before.
         key_lengths = torch.full((batch_size,), length, dtype=torch.int64, device=device)
-    needed = (length if pattern.causal else kv_length) if is_readable else None
     return Visibility(
         batch=batch_size,
         queries=q_length,
@@ -185,7 +186,7 @@ def sightline_mask(
         causal=pattern.causal,
         window=pattern.window,
         key_lengths=key_lengths,
-        key_mask=_key_mask(attention_mask, kv_offset, kv_length, needed),
+        key_mask=_key_mask(attention_mask, kv_offset, kv_length, length if pattern.causal else kv_length),
         document_offsets=None if pattern.documents is None else _document_offsets(pattern.documents, batch_size),
         device=device,
     )

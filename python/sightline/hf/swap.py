@@ -16,7 +16,6 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 Weighting: TypeAlias = Softmax | Softplus
 
 _RECORD = "_sightline_restore"
-_MISSING = object()
 _EXPECTED = "a Softmax, Softplus, LSSA() or LSSAR()"
 
 
@@ -79,11 +78,11 @@ def swap_attention(
     _check_sinks(name, weightings, through)
 
     record = [
-        (config, config._attn_implementation_internal, vars(config).get("sightline", _MISSING))
+        (config, config._attn_implementation_internal, "sightline" in vars(config), vars(config).get("sightline"))
         for config in _configs(model)
     ]
     try:
-        for config, _, _ in record:
+        for config, *_ in record:
             config.sightline = settings
         model.set_attn_implementation(NAME)
         unset = {type(module).__name__ for module in through.values() if _implementation(module) != NAME}
@@ -119,14 +118,14 @@ def restore_attention(model: Model) -> Model:
     return model
 
 
-def _put_back(record: list[tuple[PreTrainedConfig, Any, Any]]) -> None:
-    for config, implementation, settings in record:
+def _put_back(record: list[tuple[PreTrainedConfig, Any, bool, Any]]) -> None:
+    for config, implementation, had_settings, settings in record:
         # The attribute behind the property, which would write to the configs inside this one too.
         config._attn_implementation_internal = implementation
-        if settings is _MISSING:
-            vars(config).pop("sightline", None)
-        else:
+        if had_settings:
             config.sightline = settings
+        else:
+            vars(config).pop("sightline", None)
 
 
 def _implementation(module: Any) -> str | None:
