@@ -146,6 +146,7 @@ def test_rows_outside_the_query_are_refused():
         "sightline.observe",
         "sightline._checks",
         "sightline.hf",
+        "sightline.hf._transformers",
         "sightline.hf.attention",
         "sightline.hf.masks",
         "sightline.hf.settings",

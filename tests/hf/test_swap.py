@@ -15,6 +15,7 @@ from torch import nn
 
 import sightline as sl
 import sightline.hf
+from sightline.hf._transformers import check
 
 BY_NAME = {family.name: family for family in FAMILIES}
 
@@ -215,6 +216,24 @@ def test_restoring_what_was_not_swapped_is_refused():
 def test_what_is_no_model_is_refused(call):
     with pytest.raises(TypeError, match="model: expected a transformers PreTrainedModel, got Linear"):
         call(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("version", "error", "message"),
+    [
+        (None, ModuleNotFoundError, r"transformers is missing: pip install sightline\[hf\]"),
+        ("4.57.6", ImportError, "needs transformers 5.4 or newer, got 4.57.6"),
+        ("5.3.0", ImportError, "needs transformers 5.4 or newer, got 5.3.0"),
+    ],
+)
+def test_missing_or_old_transformers_is_named(version, error, message):
+    with pytest.raises(error, match=message):
+        check(version)
+
+
+@pytest.mark.parametrize("version", ["5.4.0", "5.10.0.dev0", "6.0.0"])
+def test_transformers_that_serve_are_taken(version):
+    check(version)
 
 
 def test_import_of_sightline_leaves_transformers_alone():

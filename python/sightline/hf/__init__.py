@@ -8,6 +8,9 @@ True
 
 from __future__ import annotations
 
+from sightline.hf import _transformers  # noqa: F401  (first: it names the remedy where transformers is missing or old)
+
+# isort: split
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sightline.hf.attention import attention_forward

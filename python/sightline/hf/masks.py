@@ -20,19 +20,24 @@ from sightline.hf.visibility import Visibility
 
 MaskFunction = Callable[..., Any]
 
-_ONE = torch.zeros(1, 1, dtype=torch.long)
-
 
 def _code(function: Any) -> Any:
     return getattr(function, "__code__", None)
 
 
-# What transformers' building blocks return are closures: told apart by their code, read through their cells.
-_AND = _code(masking_utils.and_masks(masking_utils.causal_mask_function))
-_SLIDING = _code(masking_utils.sliding_window_overlay(1))
-_SLIDING_BIDIRECTIONAL = _code(masking_utils.sliding_window_bidirectional_overlay(1))
-_PACKED = _code(masking_utils.packed_sequence_mask_function(_ONE))
-_REMAPPED = _code(masking_utils.remap_positions_for_packed_sequence(masking_utils.causal_mask_function, _ONE))
+def _code_of_closure(name: str, *arguments: Any) -> Any:
+    """The code of what a building block of transformers returns; None where this version does not have the block."""
+    build = getattr(masking_utils, name, None)
+    return None if build is None else _code(build(*arguments))
+
+
+# Closures are told apart by their code, and read through their cells.
+_ONE = torch.zeros(1, 1, dtype=torch.long)
+_AND = _code_of_closure("and_masks", masking_utils.causal_mask_function)
+_SLIDING = _code_of_closure("sliding_window_overlay", 1)
+_SLIDING_BIDIRECTIONAL = _code_of_closure("sliding_window_bidirectional_overlay", 1)
+_PACKED = _code_of_closure("packed_sequence_mask_function", _ONE)
+_REMAPPED = _code_of_closure("remap_positions_for_packed_sequence", masking_utils.causal_mask_function, _ONE)
 
 
 @dataclass(frozen=True)
