@@ -95,6 +95,28 @@ def test_missing_mask_that_could_mean_two_things_is_refused():
         attention_forward(layer(), *states(), None, sliding_window=4)
 
 
+def test_position_bias_without_a_mask():
+    query, key, value = states()
+    bias = torch.randn(1, 4, 6, 6)
+    result, _ = attention_forward(layer(), query, key, value, None, position_bias=bias)
+    assert torch.equal(result, sl.attention(query, key, value, causal=True, attn_mask=bias).transpose(1, 2))
+
+
+def test_softcap_that_changes_is_taken():
+    module, (query, key, value) = layer(), states()
+    for softcap in (0.5, None, 2.0):
+        result, _ = attention_forward(module, query, key, value, None, softcap=softcap)
+        expected = sl.attention(query, key, value, causal=True, weighting=sl.Softmax(softcap=softcap))
+        assert torch.equal(result, expected.transpose(1, 2))
+
+
+def test_packed_documents_in_a_static_cache_are_refused():
+    mask = sightline_mask(1, 4, 6, q_offset=torch.tensor(1))
+    offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="key_lengths: expected None with packed documents"):
+        attention_forward(layer(), *states(4, 6, batch=1), mask, cu_seq_lens_q=offsets)
+
+
 def test_mask_of_other_lengths_is_refused():
     mask = sightline_mask(2, 6, 9)
     with pytest.raises(ValueError, match="attention_mask: expected 6 queries and 6 keys as in Identity"):

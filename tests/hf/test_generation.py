@@ -97,7 +97,7 @@ def test_beam_search(family):
     assert same.any() or torch.allclose(actual.sequences_scores, expected.sequences_scores, rtol=1e-6)
 
 
-@families("decoder")
+@families("decoder", "encoder-decoder")
 def test_assisted_decoding(family):
     model, assistant, inputs = family.model(), family.model(), prompts(family, batch=1)
     # Close to the model, so that some of its candidates are accepted and others not.

@@ -132,6 +132,17 @@ def test_mask_made_in_advance_is_kept():
 
 def test_functions_that_need_vmap_are_evaluated():
     mask, dense = both(causal_mask_function, use_vmap=True)
+    assert isinstance(mask, torch.Tensor)
+    assert torch.equal(mask, dense)
+
+
+@pytest.mark.parametrize(
+    ("name", "queries", "keys", "offset"),
+    [("causal", 3, 5, 6), ("window to both sides", 3, LENGTH, 4), ("packed", 4, LENGTH, 8)],
+)
+def test_rows_that_stand_elsewhere_than_at_the_last_keys_get_a_complete_mask(name, queries, keys, offset):
+    mask, dense = both(DESCRIBED[name](), queries, keys, q_offset=offset)
+    assert isinstance(mask, torch.Tensor)
     assert torch.equal(mask, dense)
 
 

@@ -121,7 +121,6 @@ def attention_forward(
     if cu_seq_lens_q is not None:
         options["cu_seqlens_q"] = cu_seq_lens_q.to(torch.int32)
         options["cu_seqlens_k"] = (cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k).to(torch.int32)
-        options.pop("key_lengths", None)
     batch = query.shape[0]
     if folded:
         query, key, value = (_end_to_end(states) for states in (query, key, value))
