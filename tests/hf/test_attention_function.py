@@ -47,18 +47,32 @@ def test_statistics_in_the_place_of_weights():
     assert torch.equal(statistics.log_normalizer, expected.log_normalizer)
 
 
-def test_statistics_of_packed_batches_have_the_shape_of_the_batch():
-    query, key, value = states(9, 9)
+def packed_mask():
+    """Two entries of 9 tokens: one document, and two."""
     positions = torch.stack([torch.arange(9), torch.cat([torch.arange(4), torch.arange(5)])])
     function = masking_utils.packed_sequence_compatibility_function(
         masking_utils.causal_mask_function, positions, masking_utils.find_packed_sequence_indices(positions)
     )
-    mask = sightline_mask(2, 9, 9, mask_function=function)
+    return sightline_mask(2, 9, 9, mask_function=function)
+
+
+def test_statistics_of_packed_batches_have_the_shape_of_the_batch():
+    query, key, value = states(9, 9)
+    mask = packed_mask()
     result, statistics = attention_forward(layer(), query, key, value, mask, output_attentions=True)
     dense = {"attn_mask": mask.dense()}
     expected, rows = sl.attention(query, key, value, observe=sl.Observe(log_normalizer=True), **dense)
     torch.testing.assert_close(result, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(statistics.log_normalizer, rows.log_normalizer, rtol=1e-4, atol=1e-5)
+
+
+def test_position_bias_of_packed_batches():
+    query, key, value = states(9, 9)
+    bias = torch.randn(1, 4, 9, 9)
+    mask = packed_mask()
+    result, _ = attention_forward(layer(), query, key, value, mask, position_bias=bias)
+    expected = sl.attention(query, key, value, attn_mask=bias.masked_fill(~mask.dense(), -torch.inf))
+    torch.testing.assert_close(result, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 @families("decoder", "encoder", without=("gpt2",))  # GPT-2 keeps the flag to itself
@@ -167,6 +181,12 @@ def test_softplus_says_once_what_it_replaces(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attention_forward(layer(sl.LSSA()), *states(), None, scaling=0.7, softcap=5.0, s_aux=torch.zeros(4))
+
+
+def test_normalised_softmax_says_that_it_replaces_the_scale(monkeypatch):
+    monkeypatch.setattr(attention_module, "_warned_types", set())
+    with pytest.warns(UserWarning, match="replaces the model's softmax and with it its scaling"):
+        attention_forward(layer(sl.Softmax(normalize_qk=True)), *states(), None, scaling=0.7)
 
 
 def test_usual_scaling_is_replaced_without_a_word(monkeypatch):

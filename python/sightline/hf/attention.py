@@ -91,38 +91,18 @@ def attention_forward(
     if kwargs:
         _refuse_unknown(module, kwargs)
     weighting = _weighting(module, scaling, softcap, s_aux is not None, query.shape[3])
-    options: dict[str, Any] = {}
+    options, end_to_end = _mask_options(
+        module, query, key, attention_mask, position_bias, is_causal, sliding_window, cu_seq_lens_q, weighting
+    )
     if type(weighting) is Softmax:
         options["sinks"] = s_aux
         if not weighting.normalize_qk:
             options["scale"] = scaling
-    folded = False
-    if isinstance(attention_mask, Visibility):
-        _check_lengths(module, attention_mask, query, key)
-        if attention_mask.document_offsets is None:
-            options["key_lengths"] = attention_mask.key_lengths
-        elif position_bias is not None:
-            position_bias = _added(position_bias, attention_mask.dense(), query)
-        elif cu_seq_lens_q is None:
-            cu_seq_lens_q = cu_seq_lens_k = attention_mask.document_offsets
-            folded = True
-        options["causal"] = attention_mask.causal
-        options["window"] = attention_mask.window
-        options["key_mask"] = attention_mask.key_mask
-        options["attn_mask"] = position_bias
-    elif attention_mask is None:
-        options["causal"] = _is_causal_without_mask(module, is_causal, sliding_window, query, key, cu_seq_lens_q)
-        options["attn_mask"] = position_bias
-    else:
-        mask = _checked_mask(module, attention_mask, weighting)
-        options["attn_mask"] = mask if position_bias is None else _added(position_bias, mask, query)
-        if mask.dtype != torch.bool and position_bias is None:
-            options["attn_mask"] = mask.to(query.dtype)
     if cu_seq_lens_q is not None:
         options["cu_seqlens_q"] = cu_seq_lens_q.to(torch.int32)
         options["cu_seqlens_k"] = (cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k).to(torch.int32)
     batch = query.shape[0]
-    if folded:
+    if end_to_end:
         query, key, value = (_end_to_end(states) for states in (query, key, value))
     output = attention(
         query,
@@ -137,12 +117,50 @@ def attention_forward(
     if output_attentions:
         output, statistics = output
     output = output.transpose(1, 2)
-    if folded:
+    if end_to_end:
         output = output.unflatten(1, (batch, -1)).squeeze(0)
         if statistics is not None:
             log_normalizer = statistics.log_normalizer.unflatten(2, (batch, -1)).squeeze(0).transpose(0, 1)
             statistics = AttentionStats(log_normalizer=log_normalizer)
     return output, statistics
+
+
+def _mask_options(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Visibility | Tensor | None,
+    position_bias: Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    cu_seq_lens_q: Tensor | None,
+    weighting: Softmax | Softplus,
+) -> tuple[dict[str, Any], bool]:
+    """What `sightline.attention` is told of visibility, and whether batch entries are to be laid end to end for it."""
+    if mask is None:
+        causal = _is_causal_without_mask(module, is_causal, sliding_window, query, key, cu_seq_lens_q)
+        return {"causal": causal, "attn_mask": position_bias}, False
+    if not isinstance(mask, Visibility):
+        checked = _checked_mask(module, mask, weighting)
+        if position_bias is not None:
+            checked = _added(position_bias, checked, query)
+        # A mask in another float dtype than the model's, as generation and users make them.
+        return {"attn_mask": checked if checked.dtype == torch.bool else checked.to(query.dtype)}, False
+    _check_lengths(module, mask, query, key)
+    options: dict[str, Any] = {
+        "causal": mask.causal,
+        "window": mask.window,
+        "key_lengths": mask.key_lengths,
+        "key_mask": mask.key_mask,
+        "attn_mask": position_bias,
+    }
+    if mask.document_offsets is None or cu_seq_lens_q is not None:
+        return options, False
+    if position_bias is not None:
+        # A bias has a place for every pair of a batch entry, but none for pairs of different entries.
+        return {"attn_mask": _added(position_bias, mask.dense(), query)}, False
+    options["cu_seqlens_q"] = options["cu_seqlens_k"] = mask.document_offsets
+    return options, True
 
 
 def _weighting(
