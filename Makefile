@@ -3,6 +3,7 @@
 #
 #   PYTHON=python3.12   the interpreter that .venv is made from (default: the first from 3.11 to 3.14 that is found)
 #   ARGS="-k window"    further arguments for pytest (test) or `sightline bench` (demo)
+#   MODEL_ARGS="--model DIR_OR_NAME"   further arguments for `sightline demo` (demo)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -17,6 +18,7 @@ NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 PYTHON ?=
 ARGS ?=
+MODEL_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -59,8 +61,9 @@ format: env ## let ruff and clang-format rewrite the files
 test: env ## everything that a machine without a GPU can test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
-demo: env ## the main job: attention over real text at 1K to 16K tokens, against torch; results in build/demo
+demo: env ## the main job: attention, then whole models, over real text at 1K to 16K tokens; results in build/demo
 	$(BIN)/sightline bench --output build/demo $(ARGS)
+	$(BIN)/sightline demo --output build/demo $(MODEL_ARGS)
 
 bench: env ## measure sightline against its peers and regenerate docs/performance.md
 	$(BIN)/python benchmarks/attention_ratio.py

@@ -152,7 +152,7 @@ class _Benchmark:
             self.progress.advance(length**2 / repetitions[row])
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -179,7 +179,7 @@ def run(settings: BenchSettings, command: Sequence[str]) -> int:
         WrongArgumentError: the device is not there, the text is empty or cannot be read, or SIGHTLINE_BACKEND names a
             backend that cannot run here.
     """
-    device = _choose_device(settings.device)
+    device = choose_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     try:

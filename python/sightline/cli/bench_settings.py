@@ -55,7 +55,7 @@ class BenchSettings:
     quick: bool
 
 
-def _positive_integer(text: str) -> int:
+def positive_integer(text: str) -> int:
     try:
         number = int(text)
     except ValueError:
@@ -65,7 +65,7 @@ def _positive_integer(text: str) -> int:
     return number
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def context_lengths(text: str) -> tuple[int, ...]:
     expected = "expected whole numbers of at least 1 separated by commas, as in 1024,4096"
     try:
         lengths = [int(part) for part in text.split(",")]
@@ -76,7 +76,7 @@ def _lengths(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(lengths)))
 
 
-def _seconds(text: str) -> float:
+def positive_seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
@@ -86,13 +86,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _dtype(text: str) -> str:
+def dtype_name(text: str) -> str:
     if text not in DTYPES:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(DTYPES)}, got {text!r}")
     return text
 
 
-def _device(text: str) -> str:
+def device_name(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:INDEX, got {text!r}")
     return text
@@ -129,21 +129,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     shape = StackShape()
     lengths = ",".join(map(str, DEFAULT_LENGTHS))
-    whole, decided_later = _positive_integer, argparse.SUPPRESS
+    whole, decided_later = positive_integer, argparse.SUPPRESS
 
     def add(name: str, convert: Callable[[str], object], metavar: str, default: object, text: str) -> None:
         parser.add_argument(name, type=convert, metavar=metavar, default=default, help=text)
 
-    add("--lengths", _lengths, "N,N,...", decided_later, f"context lengths in tokens (default: {lengths})")
+    add("--lengths", context_lengths, "N,N,...", decided_later, f"context lengths in tokens (default: {lengths})")
     add("--layers", whole, "L", decided_later, f"attention layers (default: {shape.layers})")
     add("--heads", whole, "H", shape.heads, "query heads")
     add("--kv-heads", whole, "HK", shape.kv_heads, "key/value heads, of which H is a multiple")
     add("--head-dim", whole, "D", shape.head_dim, "width of a head, even for the rotary embedding")
-    add("--dtype", _dtype, "DTYPE", DTYPES[0], ", ".join(DTYPES))
-    add("--device", _device, "DEVICE", "auto", "auto (cuda when there is one), cpu, cuda or cuda:INDEX")
+    add("--dtype", dtype_name, "DTYPE", DTYPES[0], ", ".join(DTYPES))
+    add("--device", device_name, "DEVICE", "auto", "auto (cuda when there is one), cpu, cuda or cuda:INDEX")
     add("--threads", whole, "T", decided_later, "CPU threads (default: torch's choice)")
     add("--repetitions", whole, "R", decided_later, "rounds at each length, fewer within --time-limit (default: 5)")
-    add("--time-limit", _seconds, "SECONDS", 10.0, "for one row at one length; where one run needs more, it is skipped")
+    add(
+        "--time-limit",
+        positive_seconds,
+        "SECONDS",
+        10.0,
+        "for one row at one length; where one run needs more, it is skipped",
+    )
     add(
         "--memory-limit",
         byte_size,
@@ -187,8 +193,8 @@ def settings_from(arguments: argparse.Namespace) -> BenchSettings:
         )
     text = given.get("text")
     if text is not None:
-        _check_text(text)
-    _check_output(given["output"])
+        check_text(text)
+    check_output(given["output"])
     layers = given.get("layers", 1 if quick else StackShape.layers)
     return BenchSettings(
         lengths=given.get("lengths", QUICK_LENGTHS if quick else DEFAULT_LENGTHS),
@@ -205,7 +211,7 @@ def settings_from(arguments: argparse.Namespace) -> BenchSettings:
     )
 
 
-def _check_text(path: Path) -> None:
+def check_text(path: Path) -> None:
     try:
         with path.open("rb") as file:
             empty = not file.read(1)
@@ -215,7 +221,7 @@ def _check_text(path: Path) -> None:
         raise WrongArgumentError(f"argument --text: expected text, but {path} is empty")
 
 
-def _check_output(directory: Path) -> None:
+def check_output(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
