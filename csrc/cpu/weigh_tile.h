@@ -30,15 +30,19 @@ struct RowState {
   double response[kRowTile];
 };
 
-// Softmax: a larger maximum rescales what the row has gathered.
+// Softmax weights are taken relative to a shift that may lag behind the row's largest score by this much: weights of up
+// to e^5.5 = 245 lose nothing, and after its first keys a row is hardly ever rescaled.
+constexpr float kShiftSlack = 5.5f;
+
+// Softmax: a much larger maximum rescales what the row has gathered.
 [[maybe_unused]] static void raise_shift(RowState& state, const float* tile_largest, int64_t padded_width, bool pairs) {
   alignas(64) float decays[kRowTile];
   bool any = false;
   for (int lane = 0; lane < state.rows.lanes; ++lane) {
     const float before = state.shift[lane];
-    const float after = tile_largest[lane] > before ? tile_largest[lane] : before;
+    const float after = tile_largest[lane];
     decays[lane] = 1.0f;
-    if (after == before) continue;
+    if (!(after > before + kShiftSlack)) continue;
     const float decay = std::exp(before - after);
     decays[lane] = decay;
     any = true;
