@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu import summary
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 
@@ -150,7 +152,35 @@ def stack_section(document: dict[str, Any]) -> list[str]:
     return lines + markdown_table(header, rows, 2)
 
 
-SECTIONS = {"sightline-attention/1": attention_section, "sightline-bench/1": stack_section}
+def gpu_section(document: dict[str, Any]) -> list[str]:
+    """One `make gpu-check`: its targets, its tests, and every case."""
+    findings = document["findings"]
+    counts = summary.test_counts(findings)
+    steps = ", ".join(
+        f"{key}: {step['status']}" for key, step in document["steps"].items() if step["status"] != "passed"
+    )
+    lines = [f"## GPU check on {document['device']['name']}", "", *described(document)]
+    lines += markdown_table(summary.TARGET_HEADER, summary.target_rows(findings), 4)
+    lines += ["Tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + ".", ""]
+    lines += [f"Steps that did not pass: {steps}.", ""] if steps else []
+    peaks = findings.get("peaks", {})
+    if "copy" in peaks:
+        rates = [f"{found['tflops']:,.0f} TFLOP/s in {name}" for name, found in peaks.items() if "tflops" in found]
+        copied = f"{peaks['copy']['gigabytes_per_second']:,.0f} GB/s read and written by a copy"
+        lines += [f"Measured peaks: {', '.join([*rates, copied])}.", ""]
+    header = ["case", "implementation", "ms", "x fastest SDPA", "rate", "of peak"]
+    for direction in ("forward", "backward", "forward+backward", "decode"):
+        rows = summary.case_rows(findings, direction)
+        if rows:
+            lines += [f"### {direction.capitalize()}", "", *markdown_table(header, rows, 2)]
+    return lines
+
+
+SECTIONS = {
+    "sightline-attention/1": attention_section,
+    "sightline-bench/1": stack_section,
+    summary.SCHEMA: gpu_section,
+}
 
 
 def render(documents: Sequence[dict[str, Any]]) -> str:
@@ -165,8 +195,9 @@ def render(documents: Sequence[dict[str, Any]]) -> str:
         if section is None:
             raise ValueError(f"schema: expected one of {sorted(SECTIONS)}, got {document.get('schema')!r}")
         lines += section(document)
-    if not any(document["device"]["kind"] == "cuda" for document in documents):
-        lines += ["## GPUs", "", "Unmeasured: no results of a GPU are committed yet.", ""]
+    if not any(document["schema"] == summary.SCHEMA for document in documents):
+        lines += ["## GPUs", "", "Unmeasured: no result of `make gpu-check` is committed yet.", ""]
+        lines += markdown_table(summary.TARGET_HEADER, summary.target_rows({}), 4)
     return "\n".join(lines).rstrip() + "\n"
 
 
