@@ -128,7 +128,8 @@ def stack_section(document: dict[str, Any]) -> list[str]:
         f"## Stack of {model['layers']} attention layers on {document['device']['name']}, {document['dtype']}",
         "",
         f"Width {model['width']}, {model['heads']} query heads on {model['kv_heads']} key heads, "
-        f"D = {model['head_dim']}, weights {model['weights']}; text: {document['text']['source']}.",
+        f"D = {model['head_dim']}, feed-forward width {model.get('feed_forward', 0)}, weights {model['weights']}; "
+        f"text: {document['text']['source']}.",
         "",
         *described(document),
     ]
@@ -136,7 +137,7 @@ def stack_section(document: dict[str, Any]) -> list[str]:
     for result in document["results"]:
         name = f"{result['tokens']:,}", LABELS[result["row"]]
         if result["status"] != "measured":
-            rows.append([*name, f"{result['status']}: {result['reason'] or 'run interrupted'}", "", "", ""])
+            rows.append([*name, f"{result['status']}: {result['reason'] or 'run interrupted'}", "", "", "", ""])
             continue
         rate, peak, ratio = result["tokens_per_second"], result["peak_extra_bytes"], result["ratio_to_sdpa"]
         rows.append(
@@ -146,9 +147,11 @@ def stack_section(document: dict[str, Any]) -> list[str]:
                 "" if ratio is None else f"{ratio:.2f}",
                 "" if peak is None else f"{peak / 2**20:,.1f}",
                 f"{result['attention_gflops']:,.0f}",
+                f"{result['decode']['tokens_per_second']['median']:,.1f}" if "decode" in result else "",
             ]
         )
     header = ["tokens", "implementation", "tokens/s (p10 - p90)", "x SDPA", "peak extra memory, MiB", "GFLOP/s"]
+    header.append("decoding, tokens/s")
     return lines + markdown_table(header, rows, 2)
 
 

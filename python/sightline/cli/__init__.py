@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return info.run(as_json=parsed.json)
         from sightline.cli import bench
 
-        return bench.run(bench_settings.settings_from(parsed), command=["sightline", *arguments])
+        return bench.run(bench_settings.request_from(parsed), command=["sightline", *arguments])
     except bench_settings.WrongArgumentError as error:
         print(f"sightline {parsed.command}: error: {error}", file=sys.stderr)
         raise SystemExit(WRONG_INPUT) from None
