@@ -61,6 +61,8 @@ def steps_of(part: str, python: str, described: dict[str, Any], findings: dict[s
     """The steps of a part."""
     if part == "tests":
         return plan.test_steps(python, ROOT, described, findings)
+    if part == "tune":
+        return plan.tune_steps(python, ROOT)
     if part == "sanitize":
         return plan.sanitize_steps(python, ROOT)
     return plan.bench_steps(python, ROOT, findings)
@@ -69,7 +71,8 @@ def steps_of(part: str, python: str, described: dict[str, Any], findings: dict[s
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=list(plan.PARTS), help="one part alone; all of them by default")
+    parts = [*plan.PARTS, "tune"]
+    parser.add_argument("--part", choices=parts, help="one part alone; by default all but tune, which takes as long")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
     parser.add_argument("--limit", type=float, help="seconds for each part, instead of its own limit")
     parser.add_argument("--fresh", action="store_true", help="start again instead of continuing the JSON file")
@@ -107,9 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.fresh and document.resume():
         say(f"continuing {document.path}")
     for part in [options.part] if options.part else list(plan.PARTS):
-        limit = options.limit if options.limit is not None else plan.PARTS[part]
+        limit = options.limit if options.limit is not None else plan.PARTS.get(part, plan.TUNE_LIMIT)
         steps = steps_of(part, python, described, document.content["findings"])
         run_part(steps, min(limit, end - time.monotonic()), document, ROOT, say)
+        if part == "tune":
+            document.forget("bench", "cases")
     print(summary.text_table(document.content))
     print(f"written: {document.path}")
     return int(any(step["status"] == "failed" for step in document.content["steps"].values()))

@@ -14,6 +14,8 @@ from gpu.steps import DONE_VARIABLE, PASSED_VARIABLE, Step
 
 # Seconds. Together they stay under ten minutes; a build of missing libraries comes out of the same ten.
 PARTS = {"tests": 230.0, "sanitize": 70.0, "bench": 270.0}
+# Run by name alone: it takes as long as all the others.
+TUNE_LIMIT = 580.0
 WHOLE_LIMIT = 590.0
 BUILD_LIMIT = 300.0
 DESCRIBE_LIMIT = 90.0
@@ -94,9 +96,24 @@ def sanitize_steps(python: str, root: Path) -> list[Step]:
     ]
 
 
+def tiles_file(root: Path) -> Path:
+    """Where tuning leaves its tiles and benchmarks find them."""
+    return root / "build" / "gpu-check" / "tiles.json"
+
+
+def tune_steps(python: str, root: Path) -> list[Step]:
+    """Measure which tiles are fastest here, a weighting and head width at a time."""
+    told = environment(root) | {"SIGHTLINE_TUNING": str(tiles_file(root)), "SIGHTLINE_AUTOTUNE": "1"}
+    return [
+        Step("tune", f"{name} D={width}", (python, "-m", "gpu.tune", name, str(width)), 150.0, told)
+        for width in (128, 64)
+        for name in cases.OURS
+    ]
+
+
 def bench_steps(python: str, root: Path, findings: Mapping[str, Any]) -> list[Step]:
     """The yardsticks, then every group of cases; cases measured before are left out by the child."""
-    told = environment(root)
+    told = environment(root) | {"SIGHTLINE_TUNING": str(tiles_file(root))}
     names: Iterable[str] = findings.get("cases", {})
     told_more = told | {DONE_VARIABLE: json.dumps(list(names))}
     return [

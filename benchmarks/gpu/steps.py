@@ -166,6 +166,13 @@ class Document:
         self.content["steps"][step.key] = asdict(outcome)
         self.write()
 
+    def forget(self, part: str, kind: str) -> None:
+        """Drop the findings of a part, which no longer hold."""
+        steps = self.content["steps"]
+        self.content["steps"] = {key: step for key, step in steps.items() if not key.startswith(f"{part}/")}
+        self.content["findings"].pop(kind, None)
+        self.write()
+
     def is_settled(self, step: Step) -> bool:
         """Whether a step has passed already, or cannot run here."""
         return self.content["steps"].get(step.key, {}).get("status") in SETTLED

@@ -87,6 +87,33 @@ def test_a_check_runs_its_parts_writes_one_file_and_ends_with_the_table(
     assert "tests/only: done before" not in again
 
 
+def test_after_tuning_the_benchmarks_are_measured_again(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(check.plan, "fingerprint", lambda root: "same")
+    code = (
+        "from gpu.steps import record; record({'kind': 'cases', 'name': 'a'}); record({'kind': 'tests', 'name': 'b'})"
+    )
+    told = plan.environment(ROOT)
+    nothing = Step("tune", "only", (sys.executable, "-c", ""), 60.0)
+    steps = {"bench": Step("bench", "only", (sys.executable, "-c", code), 60.0, told), "tune": nothing}
+    monkeypatch.setattr(check, "steps_of", lambda part, *others: [steps[part]])
+    monkeypatch.setattr(check.summary, "text_table", lambda document: "")
+    for part, kinds in (("bench", {"cases", "tests"}), ("tune", {"tests"})):
+        assert check.main(["--results", str(tmp_path), "--part", part]) == 0
+        document = json.loads(next(tmp_path.iterdir()).read_text())
+        assert set(document["findings"]) == kinds
+    assert list(document["steps"]) == ["tune/only"]
+
+
+def test_tuning_and_benchmarks_share_the_file_of_tiles() -> None:
+    tuning, measuring = plan.tune_steps("python3", ROOT), plan.bench_steps("python3", ROOT, {})
+    files = {step.environment["SIGHTLINE_TUNING"] for step in (*tuning, *measuring)}
+    assert files == {str(plan.tiles_file(ROOT))}
+    assert all(step.environment["SIGHTLINE_AUTOTUNE"] == "1" for step in tuning)
+    assert not any("SIGHTLINE_AUTOTUNE" in step.environment for step in measuring)
+
+
 def test_a_failed_step_makes_the_check_fail(
     check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gpu import cases, measure, peers, sanitize, summary
+from gpu import cases, measure, peers, sanitize, summary, tune
 from gpu.cases import Case
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -127,3 +128,27 @@ def test_what_the_sanitizer_watches_is_right(weighting: Any) -> None:
     errors = sanitize.check(weighting, CPU, backend="native")
     assert len(errors) >= 5
     assert all(math.isfinite(error) and error <= sanitize.ALLOWED_ERROR for error in errors)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_tuning_runs_reaches_forward_and_backward(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    attend = sl.attention
+
+    def watched(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(query.requires_grad)
+        return attend(query, *arguments, **options)
+
+    monkeypatch.setattr(tune.sl, "attention", watched)
+    tune.tune(sl.LSSAR(), Case("forward", "float32", 16, 48, causal, 1, 2, 2), CPU, backend="native")
+    assert calls == [False, True]
+
+
+def test_tuned_tiles_are_findings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "tuning_file", lambda: tmp_path / "tiles.json")
+    monkeypatch.setattr("sightline.triton.tuning.target_name", lambda: "cuda-90")
+    tune.TunedTiles(tmp_path / "tiles.json").keep("a kind", (64, 32, 8, 2))
+    tune.record_tiles()
+    assert json.loads(capsys.readouterr().out) == {"kind": "tiles", "name": "a kind", "tile": [64, 32, 8, 2]}

@@ -159,3 +159,11 @@ def test_half_a_line_is_not_taken_for_a_finding(document: Document) -> None:
     outcome = run_step(step(code), 60.0, kept.append, ROOT)
     assert outcome.status == "passed"
     assert kept == []
+
+
+def test_findings_that_no_longer_hold_are_forgotten_with_their_steps(document: Document) -> None:
+    run(document, step(finding("a")))
+    document.keep({"kind": "others", "name": "b"})
+    document.forget("part", "things")
+    assert stored(document)["findings"] == {"others": {"b": {}}}
+    assert stored(document)["steps"] == {}
