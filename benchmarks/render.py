@@ -171,6 +171,9 @@ def gpu_section(document: dict[str, Any]) -> list[str]:
         rates = [f"{found['tflops']:,.0f} TFLOP/s in {name}" for name, found in peaks.items() if "tflops" in found]
         copied = f"{peaks['copy']['gigabytes_per_second']:,.0f} GB/s read and written by a copy"
         lines += [f"Measured peaks: {', '.join([*rates, copied])}.", ""]
+    skips = summary.skip_rows(findings)
+    if skips:
+        lines += markdown_table(["tile skipping of LSSAR, inference", "tiles left out", "x no skipping"], skips)
     header = ["case", "implementation", "ms", "x fastest SDPA", "rate", "of peak"]
     for direction in ("forward", "backward", "forward+backward", "decode"):
         rows = summary.case_rows(findings, direction)

@@ -112,12 +112,13 @@ def tune_steps(python: str, root: Path) -> list[Step]:
 
 
 def bench_steps(python: str, root: Path, findings: Mapping[str, Any]) -> list[Step]:
-    """The yardsticks, then every group of cases; cases measured before are left out by the child."""
+    """The yardsticks, tile skipping, then every group of cases; cases measured before are left out by the child."""
     told = environment(root) | {"SIGHTLINE_TUNING": str(tiles_file(root))}
     names: Iterable[str] = findings.get("cases", {})
     told_more = told | {DONE_VARIABLE: json.dumps(list(names))}
     return [
         Step("bench", "peaks", (python, "-m", "gpu.measure", "peaks"), 40.0, told),
+        Step("bench", "tile skipping", (python, "-m", "gpu.skips"), 40.0, told),
         *(
             Step("bench", group.name, (python, "-m", "gpu.measure", group.name), group.limit, told_more)
             for group in cases.groups()

@@ -139,6 +139,14 @@ def test_counts(findings: dict[str, Any]) -> dict[str, int]:
     return counts
 
 
+def skip_rows(findings: dict[str, Any]) -> list[list[str]]:
+    """Tiles left out by re-weighting: kind of keys, share, and the whole call's speed-up over visiting all."""
+    return [
+        [name, "" if found["skipped_share"] is None else f"{found['skipped_share']:.0%}", f"{found['gain']:.2f}"]
+        for name, found in findings.get("skips", {}).items()
+    ]
+
+
 def text_table(document: dict[str, Any]) -> str:
     """The short table that ends a check."""
     findings, steps = document["findings"], document["steps"]
@@ -146,6 +154,7 @@ def text_table(document: dict[str, Any]) -> str:
     width = max(len(row[0]) for row in rows)
     lines = ["", f"{document['device']['name']}: targets of bf16 at N = 4K to 64K, the worst case of each"]
     lines += [f"  {row[0]:<{width}}  {row[1]:<22}{row[3] or '':<5}{row[2]}" for row in rows]
+    lines += [f"  LSSAR, {name}: {share} of tiles skipped, x{gain}" for name, share, gain in skip_rows(findings)]
     counts = test_counts(findings)
     lines.append("tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     failures = [name for name, test in findings.get("tests", {}).items() if test["outcome"] == "failed"]

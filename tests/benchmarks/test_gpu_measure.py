@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import cases, measure, peers, sanitize, summary, tune
+from gpu import cases, measure, peers, sanitize, skips, summary, tune
 from gpu.cases import Case
 from torch.nn.attention.flex_attention import create_block_mask
 
 import sightline as sl
+from sightline.triton import launch
 
 CPU = torch.device("cpu")
 SMALL = Case("forward", "float32", 16, 48, True, 2, 4, 4)
@@ -152,3 +153,22 @@ def test_tuned_tiles_are_findings(
     tune.TunedTiles(tmp_path / "tiles.json").keep("a kind", (64, 32, 8, 2))
     tune.record_tiles()
     assert json.loads(capsys.readouterr().out) == {"kind": "tiles", "name": "a kind", "tile": [64, 32, 8, 2]}
+
+
+def test_shares_of_skipped_tiles_are_findings_beside_the_times(capsys: pytest.CaptureFixture[str]) -> None:
+    before = launch.LEAST_SKIPPING_TILES
+    settings: list[int] = []
+
+    def timer(call: Callable[[], Any], calls: int, deterministic: bool) -> float:
+        settings.append(launch.LEAST_SKIPPING_TILES)
+        return 2.0 if before != launch.LEAST_SKIPPING_TILES else 1.0
+
+    for kind in (skips.random_keys, skips.clustered_keys):
+        query, key = kind(300, 2, 16, CPU)
+        assert query.shape == key.shape == (1, 2, 300, 16)
+        skips.measure_skips("some keys", query, key, timer, "native")
+        found = json.loads(capsys.readouterr().out)
+        assert found["gain"] == 2.0
+        assert found["seconds"] == {"skipping": 1.0, "whole": 2.0}
+    assert set(settings) == {before, skips._NEVER}
+    assert before == launch.LEAST_SKIPPING_TILES

@@ -85,6 +85,7 @@ def test_page_shows_a_gpu_check(page, measured):
         "findings": {
             "tests": {"a": {"outcome": "passed"}, "b": {"outcome": "failed"}},
             "peaks": {"bfloat16": {"tflops": 800.0}, "copy": {"gigabytes_per_second": 4000.0}},
+            "skips": {"clustered keys": {"skipped_share": 0.625, "gain": 1.25, "seconds": {}}},
             "cases": {"one: a case": case | {"results": results}},
         },
     }
@@ -95,6 +96,7 @@ def test_page_shows_a_gpu_check(page, measured):
     assert "left out: no kernel for this" in text
     assert "0.50 (softmax, a case) | no |" in text
     assert "1 passed, 1 failed" in text
+    assert "| clustered keys | 62% | 1.25 |" in text
     assert "sanitize/racecheck: cut off" in text
 
 
