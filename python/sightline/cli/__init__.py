@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return demo.run(demo_settings.settings_from(parsed), command=["sightline", *arguments])
         from sightline.cli import bench
 
-        return bench.run(bench_settings.settings_from(parsed), command=["sightline", *arguments])
+        return bench.run(bench_settings.request_from(parsed), command=["sightline", *arguments])
     except bench_settings.WrongArgumentError as error:
         print(f"sightline {parsed.command}: error: {error}", file=sys.stderr)
         raise SystemExit(WRONG_INPUT) from None
