@@ -68,6 +68,7 @@ demo: env ## the main job: attention, then whole models, over real text at 1K to
 
 bench: env ## measure sightline against its peers and regenerate docs/performance.md
 	$(BIN)/python benchmarks/attention_ratio.py
+	$(BIN)/python benchmarks/recurrence_ratio.py
 	$(BIN)/python benchmarks/render.py
 
 # Wants no .venv: a machine with a GPU brings its own torch and Triton (PYTHON=python3 names the interpreter that has

@@ -182,10 +182,55 @@ def gpu_section(document: dict[str, Any]) -> list[str]:
     return lines
 
 
+RECURRENCE_TABLES = {
+    "causal": ("Causal forward pass", "x the recurrence's time"),
+    "unordered": ("Forward pass over the whole sequence", "x the recurrence's time"),
+    "backward": ("Backward pass", "x the forward pass's time"),
+    "decoding": ("One token, with its state", "x the recurrence's time"),
+    "length": ("Causal forward pass by length", ""),
+}
+RECURRENCE_LABELS = {
+    "recurrence": "sightline additive_recurrence",
+    "formula": "chunked formula in PyTorch",
+    "sdpa": "torch SDPA",
+    "products": "its two matrix products",
+    "forward": "forward",
+    "backward": "backward",
+    "memory": "reading and writing the state",
+}
+
+
+def recurrence_section(document: dict[str, Any]) -> list[str]:
+    """One run of recurrence_ratio.py."""
+    lines = [f"## Additive recurrence on {document['device']['name']}", "", *described(document)]
+    for measurement, (title, ratio) in RECURRENCE_TABLES.items():
+        rows = []
+        for result in document["timings"]:
+            if result["measurement"] != measurement:
+                continue
+            seconds = result["seconds"]
+            case = f"{result['dtype']}, H = {result['heads']}, D = {result['width']}, N = {result['length']:,}"
+            per_token = f"{seconds['median'] / result['length'] * 1e6:.2f}"
+            label = RECURRENCE_LABELS[result["implementation"]]
+            rows.append([case, label, milliseconds(seconds), per_token, f"{result['ratio']:.2f}" if ratio else ""])
+        header = ["case", "implementation", "ms (p10 - p90)", "us per token", ratio]
+        width = len(header) if ratio else len(header) - 1
+        if rows:
+            lines += [f"### {title}, B = 1", "", *markdown_table(header[:width], [row[:width] for row in rows], 2)]
+    for found in document["memory"]:
+        lines += [
+            f"Peak memory of a causal forward pass beyond its output, {found['dtype']}, H = {found['heads']}, "
+            f"D = {found['width']}, N = {found['length']:,}: {found['beyond_output_bytes'] / 2**20:.1f} MiB.",
+            "",
+        ]
+    return lines
+
+
 SECTIONS = {
     "sightline-attention/1": attention_section,
     "sightline-bench/1": stack_section,
     summary.SCHEMA: gpu_section,
+    "sightline-recurrence/1": recurrence_section,
 }
 
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/problem.h"
+#include "core/recurrence.h"
 
 namespace sightline {
 
@@ -11,6 +12,8 @@ struct KernelTable {
   const char* name;
   void (*attention_forward)(const AttentionProblem&, const Parallel&);
   void (*attention_backward)(const AttentionProblem&, const AttentionGradients&, const Parallel&);
+  void (*recurrence_forward)(const RecurrenceProblem&, const Parallel&);
+  void (*recurrence_backward)(const RecurrenceProblem&, const RecurrenceGradients&, const Parallel&);
   // One function over an array, for the accuracy sweeps of the bench module: result[i] = f(x[i]).
   void (*exp2)(const float* x, float* result, int64_t count);
   void (*log2_one_plus)(const float* x, float* result, int64_t count);

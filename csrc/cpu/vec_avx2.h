@@ -51,6 +51,7 @@ SIGHTLINE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.value,
 SIGHTLINE_INLINE Vec select(Mask mask, Vec yes, Vec no) { return {_mm256_blendv_ps(no.value, yes.value, mask.bits)}; }
 SIGHTLINE_INLINE Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.value, b.value, _CMP_LT_OQ)}; }
 SIGHTLINE_INLINE Mask equal(Vec a, Vec b) { return {_mm256_cmp_ps(a.value, b.value, _CMP_EQ_OQ)}; }
+SIGHTLINE_INLINE Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.bits, b.bits)}; }
 SIGHTLINE_INLINE bool any(Mask mask) { return _mm256_movemask_ps(mask.bits) != 0; }
 // Where either is NaN this returns b.
 SIGHTLINE_INLINE Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.value, b.value)}; }
@@ -75,6 +76,28 @@ SIGHTLINE_INLINE float sum_of_lanes(Vec x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x.value), _mm256_extractf128_ps(x.value, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+// to (column, row) = from (row, column) on a block of kWidth x kWidth floats.
+SIGHTLINE_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m256 rows[8], pairs[8];
+  SIGHTLINE_UNROLL
+  for (int row = 0; row < 8; ++row) rows[row] = _mm256_loadu_ps(from + row * from_stride);
+  SIGHTLINE_UNROLL
+  for (int row = 0; row < 8; row += 2) {
+    pairs[row] = _mm256_unpacklo_ps(rows[row], rows[row + 1]);
+    pairs[row + 1] = _mm256_unpackhi_ps(rows[row], rows[row + 1]);
+  }
+  SIGHTLINE_UNROLL
+  for (int row = 0; row < 8; row += 4) SIGHTLINE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    rows[row + 2 * half] = _mm256_shuffle_ps(pairs[row + half], pairs[row + 2 + half], 0x44);
+    rows[row + 2 * half + 1] = _mm256_shuffle_ps(pairs[row + half], pairs[row + 2 + half], 0xee);
+  }
+  SIGHTLINE_UNROLL
+  for (int row = 0; row < 4; ++row) {
+    _mm256_storeu_ps(to + row * to_stride, _mm256_permute2f128_ps(rows[row], rows[row + 4], 0x20));
+    _mm256_storeu_ps(to + (row + 4) * to_stride, _mm256_permute2f128_ps(rows[row], rows[row + 4], 0x31));
+  }
 }
 SIGHTLINE_INLINE Mask between(IntVec first, IntVec last, int32_t key) {
   const __m256i position = _mm256_set1_epi32(key);

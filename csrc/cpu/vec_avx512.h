@@ -55,6 +55,7 @@ SIGHTLINE_INLINE Vec select(Mask mask, Vec yes, Vec no) {
 }
 SIGHTLINE_INLINE Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.value, b.value, _CMP_LT_OQ)}; }
 SIGHTLINE_INLINE Mask equal(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.value, b.value, _CMP_EQ_OQ)}; }
+SIGHTLINE_INLINE Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.bits | b.bits)}; }
 SIGHTLINE_INLINE bool any(Mask mask) { return mask.bits != 0; }
 // Where either is NaN this returns b.
 SIGHTLINE_INLINE Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.value, b.value)}; }
@@ -72,6 +73,35 @@ SIGHTLINE_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
   return {_mm512_getexp_ps(x.value)};
 }
 SIGHTLINE_INLINE float sum_of_lanes(Vec x) { return _mm512_reduce_add_ps(x.value); }
+// to (column, row) = from (row, column) on a block of kWidth x kWidth floats.
+SIGHTLINE_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m512 rows[16], pairs[16];
+  SIGHTLINE_UNROLL
+  for (int row = 0; row < 16; ++row) rows[row] = _mm512_loadu_ps(from + row * from_stride);
+  SIGHTLINE_UNROLL
+  for (int row = 0; row < 16; row += 2) {
+    pairs[row] = _mm512_unpacklo_ps(rows[row], rows[row + 1]);
+    pairs[row + 1] = _mm512_unpackhi_ps(rows[row], rows[row + 1]);
+  }
+  SIGHTLINE_UNROLL
+  for (int row = 0; row < 16; row += 4) SIGHTLINE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const __m512d low = _mm512_castps_pd(pairs[row + half]), high = _mm512_castps_pd(pairs[row + 2 + half]);
+    rows[row + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+    rows[row + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+  }
+  SIGHTLINE_UNROLL
+  for (int row = 0; row < 4; ++row) SIGHTLINE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    pairs[8 * half + row] = _mm512_shuffle_f32x4(rows[8 * half + row], rows[8 * half + row + 4], 0x88);
+    pairs[8 * half + row + 4] = _mm512_shuffle_f32x4(rows[8 * half + row], rows[8 * half + row + 4], 0xdd);
+  }
+  SIGHTLINE_UNROLL
+  for (int row = 0; row < 8; ++row) {
+    _mm512_storeu_ps(to + row * to_stride, _mm512_shuffle_f32x4(pairs[row], pairs[row + 8], 0x88));
+    _mm512_storeu_ps(to + (row + 8) * to_stride, _mm512_shuffle_f32x4(pairs[row], pairs[row + 8], 0xdd));
+  }
+}
 SIGHTLINE_INLINE Mask between(IntVec first, IntVec last, int32_t key) {
   const __m512i position = _mm512_set1_epi32(key);
   return {static_cast<__mmask16>(_mm512_cmple_epi32_mask(first.value, position) &

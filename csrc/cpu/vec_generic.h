@@ -64,6 +64,7 @@ SIGHTLINE_INLINE Vec select(Mask mask, Vec yes, Vec no) {
 }
 SIGHTLINE_INLINE Mask less(Vec a, Vec b) { return {a.value < b.value}; }
 SIGHTLINE_INLINE Mask equal(Vec a, Vec b) { return {a.value == b.value}; }
+SIGHTLINE_INLINE Mask operator|(Mask a, Mask b) { return {a.bits | b.bits}; }
 SIGHTLINE_INLINE bool any(Mask mask) { return (mask.bits[0] | mask.bits[1] | mask.bits[2] | mask.bits[3]) != 0; }
 // Where either is NaN these return b, as the x86 instructions do.
 SIGHTLINE_INLINE Vec maximum(Vec a, Vec b) { return select({a.value > b.value}, a, b); }
@@ -92,6 +93,12 @@ SIGHTLINE_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
   return {__builtin_convertvector((bits >> 23) - 127, Float4)};
 }
 SIGHTLINE_INLINE float sum_of_lanes(Vec x) { return (x.value[0] + x.value[1]) + (x.value[2] + x.value[3]); }
+// to (column, row) = from (row, column) on a block of kWidth x kWidth floats.
+SIGHTLINE_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  for (int column = 0; column < 4; ++column)
+    store(to + column * to_stride, {Float4{from[column], from[from_stride + column], from[2 * from_stride + column],
+                                           from[3 * from_stride + column]}});
+}
 SIGHTLINE_INLINE Mask between(IntVec first, IntVec last, int32_t key) {
   return {(first.value <= key) & (last.value >= key)};
 }

@@ -12,6 +12,7 @@
 namespace sightline::binding {
 
 void register_attention_cpu(torch::stable::detail::StableLibrary& library);
+void register_recurrence_cpu(torch::stable::detail::StableLibrary& library);
 
 // Options that forward and backward share: first the tensors, then the scalars. A window side of -1 is unlimited, a
 // softcap or a reweight_power of 0 is none; weight_function: 0 softmax, 1 softplus.
@@ -22,6 +23,11 @@ void register_attention_cpu(torch::stable::detail::StableLibrary& library);
   "bool causal, SymInt window_left, SymInt window_right, float scale, float dropout_p, int weight_function, " \
   "bool length_scale, bool normalize_qk, float softcap, float reweight_power, float reweight_offset, "        \
   "int reweight_exempt_rows"
+
+// The same for the additive recurrence, with query, key and value. A state of no elements was not asked for.
+#define SIGHTLINE_RECURRENCE_ARGUMENTS                                                               \
+  "Tensor query, Tensor key, Tensor value, Tensor? key_gain, Tensor? key_mask, Tensor? cu_seqlens, " \
+  "Tensor? initial_log_normalizer, Tensor? initial_memory, bool causal, float scale"
 
 STABLE_TORCH_LIBRARY(sightline, library) {
   library.def("attention(Tensor query, Tensor key, Tensor value, " SIGHTLINE_OPTION_TENSORS
@@ -36,9 +42,19 @@ STABLE_TORCH_LIBRARY(sightline, library) {
       ", " SIGHTLINE_OPTION_SCALARS
       ", bool needs_mask_gradient, bool needs_sink_gradient, bool needs_scale_gradient) -> (Tensor grad_query, "
       "Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask, Tensor grad_sinks, Tensor grad_scale)");
+  library.def("additive_recurrence(" SIGHTLINE_RECURRENCE_ARGUMENTS
+              ", bool output_final_state) -> (Tensor output, Tensor log_normalizer, Tensor memory)");
+  library.def(
+      "additive_recurrence_backward(Tensor grad_output, Tensor? grad_log_normalizer, Tensor? "
+      "grad_memory, " SIGHTLINE_RECURRENCE_ARGUMENTS
+      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_gain, "
+      "Tensor grad_initial_log_normalizer, Tensor grad_initial_memory)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) { register_attention_cpu(library); }
+STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
+  register_attention_cpu(library);
+  register_recurrence_cpu(library);
+}
 
 }  // namespace sightline::binding
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sightline import nn, position
 from sightline.attention import attention, attention_rows
 from sightline.observe import AttentionStats, Observe
+from sightline.recurrence import RecurrenceState, additive_recurrence
 from sightline.weighting import LSSA, LSSAR, Reweight, Softmax, Softplus, weighting_from_dict
 
 if TYPE_CHECKING:
@@ -19,11 +21,15 @@ __all__ = [
     "LSSAR",
     "AttentionStats",
     "Observe",
+    "RecurrenceState",
     "Reweight",
     "Softmax",
     "Softplus",
+    "additive_recurrence",
     "attention",
     "attention_rows",
+    "nn",
+    "position",
     "restore_attention",
     "swap_attention",
     "weighting_from_dict",

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from sightline.ops.backends import backend_status, choose_backend, requested_backend
+from sightline.ops.backends import (
+    backend_status,
+    choose_backend,
+    choose_recurrence_backend,
+    requested_backend,
+)
 from sightline.ops.decode import call_attention_decode, decode_refusal
 from sightline.ops.library import available_isas, cuda_library, isa_name, native_library
 
@@ -11,6 +16,7 @@ __all__ = [
     "backend_status",
     "call_attention_decode",
     "choose_backend",
+    "choose_recurrence_backend",
     "cuda_library",
     "decode_refusal",
     "isa_name",
@@ -21,4 +27,6 @@ __all__ = [
 if native_library().loaded:
     # Importing them registers the Python half of the operators.
     from sightline.ops import attention as attention
+    from sightline.ops import recurrence as recurrence
     from sightline.ops import triton_attention as triton_attention
+    from sightline.ops import triton_recurrence as triton_recurrence

@@ -144,11 +144,54 @@ def choose_backend(query: Tensor, backend: str, value_width: int = 1, decode_ref
         if query.dtype == torch.float64:
             raise NotImplementedError("backend: 'native' has no float64 kernels; use 'reference' or 'auto'")
         raise NotImplementedError(f"backend: 'native' is not available: {reason}; use 'reference' or 'auto'")
-    if query.dtype != torch.float64 and not torch.compiler.is_compiling() and device not in _warned_devices:
-        _warned_devices.add(device)
-        warnings.warn(
-            f"sightline falls back to its PyTorch reference, which is slow: {reason}. backend='reference' asks for it "
-            "without this warning.",
-            stacklevel=3,
-        )
+    if query.dtype != torch.float64:
+        _warn_of_fallback(device, reason)
     return "reference"
+
+
+def choose_recurrence_backend(query: Tensor, backend: str) -> str:
+    """ "native", "triton" or "reference" for this query; `backend` as in `sightline.additive_recurrence`, checked.
+
+    The rules and errors are those of `choose_backend`, but the native kernels are for the CPU alone and the Triton
+    kernels take every width.
+    """
+    backend = requested_backend(backend)
+    if backend == "reference":
+        return backend
+    if _MISCONFIGURED:
+        raise ValueError(native_library().reason)
+    device = query.device.type
+    why_not = None
+    if backend == "triton" or device == "cuda":
+        why_not = _why_not_triton(query[..., :1], 1)
+        if why_not is None and backend != "native":
+            return "triton"
+        if backend == "triton":
+            raise NotImplementedError(f"backend: 'triton' is not available: {why_not}; use 'auto'")
+    if query.dtype == torch.float64:
+        if backend == "native":
+            raise NotImplementedError("backend: 'native' has no float64 kernels; use 'reference' or 'auto'")
+        return "reference"
+    if _HAS_KERNELS and device in ("cpu", "meta"):
+        return "native"
+    if device == "cpu":
+        reason: str | None = native_library().reason
+    elif why_not is not None and backend != "native":
+        reason = why_not
+    else:
+        reason = f"the additive recurrence has no native kernels for device {device!r}"
+    if backend == "native":
+        raise NotImplementedError(f"backend: 'native' is not available: {reason}; use 'reference' or 'auto'")
+    _warn_of_fallback(device, reason)
+    return "reference"
+
+
+def _warn_of_fallback(device: str, reason: str | None) -> None:
+    if torch.compiler.is_compiling() or device in _warned_devices:
+        return
+    _warned_devices.add(device)
+    warnings.warn(
+        f"sightline falls back to its PyTorch reference, which is slow: {reason}. backend='reference' asks for it "
+        "without this warning.",
+        stacklevel=4,
+    )

@@ -56,7 +56,7 @@ class Operators:
     call: Callable[..., tuple[Tensor, ...]]
 
 
-def _empty_heads(like: Tensor, batch: Any, heads: Any, rows: Any, width: Any) -> Tensor:
+def empty_heads(like: Tensor, batch: Any, heads: Any, rows: Any, width: Any) -> Tensor:
     """(B, H, M, W) as a view of (B, M, H, W) memory, as the kernels allocate it."""
     return like.new_empty((batch, rows, heads, width)).transpose(1, 2)
 
@@ -76,7 +76,7 @@ def _attention_fake(*arguments: Any) -> tuple[Tensor, ...]:
     reweighted = arguments[REWEIGHT_POWER] > 0
     saved_width = 6 if reweighted else 2
     return (
-        _empty_heads(query, batch, heads, rows, width),
+        empty_heads(query, batch, heads, rows, width),
         query.new_empty((batch, heads, rows), dtype=torch.float32),
         query.new_empty((batch, heads, rows, saved_width), dtype=torch.float32) if saves else nothing(),
         query.new_empty((batch, heads, rows, width), dtype=torch.float32) if saves and reweighted else nothing(),
@@ -95,7 +95,7 @@ def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     heads = query.shape[1]
 
     def like(tensor: Tensor) -> Tensor:
-        return _empty_heads(tensor, *tensor.shape)
+        return empty_heads(tensor, *tensor.shape)
 
     return (
         like(query),
@@ -139,7 +139,7 @@ def is_plain_call(kernels: Kernels, arguments: tuple[Any, ...]) -> bool:
     return True
 
 
-def _needs_node(arguments: tuple[Any, ...]) -> bool:
+def needs_node(arguments: tuple[Any, ...]) -> bool:
     # Inside a forward-mode level the Function is what says that there is no forward-mode derivative.
     return (torch.is_grad_enabled() and _C._any_requires_grad(*arguments)) or forward_ad._current_level >= 0
 
@@ -215,10 +215,10 @@ def _make_functions(attention: Any, attention_backward: Any, kernels: Kernels) -
     return Attention, AttentionBackward
 
 
-def _autograd_rule(operator: Any, function: Any) -> Any:
+def autograd_rule(operator: Any, function: Any) -> Any:
     # A Function under our own key: torch.library.register_autograd costs four times as much per call.
     def rule(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        if _needs_node(arguments):
+        if needs_node(arguments):
             if not _C._are_functorch_transforms_active():
                 return function.apply(keyset, *arguments)
             # Called at one level of nested transforms, as the built-in operators are: the rest of the levels follow
@@ -231,7 +231,7 @@ def _autograd_rule(operator: Any, function: Any) -> Any:
     return rule
 
 
-def _autocast_rule(operator: Any, key: Any) -> Any:
+def autocast_rule(operator: Any, key: Any) -> Any:
     excluded = _C.DispatchKeySet(key)
 
     def rule(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -244,7 +244,7 @@ def _autocast_rule(operator: Any, key: Any) -> Any:
     return rule
 
 
-def _fold(tensor: Any, axis: int | None, size: int) -> Any:
+def fold(tensor: Any, axis: int | None, size: int) -> Any:
     """Put the mapped axis (or `size` copies) in front of the batch axis and merge the two."""
     if not isinstance(tensor, Tensor):
         return tensor
@@ -259,11 +259,9 @@ def _fold_mask(mask: Tensor | None, axis: int | None, size: int, batch: int) -> 
     return batched.expand(-1, batch, -1, -1, -1).flatten(0, 1)
 
 
-def _map_one_by_one(operator: Any, size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
+def map_one_by_one(operator: Any, size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
     if size == 0:
-        raise ValueError(
-            "vmap: expected a mapped axis of at least one entry where sinks, scale or documents are mapped"
-        )
+        raise ValueError("vmap: expected a mapped axis of at least one entry where sinks, scale or documents are given")
     calls = [
         operator(
             *(
@@ -296,7 +294,7 @@ def _vmap_rule(operator: Any, leading: int, is_foldable: Any) -> Any:
             and is_foldable(arguments)
         )
         if not foldable:
-            return _map_one_by_one(operator, size, in_dims, arguments)
+            return map_one_by_one(operator, size, in_dims, arguments)
         query = 0 if leading == 3 else 2
         batch = _sizes_without(arguments[query], in_dims[query])[0]
         folded = list(arguments)
@@ -305,7 +303,7 @@ def _vmap_rule(operator: Any, leading: int, is_foldable: Any) -> Any:
                 folded[position] = _fold_mask(value, axis, size, batch)
             elif position not in unbatched:
                 is_empty = isinstance(value, Tensor) and value.numel() == 0 and value.dim() - (axis is not None) == 1
-                folded[position] = value.new_empty(0) if is_empty else _fold(value, axis, size)
+                folded[position] = value.new_empty(0) if is_empty else fold(value, axis, size)
         outputs = operator(*folded)
         split = tuple(output if output.dim() == 1 else output.unflatten(0, (size, batch)) for output in outputs)
         return split, tuple(None if output.dim() == 1 else 0 for output in outputs)
@@ -329,10 +327,10 @@ def register_rules(library: torch.library.Library, name: str, kernels: Kernels) 
 
     torch.library.register_fake(f"sightline::{name}", _attention_fake, lib=library)
     torch.library.register_fake(f"sightline::{backward_name}", _attention_backward_fake, lib=library)
-    library.impl(name, _autograd_rule(attention, function), "Autograd", with_keyset=True)
-    library.impl(backward_name, _autograd_rule(attention_backward, backward_function), "Autograd", with_keyset=True)
+    library.impl(name, autograd_rule(attention, function), "Autograd", with_keyset=True)
+    library.impl(backward_name, autograd_rule(attention_backward, backward_function), "Autograd", with_keyset=True)
     for key in (_C.DispatchKey.AutocastCPU, _C.DispatchKey.AutocastCUDA):
-        library.impl(name, _autocast_rule(attention, key), key.name, with_keyset=True)
+        library.impl(name, autocast_rule(attention, key), key.name, with_keyset=True)
     torch.library.register_vmap(f"sightline::{name}", _vmap_rule(attention, 3, lambda arguments: True), lib=library)
     torch.library.register_vmap(
         f"sightline::{backward_name}",
@@ -349,7 +347,7 @@ def register_rules(library: torch.library.Library, name: str, kernels: Kernels) 
         """
         if not is_plain_call(kernels, arguments[:CAUSAL]):
             return attention(*arguments)
-        if _needs_node(arguments):
+        if needs_node(arguments):
             return function.apply(None, *arguments)
         return kernels.forward(*arguments)
 

@@ -1,0 +1,89 @@
+"""What the benchmark of the additive recurrence compares: implementations and the passes over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import sightline as sl
+
+CHUNK = 64
+
+
+def chunked_formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """MATH.md section 4 in plain PyTorch: logcumsumexp, then matrix products chunk by chunk. Not for steep keys."""
+    key, value_sums = key.float(), None
+    z = key.logcumsumexp(2)
+    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool).triu(1)
+    outputs, last = [], None
+    for q, x, v, z_chunk in zip(*(part.split(CHUNK, 2) for part in (query, key, value, z)), strict=True):
+        end = z_chunk[:, :, -1:]
+        scaled, weights, v = q.float() * (end - z_chunk).exp(), (x - end).exp(), v.float()
+        scores = (scaled @ weights.mT).masked_fill(later[: q.shape[2], : q.shape[2]], 0)
+        output = scores @ v
+        if value_sums is None:
+            value_sums = weights.mT @ v
+        else:
+            value_sums = (last - end).exp().mT * value_sums
+            output = output + scaled @ value_sums
+            value_sums = value_sums + weights.mT @ v
+        outputs.append(output)
+        last = end
+    return torch.cat(outputs, 2).to(query.dtype)
+
+
+def two_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The matrix products that the unordered form cannot do without."""
+    return query @ (key.mT @ value)
+
+
+CAUSAL: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "recurrence": sl.additive_recurrence,
+    "formula": chunked_formula,
+    "sdpa": partial(functional.scaled_dot_product_attention, is_causal=True),
+}
+UNORDERED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "recurrence": partial(sl.additive_recurrence, causal=False),
+    "products": two_products,
+}
+
+
+def random_inputs(heads: int, length: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value (1, H, N, D) from a normal distribution with a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, length, width, generator=generator).to(dtype) for _ in range(3))
+    return query, key, value
+
+
+def forward_pass(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """A call that runs the forward pass alone, without recording it for gradients."""
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return function(*inputs)
+
+    return run
+
+
+def backward_pass(inputs: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that runs the backward pass of the causal recurrence alone."""
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+    output = sl.additive_recurrence(*leaves)
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+    return lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
+
+
+def decoding_step(heads: int, width: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """One token with its state, and what reads and writes as much memory: a sum of the state and a number."""
+    inputs = random_inputs(heads, 1, width, dtype)
+    state = sl.RecurrenceState(torch.randn(1, heads, width), torch.randn(1, heads, width, width))
+
+    def step() -> object:
+        with torch.inference_mode():
+            return sl.additive_recurrence(*inputs, initial_state=state, output_final_state=True)
+
+    return {"recurrence": step, "memory": lambda: state.memory + 1.0}

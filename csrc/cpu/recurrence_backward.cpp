@@ -1,0 +1,265 @@
+// The additive linear recurrence, backward (MATH.md section 4).
+//
+// A unit of work is one key head of one sequence. A sweep forward walks the chunks as the forward pass does, with the
+// state transposed, and gives dq; a sweep back carries G and r, in the unit of the chunk that it is in, and gives dx,
+// dv and the gain's gradient. No gradient of a gate is formed. Between the sweeps stand, for one segment of rows, the
+// chunks' normalisers and q dq per row and channel; a longer sequence takes its segments from the last to the first,
+// each from a state stored on a first walk, so that memory does not grow with the sequence but for one state per
+// segment.
+#include "cpu/kernel_table.h"
+#include "cpu/recurrence_gradients.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+namespace {
+
+// C += A^T B where only the entries of A (rows, rows) on and below the diagonal are set, and the others become 0 here.
+void upper_triangle_product(float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int rows,
+                            int64_t columns, bool finite) {
+  for (int begin = 0; begin < rows; begin += kTriangleRows) {
+    const int end = begin + kTriangleRows < rows ? begin + kTriangleRows : rows;
+    for (int row = begin; row < end; ++row) zero(a + row * kChunkRows + row + 1, end - row - 1);
+    accumulate_product(finite, {a + begin * kChunkRows + begin, 1, kChunkRows}, b + begin * b_stride, b_stride,
+                       c + begin * c_stride, c_stride, end - begin, columns, rows - begin);
+  }
+}
+
+void add_chunk_to_transposed_state(const Head& head, bool finite, BackwardScratch& scratch) {
+  const KeyChunk& chunk = scratch.chunk;
+  accumulate_product(finite && is_finite(chunk.gained, chunk.rows * chunk.stride),
+                     {scratch.values, 1, scratch.value_stride}, chunk.gained, chunk.stride, scratch.transposed_state,
+                     chunk.stride, head.problem.value_width, chunk.stride, chunk.rows);
+}
+
+// Walks `begin` to `end` for the state alone.
+void advance_state(const Head& head, int64_t begin, int64_t end, BackwardScratch& scratch) {
+  KeyChunk& chunk = scratch.chunk;
+  for (int64_t first = begin; first < end; first += chunk.rows) {
+    open_chunk(head, first, end, scratch);
+    weigh_keys<false>(head.problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
+    add_chunk_to_transposed_state(head, load_values(head, first, chunk.rows, scratch), scratch);
+  }
+}
+
+// dq = scale / Delta_t (S do_t), written, and q dq / Delta added to what the segment keeps of its rows.
+void finish_query_gradients(const Head& head, int64_t query_head, int64_t first, float* query_responses,
+                            BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const KeyChunk& chunk = scratch.chunk;
+  const bool first_of_group = query_head % head.group() == 0;
+  const Vec scale = Vec::broadcast(problem.scale), nothing = Vec::broadcast(0.0f);
+  load_rows(problem.query, problem.dtype, head.sequence.batch, query_head, first, 0, chunk.rows, problem.key_width,
+            scratch.queries, chunk.stride);
+  for (int row = 0; row < chunk.rows; ++row) {
+    float* gradient = scratch.received + row * chunk.stride;
+    float* response = query_responses + row * chunk.stride;
+    for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth) {
+      const Vec inverse = Vec::load(chunk.inverse + row * chunk.stride + d);
+      const Mask dead = equal(inverse, nothing);
+      const Vec normalized = select(dead, nothing, Vec::load(gradient + d) * inverse);
+      const Vec query = select(dead, nothing, Vec::load(scratch.queries + row * chunk.stride + d) * inverse * scale);
+      store(gradient + d, normalized * scale);
+      // The factors in the order in which the sweep back multiplies them: what cancels there cancels to 0.
+      const Vec product = query * normalized;
+      store(response + d, first_of_group ? product : product + Vec::load(response + d));
+    }
+    narrow(gradient,
+           writable_row_of(head.gradients.grad_query, problem.dtype, head.sequence.batch, query_head, first + row),
+           problem.dtype, problem.key_width);
+  }
+}
+
+// The sweep forward over a segment; returns its number of chunks.
+int64_t sweep_forward(const Head& head, int64_t begin, int64_t end, BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  KeyChunk& chunk = scratch.chunk;
+  int64_t chunks = 0;
+  for (int64_t first = begin; first < end; first += chunk.rows, ++chunks) {
+    open_chunk(head, first, end, scratch);
+    scratch.chunk_rows[chunks] = chunk.rows;
+    scratch.chunk_start(chunks).copy_from(scratch.normalizer, problem.key_width);
+    weigh_keys<true>(problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
+    const bool finite_values = load_values(head, first, chunk.rows, scratch);
+    const bool finite_keys = is_finite(chunk.gained, chunk.rows * chunk.stride);
+    transpose(scratch.values, scratch.value_stride, scratch.transposed_values, kChunkRows, padded(chunk.rows),
+              scratch.value_stride);
+    float* query_responses = scratch.query_responses + (first - begin) * chunk.stride;
+    for (int64_t query_head = head.key_head * head.group(); query_head < (head.key_head + 1) * head.group();
+         ++query_head) {
+      load_grad_outputs(head, query_head, first, chunk.rows, scratch);
+      product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
+                     scratch.received, chunk.stride, chunk.rows, chunk.stride, problem.value_width);
+      lower_triangle_scores(scratch.grad_outputs, scratch.value_stride, scratch.transposed_values, scratch.responses,
+                            chunk.rows, problem.value_width);
+      lower_triangle_product(scratch.responses, chunk.gained, chunk.stride, scratch.received, chunk.stride, chunk.rows,
+                             chunk.stride, finite_keys);
+      finish_query_gradients(head, query_head, first, query_responses, scratch);
+    }
+    add_chunk_to_transposed_state(head, finite_values, scratch);
+  }
+  return chunks;
+}
+
+// G and r to the unit of the chunk, whose shift is at most theirs.
+void change_gradient_unit(BackwardScratch& scratch, const float* shift) {
+  for (int64_t d = 0; d < scratch.chunk.stride; ++d) {
+    const float before = scratch.gradient_shift[d];
+    if (before == shift[d]) continue;
+    const float factor = shift[d] == -INFINITY ? 0.0f : change_of_unit(shift[d], before);
+    scratch.gradient_shift[d] = shift[d];
+    scratch.key_response[d] = factor == 0.0f ? 0.0 : scratch.key_response[d] * factor;
+    scale_row(scratch.state_gradient + d * scratch.value_stride, factor, scratch.value_stride);
+  }
+}
+
+// dv and G v of the rows from what comes after the chunk, in the scratch.
+void receive_from_later_rows(const Head& head, BackwardScratch& scratch) {
+  const KeyChunk& chunk = scratch.chunk;
+  transpose(scratch.state_gradient, scratch.value_stride, scratch.transposed_gradient, chunk.stride, chunk.stride,
+            scratch.value_stride);
+  product<false>({chunk.gained, chunk.stride, 1}, scratch.state_gradient, scratch.value_stride, scratch.grad_values,
+                 scratch.value_stride, chunk.rows, scratch.value_stride, head.problem.key_width);
+  product<false>({scratch.values, scratch.value_stride, 1}, scratch.transposed_gradient, chunk.stride, scratch.received,
+                 chunk.stride, chunk.rows, chunk.stride, head.problem.value_width);
+}
+
+// The sweep back over a segment that the sweep forward has just walked.
+void sweep_back(const Head& head, int64_t begin, int64_t end, int64_t chunks, BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  KeyChunk& chunk = scratch.chunk;
+  int64_t first = end;
+  for (int64_t index = chunks - 1; index >= 0; --index) {
+    const int rows = scratch.chunk_rows[index];
+    first -= rows;
+    load_keys(problem, head.sequence.batch, head.key_head, first, rows, chunk);
+    const Normalizer start = scratch.chunk_start(index);
+    change_gradient_unit(scratch, start.shift);
+    weigh_keys<true>(problem, head.sequence.batch, head.key_head, chunk, start);
+    load_values(head, first, rows, scratch);
+    transpose(chunk.gained, chunk.stride, scratch.transposed_keys, kChunkRows, padded(rows), chunk.stride);
+    transpose(scratch.values, scratch.value_stride, scratch.transposed_values, kChunkRows, padded(rows),
+              scratch.value_stride);
+    receive_from_later_rows(head, scratch);
+    zero(scratch.received_within, rows * chunk.stride);
+    for (int64_t query_head = head.key_head * head.group(); query_head < (head.key_head + 1) * head.group();
+         ++query_head) {
+      const bool finite_outputs = load_grad_outputs(head, query_head, first, rows, scratch);
+      const bool finite_queries =
+          load_scaled_queries(head, query_head, first, rows, chunk.inverse, chunk.stride, scratch);
+      lower_triangle_scores(scratch.queries, chunk.stride, scratch.transposed_keys, scratch.scores, rows,
+                            problem.key_width);
+      lower_triangle_scores(scratch.grad_outputs, scratch.value_stride, scratch.transposed_values, scratch.responses,
+                            rows, problem.value_width);
+      upper_triangle_product(scratch.scores, scratch.grad_outputs, scratch.value_stride, scratch.grad_values,
+                             scratch.value_stride, rows, scratch.value_stride, finite_outputs);
+      upper_triangle_product(scratch.responses, scratch.queries, chunk.stride, scratch.received_within, chunk.stride,
+                             rows, chunk.stride, finite_queries);
+      accumulate_product(finite_outputs, {scratch.queries, 1, chunk.stride}, scratch.grad_outputs, scratch.value_stride,
+                         scratch.state_gradient, scratch.value_stride, problem.key_width, scratch.value_stride, rows);
+    }
+    write_key_gradients(head, scratch.query_responses + (first - begin) * chunk.stride, scratch);
+  }
+}
+
+void run_causal(const Head& head, BackwardScratch& scratch) {
+  const Sequence& sequence = head.sequence;
+  const int64_t segments = (sequence.end - sequence.begin + kSegmentRows - 1) / kSegmentRows;
+  const int64_t state_size = scratch.value_stride * scratch.chunk.stride;
+  const auto segment_begin = [&](int64_t segment) { return sequence.begin + segment * kSegmentRows; };
+  start_transposed_state(head, scratch);
+  for (int64_t segment = 0; segment + 1 < segments; ++segment) {
+    scratch.segment_start(segment).copy_from(scratch.normalizer, head.problem.key_width);
+    __builtin_memcpy(scratch.segment_states + segment * state_size, scratch.transposed_state,
+                     static_cast<size_t>(state_size) * sizeof(float));
+    advance_state(head, segment_begin(segment), segment_begin(segment + 1), scratch);
+  }
+  for (int64_t segment = segments - 1; segment >= 0; --segment) {
+    const int64_t begin = segment_begin(segment), end = core::smaller(segment_begin(segment + 1), sequence.end);
+    if (segment + 1 < segments) {
+      scratch.normalizer.copy_from(scratch.segment_start(segment), head.problem.key_width);
+      __builtin_memcpy(scratch.transposed_state, scratch.segment_states + segment * state_size,
+                       static_cast<size_t>(state_size) * sizeof(float));
+    }
+    const int64_t chunks = sweep_forward(head, begin, end, scratch);
+    if (segment + 1 == segments) start_gradient(head, scratch);
+    sweep_back(head, begin, end, chunks, scratch);
+  }
+  write_initial_gradients(head, scratch);
+}
+
+// Every row reads the final state: G is the sum over all queries, and r is one for all rows.
+void run_without_order(const Head& head, BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  KeyChunk& chunk = scratch.chunk;
+  const int64_t begin = head.sequence.begin, end = head.sequence.end, width = problem.key_width;
+  start_transposed_state(head, scratch);
+  advance_state(head, begin, end, scratch);
+  start_gradient(head, scratch);
+  for (int64_t d = 0; d < chunk.stride; ++d) chunk.inverse[d] = d < width ? scratch.normalizer.inverse(d) : 0.0f;
+  const Vec scale = Vec::broadcast(problem.scale);
+  for (int64_t first = begin; first < end; first += kChunkRows) {
+    const int rows = static_cast<int>(core::smaller(kChunkRows, end - first));
+    for (int64_t query_head = head.key_head * head.group(); query_head < (head.key_head + 1) * head.group();
+         ++query_head) {
+      const bool finite = load_grad_outputs(head, query_head, first, rows, scratch);
+      load_scaled_queries(head, query_head, first, rows, chunk.inverse, 0, scratch);
+      product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
+                     scratch.received, chunk.stride, rows, chunk.stride, problem.value_width);
+      for (int row = 0; row < rows; ++row) {
+        float* gradient = scratch.received + row * chunk.stride;
+        for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth) {
+          const Vec inverse = Vec::load(chunk.inverse + d);
+          const Mask dead = equal(inverse, Vec::broadcast(0.0f));
+          store(gradient + d, select(dead, inverse, Vec::load(gradient + d) * inverse * scale));
+        }
+        narrow(gradient,
+               writable_row_of(head.gradients.grad_query, problem.dtype, head.sequence.batch, query_head, first + row),
+               problem.dtype, width);
+      }
+      accumulate_product(finite, {scratch.queries, 1, chunk.stride}, scratch.grad_outputs, scratch.value_stride,
+                         scratch.state_gradient, scratch.value_stride, width, scratch.value_stride, rows);
+    }
+  }
+  set_response_to_state(head, scratch);
+  for (int64_t first = begin; first < end; first += chunk.rows) {
+    load_keys(problem, head.sequence.batch, head.key_head, first,
+              static_cast<int>(core::smaller(kChunkRows, end - first)), chunk);
+    weigh_keys<false>(problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
+    load_values(head, first, chunk.rows, scratch);
+    receive_from_later_rows(head, scratch);
+    write_key_gradients(head, nullptr, scratch);
+  }
+  write_initial_gradients(head, scratch);
+}
+
+// A sequence without rows: the initial state receives what the final state has.
+void pass_gradients_on(const Head& head) {
+  const RecurrenceProblem& problem = head.problem;
+  const RecurrenceGradients& gradients = head.gradients;
+  if (gradients.grad_initial_memory == nullptr) return;
+  for (int64_t row = head.state_row(0); row < head.state_row(problem.key_width); ++row) {
+    gradients.grad_initial_log_normalizer[row] =
+        gradients.grad_log_normalizer == nullptr ? 0.0f : gradients.grad_log_normalizer[row];
+    for (int64_t index = row * problem.value_width; index < (row + 1) * problem.value_width; ++index)
+      gradients.grad_initial_memory[index] = gradients.grad_memory == nullptr ? 0.0f : gradients.grad_memory[index];
+  }
+}
+
+}  // namespace
+
+void recurrence_backward(const RecurrenceProblem& problem, const RecurrenceGradients& gradients,
+                         const Parallel& parallel) {
+  const BackwardPlan plan(problem, gradients);
+  for_each_unit<BackwardScratch>(
+      parallel, problem.sequences() * problem.key_heads, plan, [&plan](int64_t index, BackwardScratch& scratch) {
+        const RecurrenceProblem& task = *plan.problem;
+        const Head head{task, *plan.gradients, find_sequence(task, index / task.key_heads), index % task.key_heads};
+        if (head.sequence.begin == head.sequence.end)
+          pass_gradients_on(head);
+        else if (task.causal)
+          run_causal(head, scratch);
+        else
+          run_without_order(head, scratch);
+      });
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

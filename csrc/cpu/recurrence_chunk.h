@@ -1,0 +1,239 @@
+// A chunk of keys of the additive recurrence, and the state that chunks hand on (MATH.md section 4).
+//
+// The state of a channel is kept unnormalised: with a shift, a key that the channel has met (or the log normaliser it
+// started from), sum = Delta e^-shift >= 1 in fp64, and Delta e^-shift S. A chunk then needs one exponential and one
+// division per key and channel:
+//
+//   e_s = exp(x_s - shift),  inverse_t = 1 / (Delta_t e^-shift),  exp(x_s - z_t) = e_s inverse_t,
+//
+// and every product of the chunk is a plain matrix product of q inverse, e and v. This is safe for any keys because a
+// chunk ends before the first row that exceeds the shift of any channel by more than kLift; that row begins the next
+// chunk and becomes the shift of the channels that it exceeds. So e <= e^kLift, sum >= 1, and what underflows has a
+// weight below e^-87 against its row's normaliser. Ordinary keys make chunks of kChunkRows rows after the first few;
+// keys that climb by 100 make short ones, and a chunk of one row is the recurrence itself.
+#pragma once
+
+#include <cmath>
+
+#include "core/polynomials.h"
+#include "core/recurrence.h"
+#include "core/visibility.h"
+#include "cpu/product.h"
+#include "cpu/row_math.h"
+#include "cpu/workspace.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+// Products with the state cost Dk Dv per row whatever the chunk, those within it rows / 2 (Dk + Dv); the state is read
+// from the second-level cache once per chunk.
+constexpr int kChunkRows = 64;
+// Rows of a triangular product that share their number of columns.
+constexpr int kTriangleRows = 16;
+constexpr float kLift = 20.0f;
+static_assert(kChunkRows % kTriangleRows == 0 && kTriangleRows % Vec::kWidth == 0);
+
+SIGHTLINE_INLINE int64_t padded(int64_t width) { return core::round_up(width, Vec::kWidth); }
+
+// The distance of rows of a state of `width` columns. Rows that lie a power of two apart fall on a part of the
+// first-level cache's sets, and a panel of them does not stay there.
+SIGHTLINE_INLINE int64_t state_stride(int64_t width) { return width + Vec::kWidth; }
+
+// One batch entry or one packed document.
+struct Sequence {
+  int64_t index;  // which state is its own
+  int64_t batch;
+  int64_t begin, end;
+};
+
+SIGHTLINE_INLINE Sequence find_sequence(const RecurrenceProblem& problem, int64_t index) {
+  if (problem.cuts == nullptr) return {index, index, 0, problem.length};
+  return {index, 0, problem.cuts[index], problem.cuts[index + 1]};
+}
+
+SIGHTLINE_INLINE const void* row_of(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t row) {
+  return advance(static_cast<const void*>(view.data),
+                 batch * view.batch_stride + head * view.head_stride + row * view.row_stride, dtype);
+}
+
+SIGHTLINE_INLINE void* writable_row_of(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t row) {
+  return advance(view.data, batch * view.batch_stride + head * view.head_stride + row * view.row_stride, dtype);
+}
+
+// `rows` rows of `width` numbers as fp32, the rest of each row `padding` zeros.
+[[maybe_unused]] static void load_rows(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t first,
+                                       int64_t column, int rows, int64_t width, float* to, int64_t stride) {
+  for (int row = 0; row < rows; ++row) {
+    float* target = to + row * stride;
+    widen(advance(row_of(view, dtype, batch, head, first + row), column, dtype), dtype, target, width);
+    zero(target + width, stride - width);
+  }
+}
+
+// to (columns, rows) = from (rows, columns); both sizes are multiples of the vector width.
+[[maybe_unused]] static void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride,
+                                       int64_t rows, int64_t columns) {
+  for (int64_t row = 0; row < rows; row += Vec::kWidth)
+    for (int64_t column = 0; column < columns; column += Vec::kWidth)
+      transpose_block(from + row * from_stride + column, from_stride, to + column * to_stride + row, to_stride);
+}
+
+// Shift and sum of the channels of one head.
+struct Normalizer {
+  float* shift;  // -inf: the channel has met no key
+  double* sum;
+
+  void start(const float* log_normalizer, int64_t width) const {
+    for (int64_t d = 0; d < padded(width); ++d) {
+      shift[d] = log_normalizer != nullptr && d < width ? log_normalizer[d] : -INFINITY;
+      sum[d] = shift[d] == -INFINITY ? 0.0 : 1.0;
+    }
+  }
+  void copy_from(const Normalizer& other, int64_t width) const {
+    for (int64_t d = 0; d < padded(width); ++d) {
+      shift[d] = other.shift[d];
+      sum[d] = other.sum[d];
+    }
+  }
+  float inverse(int64_t d) const { return sum[d] == 0.0 ? 0.0f : static_cast<float>(1.0 / sum[d]); }
+  float log_normalizer(int64_t d) const {
+    return sum[d] == 0.0 ? -INFINITY : static_cast<float>(shift[d] + std::log(sum[d]));
+  }
+};
+
+// What multiplies a quantity in units of e^-`before` to bring it to units of e^-`after`.
+SIGHTLINE_INLINE float change_of_unit(float before, float after) {
+  return before == after ? 1.0f : static_cast<float>(std::exp(static_cast<double>(before) - after));
+}
+
+struct KeyChunk {
+  int rows;
+  int64_t first;
+  int64_t stride;  // padded Dk, of the arrays below
+  float* weights;  // (rows, stride): the keys themselves, then e
+  float* gained;   // e * key_gain; `weights` itself where there is no gain
+  float* inverse;  // of the normaliser up to and with the row; 0 where there is none
+  float* factors;  // (stride): what a lift of the shift does to the state
+  bool takes_part[kChunkRows];
+  bool has_gain;
+
+  void carve(Arena& arena, const RecurrenceProblem& problem) {
+    stride = padded(problem.key_width);
+    has_gain = problem.key_gain.data != nullptr;
+    weights = arena.take<float>(kChunkRows * stride);
+    inverse = arena.take<float>(kChunkRows * stride);
+    factors = arena.take<float>(stride);
+    gained = has_gain ? arena.take<float>(kChunkRows * stride) : weights;
+  }
+};
+
+// The raw keys of up to `rows` rows from `first` on, -inf where masked or padded.
+[[maybe_unused]] static void load_keys(const RecurrenceProblem& problem, int64_t batch, int64_t key_head, int64_t first,
+                                       int rows, KeyChunk& chunk) {
+  chunk.first = first;
+  chunk.rows = rows;
+  for (int row = 0; row < rows; ++row) {
+    float* keys = chunk.weights + row * chunk.stride;
+    chunk.takes_part[row] =
+        problem.key_mask == nullptr ||
+        problem.key_mask[batch * problem.key_mask_strides[0] + (first + row) * problem.key_mask_strides[1]] != 0;
+    int64_t live = 0;
+    if (chunk.takes_part[row]) {
+      widen(row_of(problem.key, problem.dtype, batch, key_head, first + row), problem.dtype, keys, problem.key_width);
+      live = problem.key_width;
+    }
+    for (int64_t d = live; d < chunk.stride; ++d) keys[d] = -INFINITY;
+  }
+}
+
+// Lifts the shift to the first row where that exceeds it by more than kLift, and ends the chunk before the next row
+// that does. Whether it lifted anything: then the state's channels are to be multiplied by `factors`.
+[[maybe_unused]] static bool lift_and_cut(KeyChunk& chunk, const Normalizer& normalizer) {
+  const Vec lift = Vec::broadcast(kLift);
+  bool lifted = false;
+  for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth)
+    lifted |= any(less(Vec::load(normalizer.shift + d) + lift, Vec::load(chunk.weights + d)));
+  if (lifted) {
+    for (int64_t d = 0; d < chunk.stride; ++d) {
+      const float before = normalizer.shift[d], key = chunk.weights[d];
+      chunk.factors[d] = 1.0f;
+      if (!(before + kLift < key)) continue;
+      normalizer.shift[d] = key;
+      chunk.factors[d] = before == -INFINITY ? 0.0f : change_of_unit(before, key);
+      normalizer.sum[d] *= before == -INFINITY ? 0.0 : std::exp(static_cast<double>(before) - key);
+    }
+  }
+  for (int row = 1; row < chunk.rows; ++row) {
+    const float* keys = chunk.weights + row * chunk.stride;
+    Mask above = less(Vec::load(normalizer.shift) + lift, Vec::load(keys));
+    for (int64_t d = Vec::kWidth; d < chunk.stride; d += Vec::kWidth)
+      above = above | less(Vec::load(normalizer.shift + d) + lift, Vec::load(keys + d));
+    if (any(above)) chunk.rows = row;
+  }
+  return lifted;
+}
+
+// Keys to weights, in place; with kRows the inverse normaliser of every row too. Adds the chunk to the sum.
+template <bool kRows>
+static void weigh_keys(const RecurrenceProblem& problem, int64_t batch, int64_t key_head, KeyChunk& chunk,
+                       const Normalizer& normalizer) {
+  const Vec nothing = Vec::broadcast(0.0f), one = Vec::broadcast(1.0f);
+  for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth) {
+    alignas(64) float lanes[Vec::kWidth];
+    for (int lane = 0; lane < Vec::kWidth; ++lane) lanes[lane] = static_cast<float>(normalizer.sum[d + lane]);
+    const Vec before = Vec::load(lanes);
+    Vec shift = Vec::load(normalizer.shift + d);
+    shift = select(equal(shift, Vec::broadcast(-INFINITY)), nothing, shift);
+    Vec sum = nothing;  // of the chunk alone: as exact as fp32 can, whatever has been before
+    for (int row = 0; row < chunk.rows; ++row) {
+      float* entry = chunk.weights + row * chunk.stride + d;
+      const Vec weight = core::exp2((Vec::load(entry) - shift) * Vec::broadcast(core::kLog2E));
+      store(entry, weight);
+      sum = sum + weight;
+      if (kRows) {
+        const Vec total = before + sum;
+        store(chunk.inverse + row * chunk.stride + d, select(equal(total, nothing), nothing, one / total));
+      }
+    }
+    store(lanes, sum);
+    for (int lane = 0; lane < Vec::kWidth; ++lane) normalizer.sum[d + lane] += static_cast<double>(lanes[lane]);
+  }
+  if (!chunk.has_gain) return;
+  for (int row = 0; row < chunk.rows; ++row) {
+    float* target = chunk.gained + row * chunk.stride;
+    if (!chunk.takes_part[row]) {
+      zero(target, chunk.stride);
+      continue;
+    }
+    widen(row_of(problem.key_gain, problem.gain_dtype, batch, key_head, chunk.first + row), problem.gain_dtype, target,
+          problem.key_width);
+    zero(target + problem.key_width, chunk.stride - problem.key_width);
+    const float* weights = chunk.weights + row * chunk.stride;
+    for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth)
+      store(target + d, Vec::load(target + d) * Vec::load(weights + d));
+  }
+}
+
+// C (+)= A B where row r of A (rows, rows) has its entries up to column r alone, the others set to 0 here. B is
+// (rows, columns) and may hold non-finite numbers: those of later rows do not reach a row.
+[[maybe_unused]] static void lower_triangle_product(float* a, const float* b, int64_t b_stride, float* c,
+                                                    int64_t c_stride, int rows, int64_t columns, bool finite) {
+  for (int begin = 0; begin < rows; begin += kTriangleRows) {
+    const int end = begin + kTriangleRows < rows ? begin + kTriangleRows : rows;
+    for (int row = begin; row < end; ++row) zero(a + row * kChunkRows + row + 1, end - row - 1);
+    accumulate_product(finite, {a + begin * kChunkRows, kChunkRows, 1}, b, b_stride, c + begin * c_stride, c_stride,
+                       end - begin, columns, end);
+  }
+}
+
+// scores (row, column) = <a_row, b_column> for column <= row, `b_transposed` is (depth, kChunkRows). What stands to
+// the right of the diagonal is of no use.
+[[maybe_unused]] static void lower_triangle_scores(const float* a, int64_t a_stride, const float* b_transposed,
+                                                   float* scores, int rows, int64_t depth) {
+  for (int begin = 0; begin < rows; begin += kTriangleRows) {
+    const int end = begin + kTriangleRows < rows ? begin + kTriangleRows : rows;
+    product<false>({a + begin * a_stride, a_stride, 1}, b_transposed, kChunkRows, scores + begin * kChunkRows,
+                   kChunkRows, end - begin, begin + kTriangleRows, depth);
+  }
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

@@ -1,0 +1,289 @@
+// What both backward passes of the additive recurrence (with and without order) work with: scratch memory of a head,
+// loading its rows, and turning what a key and a value receive into gradients (MATH.md section 4, "Backward").
+#pragma once
+
+#include "cpu/recurrence_chunk.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+// Rows whose inverse normalisers and q dq products are kept between the sweep forward and the sweep back: longer
+// sequences store the state at the start of every segment, and compute the rest of it again.
+constexpr int64_t kSegmentRows = 16384;
+
+struct BackwardPlan {
+  const RecurrenceProblem* problem;
+  const RecurrenceGradients* gradients;
+  int64_t longest;   // sequence
+  int64_t segments;  // of the longest sequence
+
+  BackwardPlan(const RecurrenceProblem& task, const RecurrenceGradients& wanted) : problem(&task), gradients(&wanted) {
+    longest = 0;
+    for (int64_t index = 0; index < task.sequences(); ++index) {
+      const Sequence sequence = find_sequence(task, index);
+      longest = core::larger(longest, sequence.end - sequence.begin);
+    }
+    segments = core::larger(1, (longest + kSegmentRows - 1) / kSegmentRows);
+  }
+};
+
+// The head of a sequence, and where it stands in the state tensors.
+struct Head {
+  const RecurrenceProblem& problem;
+  const RecurrenceGradients& gradients;
+  Sequence sequence;
+  int64_t key_head;
+
+  int64_t state_row(int64_t d) const { return (sequence.index * problem.key_heads + key_head) * problem.key_width + d; }
+  int64_t group() const { return problem.heads / problem.key_heads; }
+  const float* initial_log_normalizer() const {
+    return problem.initial_log_normalizer == nullptr ? nullptr : problem.initial_log_normalizer + state_row(0);
+  }
+  // Row d of a state tensor (sequences, Hk, Dk, Dv), null where there is none.
+  const float* memory_row(const float* memory, int64_t d) const {
+    return memory == nullptr ? nullptr : memory + state_row(d) * problem.value_width;
+  }
+};
+
+struct BackwardScratch {
+  Allocation memory;
+  int64_t value_stride;  // padded Dv
+  KeyChunk chunk;
+  Normalizer normalizer;
+  float* transposed_keys;      // (padded Dk, kChunkRows)
+  float* transposed_values;    // (padded Dv, kChunkRows)
+  float* queries;              // (kChunkRows, padded Dk)
+  float* scores;               // (kChunkRows, kChunkRows): <q_u, k_t>
+  float* responses;            // (kChunkRows, kChunkRows): <do_u, v_t>
+  float* values;               // (kChunkRows, padded Dv)
+  float* grad_outputs;         // (kChunkRows, padded Dv)
+  float* grad_values;          // (kChunkRows, padded Dv)
+  float* received;             // (kChunkRows, padded Dk): G v of the rows after the chunk, and dq on the way there
+  float* received_within;      // (kChunkRows, padded Dk): what the chunk's own rows add to it
+  float* transposed_state;     // (padded Dv, padded Dk): the state, transposed
+  float* state_gradient;       // (padded Dk, padded Dv): G in the chunk's unit
+  float* transposed_gradient;  // (padded Dv, padded Dk)
+  float* gradient_shift;       // (padded Dk): the unit of the two
+  double* key_response;        // (padded Dk): r in the chunk's unit
+  float* query_responses;      // (segment rows, padded Dk): q dq / Delta, summed over the query heads of the group
+  int32_t* chunk_rows;         // (segment rows): of every chunk of the segment, and the normaliser before it
+  float* chunk_shifts;         // (segment rows, padded Dk), of which only the chunks' are touched
+  double* chunk_sums;          // likewise
+  float* segment_states;       // (segments, padded Dv, padded Dk)
+  float* segment_shifts;       // (segments, padded Dk)
+  double* segment_sums;
+
+  int64_t carve(const BackwardPlan& plan, char* start) {
+    Arena arena(start);
+    const RecurrenceProblem& problem = *plan.problem;
+    chunk.carve(arena, problem);
+    const int64_t keys = chunk.stride, width = value_stride = padded(problem.value_width);
+    normalizer = {arena.take<float>(keys), arena.take<double>(keys)};
+    transposed_keys = arena.take<float>(keys * kChunkRows);
+    transposed_values = arena.take<float>(width * kChunkRows);
+    queries = arena.take<float>(keys * kChunkRows);
+    scores = arena.take<float>(kChunkRows * kChunkRows);
+    responses = arena.take<float>(kChunkRows * kChunkRows);
+    values = arena.take<float>(width * kChunkRows);
+    grad_outputs = arena.take<float>(width * kChunkRows);
+    grad_values = arena.take<float>(width * kChunkRows);
+    received = arena.take<float>(keys * kChunkRows);
+    received_within = arena.take<float>(keys * kChunkRows);
+    transposed_state = arena.take<float>(width * keys);
+    state_gradient = arena.take<float>(keys * width);
+    transposed_gradient = arena.take<float>(width * keys);
+    gradient_shift = arena.take<float>(keys);
+    key_response = arena.take<double>(keys);
+    const int64_t rows = problem.causal ? core::smaller(plan.longest, kSegmentRows) : 0;
+    query_responses = arena.take<float>(rows * keys);
+    chunk_rows = arena.take<int32_t>(rows);
+    chunk_shifts = arena.take<float>(rows * keys);
+    chunk_sums = arena.take<double>(rows * keys);
+    const int64_t segments = problem.causal && plan.segments > 1 ? plan.segments : 0;
+    segment_states = arena.take<float>(segments * width * keys);
+    segment_shifts = arena.take<float>(segments * keys);
+    segment_sums = arena.take<double>(segments * keys);
+    return arena.used();
+  }
+  explicit BackwardScratch(const BackwardPlan& plan) : memory(carve(plan, nullptr)) { carve(plan, memory.get()); }
+
+  // The normaliser before chunk `index` of the segment.
+  Normalizer chunk_start(int64_t index) const {
+    return {chunk_shifts + index * chunk.stride, chunk_sums + index * chunk.stride};
+  }
+  Normalizer segment_start(int64_t index) const {
+    return {segment_shifts + index * chunk.stride, segment_sums + index * chunk.stride};
+  }
+};
+
+// The state that the head starts from, transposed; in the unit of its own normaliser.
+[[maybe_unused]] static void start_transposed_state(const Head& head, BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const int64_t stride = scratch.chunk.stride;
+  scratch.normalizer.start(head.initial_log_normalizer(), problem.key_width);
+  zero(scratch.transposed_state, scratch.value_stride * stride);
+  for (int64_t d = 0; d < problem.key_width; ++d) {
+    const float* source = head.memory_row(problem.initial_memory, d);
+    if (source == nullptr || scratch.normalizer.sum[d] == 0.0) continue;
+    for (int64_t c = 0; c < problem.value_width; ++c) scratch.transposed_state[c * stride + d] = source[c];
+  }
+}
+
+// The next chunk in order: the state in its unit, its keys as they are. The normaliser is that before the chunk.
+[[maybe_unused]] static void open_chunk(const Head& head, int64_t first, int64_t end, BackwardScratch& scratch) {
+  KeyChunk& chunk = scratch.chunk;
+  load_keys(head.problem, head.sequence.batch, head.key_head, first,
+            static_cast<int>(core::smaller(kChunkRows, end - first)), chunk);
+  if (!lift_and_cut(chunk, scratch.normalizer)) return;
+  for (int64_t c = 0; c < scratch.value_stride; ++c)
+    for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth) {
+      float* entry = scratch.transposed_state + c * chunk.stride + d;
+      store(entry, Vec::load(entry) * Vec::load(chunk.factors + d));
+    }
+}
+
+// The chunk's values. Whether all of them are finite.
+[[maybe_unused]] static bool load_values(const Head& head, int64_t first, int rows, BackwardScratch& scratch) {
+  load_rows(head.problem.value, head.problem.dtype, head.sequence.batch, head.key_head, first, 0, rows,
+            head.problem.value_width, scratch.values, scratch.value_stride);
+  // Of a masked key not even a NaN may stay: a product of zeros with it would not be zero.
+  for (int row = 0; row < rows; ++row)
+    if (!scratch.chunk.takes_part[row]) zero(scratch.values + row * scratch.value_stride, scratch.value_stride);
+  return is_finite(scratch.values, rows * scratch.value_stride);
+}
+
+[[maybe_unused]] static bool load_grad_outputs(const Head& head, int64_t query_head, int64_t first, int rows,
+                                               BackwardScratch& scratch) {
+  load_rows(head.gradients.grad_output, head.problem.dtype, head.sequence.batch, query_head, first, 0, rows,
+            head.problem.value_width, scratch.grad_outputs, scratch.value_stride);
+  return is_finite(scratch.grad_outputs, rows * scratch.value_stride);
+}
+
+// Queries times the scale and `factors`, one row for all (stride 0) or one for each.
+[[maybe_unused]] static bool load_scaled_queries(const Head& head, int64_t query_head, int64_t first, int rows,
+                                                 const float* factors, int64_t factor_stride,
+                                                 BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const int64_t stride = scratch.chunk.stride;
+  load_rows(problem.query, problem.dtype, head.sequence.batch, query_head, first, 0, rows, problem.key_width,
+            scratch.queries, stride);
+  const Vec scale = Vec::broadcast(problem.scale);
+  for (int row = 0; row < rows; ++row)
+    for (int64_t d = 0; d < stride; d += Vec::kWidth) {
+      float* entry = scratch.queries + row * stride + d;
+      const Vec factor = Vec::load(factors + row * factor_stride + d);
+      store(entry, select(equal(factor, Vec::broadcast(0.0f)), factor, Vec::load(entry) * factor * scale));
+    }
+  return is_finite(scratch.queries, rows * stride);
+}
+
+// r = the gradient of the log normaliser - <G, S> with G as it is; in the unit of the last normaliser. The sum is taken
+// in the order of the product G v, so that a single key has no gradient.
+[[maybe_unused]] static void set_response_to_state(const Head& head, BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const int64_t stride = scratch.chunk.stride;
+  const float* given = head.gradients.grad_log_normalizer;
+  transpose(scratch.state_gradient, scratch.value_stride, scratch.transposed_gradient, stride, stride,
+            scratch.value_stride);
+  for (int64_t d = 0; d < stride; d += Vec::kWidth) {
+    Vec inner = Vec::broadcast(0.0f);
+    for (int64_t c = 0; c < problem.value_width; ++c)
+      inner = fma(Vec::load(scratch.transposed_state + c * stride + d),
+                  Vec::load(scratch.transposed_gradient + c * stride + d), inner);
+    alignas(64) float lanes[Vec::kWidth];
+    store(lanes, inner);
+    for (int64_t lane = d; lane < d + Vec::kWidth && lane < problem.key_width; ++lane) {
+      const double sum = scratch.normalizer.sum[lane];
+      const double wanted = given == nullptr ? 0.0 : given[head.state_row(lane)];
+      if (sum != 0.0) scratch.key_response[lane] = (wanted - static_cast<double>(lanes[lane - d])) / sum;
+    }
+  }
+}
+
+// G and r after the last row, from the gradients of the final state; in the unit of the last normaliser.
+[[maybe_unused]] static void start_gradient(const Head& head, BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const RecurrenceGradients& gradients = head.gradients;
+  zero(scratch.state_gradient, scratch.chunk.stride * scratch.value_stride);
+  for (int64_t d = 0; d < scratch.chunk.stride; ++d) {
+    scratch.gradient_shift[d] = scratch.normalizer.shift[d];
+    scratch.key_response[d] = 0.0;
+    const double sum = scratch.normalizer.sum[d];
+    if (d >= problem.key_width || sum == 0.0) continue;
+    const float* memory = head.memory_row(gradients.grad_memory, d);
+    if (memory == nullptr) continue;
+    for (int64_t c = 0; c < problem.value_width; ++c)
+      scratch.state_gradient[d * scratch.value_stride + c] = static_cast<float>(memory[c] / sum);
+  }
+  set_response_to_state(head, scratch);
+}
+
+// G and r before the first row are what the initial state receives.
+[[maybe_unused]] static void write_initial_gradients(const Head& head, BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const RecurrenceGradients& gradients = head.gradients;
+  if (gradients.grad_initial_memory == nullptr) return;
+  for (int64_t d = 0; d < problem.key_width; ++d) {
+    const float before = problem.initial_log_normalizer[head.state_row(d)];
+    const float factor = before == -INFINITY ? 0.0f : change_of_unit(before, scratch.gradient_shift[d]);
+    const float* row = scratch.state_gradient + d * scratch.value_stride;
+    const float* memory = head.memory_row(problem.initial_memory, d);
+    float* target = gradients.grad_initial_memory + head.state_row(d) * problem.value_width;
+    double inner = 0.0;
+    for (int64_t c = 0; c < problem.value_width; ++c) {
+      target[c] = factor == 0.0f ? 0.0f : row[c] * factor;
+      inner += static_cast<double>(memory[c]) * target[c];
+    }
+    gradients.grad_initial_log_normalizer[head.state_row(d)] =
+        factor == 0.0f ? 0.0f : static_cast<float>(inner + scratch.key_response[d] * factor);
+  }
+}
+
+// dv, dx and dgain of the chunk's rows from dv, from G_t v_t = `received` + `received_within`, and from r_t = r after
+// the chunk + what its own rows add. dx pairs the two that come from later rows and the two from the chunk's own before
+// it adds them: where one key holds all the weight each pair cancels, and their sums would not cancel as well.
+// `query_responses` is null where every row has the same r and nothing within the chunk.
+[[maybe_unused]] static void write_key_gradients(const Head& head, const float* query_responses,
+                                                 BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const RecurrenceGradients& gradients = head.gradients;
+  const KeyChunk& chunk = scratch.chunk;
+  const int64_t batch = head.sequence.batch, stride = chunk.stride;
+  for (int64_t d = 0; d < stride; d += Vec::kWidth) {
+    alignas(64) float lanes[Vec::kWidth];
+    for (int lane = 0; lane < Vec::kWidth; ++lane) lanes[lane] = static_cast<float>(scratch.key_response[d + lane]);
+    const Vec later = Vec::load(lanes), nothing = Vec::broadcast(0.0f);
+    Vec own = nothing;
+    for (int row = chunk.rows - 1; row >= 0; --row) {
+      const int64_t entry = row * stride + d;
+      if (query_responses != nullptr) own = own + Vec::load(query_responses + entry);
+      const Vec weight = Vec::load(chunk.weights + entry), gained = Vec::load(chunk.gained + entry);
+      const Vec received = Vec::load(scratch.received + entry);
+      const Vec within = query_responses != nullptr ? Vec::load(scratch.received_within + entry) : nothing;
+      const Vec from_later = fma(gained, received, weight * later);
+      store(scratch.queries + entry, from_later + (gained * within - weight * own));
+      store(scratch.received + entry, weight * (received + within));
+    }
+    store(lanes, own);
+    for (int lane = 0; lane < Vec::kWidth; ++lane) scratch.key_response[d + lane] -= static_cast<double>(lanes[lane]);
+  }
+  for (int row = 0; row < chunk.rows; ++row) {
+    float* received = scratch.received + row * stride;
+    float* grad_values = scratch.grad_values + row * scratch.value_stride;
+    float* grad_keys = scratch.queries + row * stride;
+    if (!chunk.takes_part[row]) {
+      zero(received, stride);
+      zero(grad_values, scratch.value_stride);
+      zero(grad_keys, stride);
+    }
+    const int64_t index = chunk.first + row;
+    narrow(grad_keys, writable_row_of(gradients.grad_key, problem.dtype, batch, head.key_head, index), problem.dtype,
+           problem.key_width);
+    narrow(grad_values, writable_row_of(gradients.grad_value, problem.dtype, batch, head.key_head, index),
+           problem.dtype, problem.value_width);
+    if (gradients.grad_gain.data != nullptr)
+      narrow(received, writable_row_of(gradients.grad_gain, problem.gain_dtype, batch, head.key_head, index),
+             problem.gain_dtype, problem.key_width);
+  }
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

@@ -1,0 +1,183 @@
+"""LightNet's attention layer, its gated linear unit, and the block of the two (arXiv 2405.21022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sightline.position import grid_positions, md_lrpe
+from sightline.recurrence import RecurrenceState, additive_recurrence
+
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "swish": functional.silu}
+
+
+class LightNetAttention(nn.Module):
+    """The additive linear recurrence as a layer: linear in the length, with a state of constant size.
+
+    With q = SiLU(W_q x), key logits W_k x and values W_v x the output is ``W_o (norm(o) * gate(W_g2 W_g1 x))``: an
+    RMSNorm, and a gate of low rank.
+
+    Args:
+        embed_dim: width of input and output; the values' heads have width embed_dim / num_heads.
+        num_heads: query heads.
+        num_key_heads: key and value heads, a divisor of num_heads; num_heads by default.
+        key_dim: width of a query and key head; that of the values by default.
+        gate_rank: width between the two projections of the gate; that of a head by default.
+        gate: "sigmoid", or "swish" as in flash-linear-attention.
+        norm_per_head: whether the norm is over each head (True) or over all of embed_dim.
+        norm_eps: what the norm adds to the mean square.
+        scale: multiplies the recurrence's output.
+        causal: whether position t reads the positions up to t or all of them.
+        position_axes: axes of MD-LRPE positions, None for no positions.
+
+    Raises:
+        ValueError: sizes that do not divide each other, or an unknown gate.
+
+    >>> layer = LightNetAttention(64, num_heads=4)
+    >>> layer(torch.randn(2, 10, 64)).shape
+    torch.Size([2, 10, 64])
+    >>> _, state = layer(torch.randn(2, 10, 64), output_final_state=True)
+    >>> layer(torch.randn(2, 1, 64), initial_state=state).shape  # the next token
+    torch.Size([2, 1, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_key_heads: int | None = None,
+        key_dim: int | None = None,
+        gate_rank: int | None = None,
+        gate: str = "sigmoid",
+        norm_per_head: bool = True,
+        norm_eps: float = 1e-6,
+        scale: float = 1.0,
+        causal: bool = True,
+        position_axes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads != 0:
+            raise ValueError(f"num_heads: expected a divisor of embed_dim = {embed_dim}, got {num_heads}")
+        num_key_heads = num_heads if num_key_heads is None else num_key_heads
+        if num_key_heads < 1 or num_heads % num_key_heads != 0:
+            raise ValueError(f"num_key_heads: expected a divisor of num_heads = {num_heads}, got {num_key_heads}")
+        if gate not in _GATES:
+            raise ValueError(f"gate: expected one of {', '.join(_GATES)}, got {gate!r}")
+        self.num_heads, self.num_key_heads = num_heads, num_key_heads
+        self.head_dim = embed_dim // num_heads
+        self.key_dim = self.head_dim if key_dim is None else key_dim
+        self.gate, self.scale, self.causal, self.position_axes = gate, scale, causal, position_axes
+        self.norm_per_head = norm_per_head
+        rank = self.head_dim if gate_rank is None else gate_rank
+        self.q_proj = nn.Linear(embed_dim, num_heads * self.key_dim, bias=False)
+        self.k_proj = nn.Linear(embed_dim, num_key_heads * self.key_dim, bias=False)
+        self.v_proj = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=False)
+        self.g_proj = nn.Sequential(nn.Linear(embed_dim, rank, bias=False), nn.Linear(rank, embed_dim, bias=False))
+        self.g_norm = nn.RMSNorm(self.head_dim if norm_per_head else embed_dim, eps=norm_eps)
+        self.o_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+        initial_state: RecurrenceState | None = None,
+        output_final_state: bool = False,
+    ) -> Any:
+        """(B, N, embed_dim) to the same, with `output_final_state` the pair of it and a `RecurrenceState`.
+
+        `positions` (N, axes) or (B, N, axes) is needed where the layer has several axes of positions; with one the
+        default is 0, 1, 2, ... The other arguments are those of `sightline.additive_recurrence`.
+
+        Raises ValueError for positions that are missing, or given to a layer without.
+        """
+        query = functional.silu(self.q_proj(hidden)).unflatten(-1, (self.num_heads, self.key_dim)).transpose(1, 2)
+        key = self.k_proj(hidden).unflatten(-1, (self.num_key_heads, self.key_dim)).transpose(1, 2)
+        value = self.v_proj(hidden).unflatten(-1, (self.num_key_heads, self.head_dim)).transpose(1, 2)
+        gain = None
+        if self.position_axes is not None:
+            query, key, gain = md_lrpe(query, key, self._positions(positions, hidden))
+        elif positions is not None:
+            raise ValueError("positions: expected None, because the layer has no position_axes, got a tensor")
+        output = additive_recurrence(
+            query,
+            key,
+            value,
+            causal=self.causal,
+            scale=self.scale,
+            key_gain=gain,
+            cu_seqlens=cu_seqlens,
+            key_mask=key_mask,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+        )
+        state = None
+        if output_final_state:
+            output, state = output
+        output = output.transpose(1, 2).to(hidden.dtype)
+        output = self.g_norm(output).flatten(2) if self.norm_per_head else self.g_norm(output.flatten(2))
+        output = self.o_proj(output * _GATES[self.gate](self.g_proj(hidden)))
+        return (output, state) if output_final_state else output
+
+    def _positions(self, positions: Tensor | None, hidden: Tensor) -> Tensor:
+        if positions is None:
+            if self.position_axes != 1:
+                raise ValueError(f"positions: expected a tensor (N, {self.position_axes}), got None")
+            return grid_positions(hidden.shape[1], device=hidden.device)
+        if positions.shape[-1] != self.position_axes:
+            raise ValueError(f"positions: expected {self.position_axes} axes, got {positions.shape[-1]}")
+        return positions
+
+
+class GatedLinearUnit(nn.Module):
+    """``W_down (SiLU(W_gate x) * W_up x)``, without biases.
+
+    >>> GatedLinearUnit(8, 24)(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, embed_dim, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., embed_dim) to the same."""
+        return self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class LightNetBlock(nn.Module):
+    """Pre-norm residual block of `LightNetAttention` and `GatedLinearUnit`.
+
+    `hidden_dim` is the width inside the gated linear unit, 8/3 of embed_dim by default; the other arguments are those
+    of `LightNetAttention`.
+
+    >>> LightNetBlock(64, num_heads=4)(torch.randn(2, 10, 64)).shape
+    torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, hidden_dim: int | None = None, **options: Any) -> None:
+        super().__init__()
+        eps = options.get("norm_eps", 1e-6)
+        self.attn_norm = nn.RMSNorm(embed_dim, eps=eps)
+        self.attn = LightNetAttention(embed_dim, num_heads, **options)
+        self.mlp_norm = nn.RMSNorm(embed_dim, eps=eps)
+        self.mlp = GatedLinearUnit(embed_dim, -(-8 * embed_dim // 3) if hidden_dim is None else hidden_dim)
+
+    def forward(self, hidden: Tensor, *, output_final_state: bool = False, **arguments: Any) -> Any:
+        """(B, N, embed_dim) to the same; arguments and state are those of `LightNetAttention.forward`."""
+        attended = self.attn(self.attn_norm(hidden), output_final_state=output_final_state, **arguments)
+        state = None
+        if output_final_state:
+            attended, state = attended
+        hidden = hidden + attended
+        hidden = hidden + self.mlp(self.mlp_norm(hidden))
+        return (hidden, state) if output_final_state else hidden

@@ -1,0 +1,41 @@
+"""MD-TPE as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sightline.position import md_tpe
+
+
+class ToeplitzPositions(nn.Module):
+    """MD-TPE (arXiv 2405.21022): gives tokens of a grid their place by a decaying sum along every axis.
+
+    Per head a learned query and key (`rank` numbers each, whose product is the filter's coefficient) and a decay
+    lambda = sigmoid(.), which begins near 1 for the last head and at 1/2 for the first. Takes and returns
+    (B, n_1, ..., n_k, embed_dim) for any k: see `sightline.position.md_tpe`.
+
+    >>> ToeplitzPositions(12, num_heads=3)(torch.randn(2, 5, 4, 12)).shape
+    torch.Size([2, 5, 4, 12])
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, rank: int = 16) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads != 0:
+            raise ValueError(f"num_heads: expected a divisor of embed_dim = {embed_dim}, got {num_heads}")
+        self.query = nn.Parameter(torch.empty(num_heads, rank))
+        self.key = nn.Parameter(torch.empty(num_heads, rank))
+        self.decay_logits = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw query and key so that their product has a variance of 1, and spread the decays."""
+        std = self.query.shape[1] ** -0.25
+        nn.init.normal_(self.query, std=std)
+        nn.init.normal_(self.key, std=std)
+        with torch.no_grad():
+            self.decay_logits.copy_(torch.linspace(0.0, 4.0, self.decay_logits.shape[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (B, n_1, ..., n_k, embed_dim) filtered along its k axes."""
+        return md_tpe(x, (self.query * self.key).sum(-1), self.decay_logits.sigmoid())

@@ -1,0 +1,165 @@
+"""LightNet's layer, block and MD-TPE module against the formulas, and what users do with modules."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import sightline as sl
+from sightline.nn import LightNetAttention, LightNetBlock, ToeplitzPositions
+from sightline.position import grid_positions
+
+
+def by_formula(layer, hidden, gate, norm_per_head):
+    """The layer without positions, one position after the other."""
+    heads, width = layer.num_heads, layer.head_dim
+    outputs, delta, memory = [], torch.zeros(heads, width), torch.zeros(heads, width, width)
+    for x in hidden:
+        query = functional.silu(layer.q_proj.weight @ x).view(heads, width)
+        weight = (layer.k_proj.weight @ x).view(heads, width).exp()
+        value = (layer.v_proj.weight @ x).view(heads, width)
+        delta = delta + weight
+        share = (weight / delta)[..., None]
+        memory = (1 - share) * memory + share * value[:, None]
+        output = (query[:, None] @ memory).squeeze(1)
+        if not norm_per_head:
+            output = output.flatten()
+        output = output / (output.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.g_norm.weight
+        gated = layer.g_proj[1].weight @ layer.g_proj[0].weight @ x
+        gated = gated.sigmoid() if gate == "sigmoid" else gated * gated.sigmoid()
+        outputs.append(layer.o_proj.weight @ (output.flatten() * gated))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "swish"])
+@pytest.mark.parametrize("norm_per_head", [True, False])
+def test_layer_is_its_formula(gate, norm_per_head):
+    layer = LightNetAttention(24, 3, gate=gate, norm_per_head=norm_per_head)
+    torch.nn.init.uniform_(layer.g_norm.weight)
+    hidden = torch.randn(1, 17, 24)
+    expected = by_formula(layer, hidden[0], gate, norm_per_head)
+    torch.testing.assert_close(layer(hidden)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+OPTIONS = {
+    "plain": {},
+    "grouped": {"num_key_heads": 2},
+    "wide_keys": {"key_dim": 20},
+    "positions": {"position_axes": 1},
+    "whole_sequence": {"causal": False},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_gradients_reach_every_parameter(option):
+    block = LightNetBlock(32, 4, **OPTIONS[option])
+    block(torch.randn(2, 9, 32)).square().sum().backward()
+    for name, parameter in block.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("option", ["plain", "grouped", "wide_keys"])
+def test_a_state_carries_on(option):
+    block = LightNetBlock(32, 4, **OPTIONS[option])
+    hidden = torch.randn(2, 20, 32)
+    first, state = block(hidden[:, :13], output_final_state=True)
+    second = block(hidden[:, 13:], initial_state=state)
+    torch.testing.assert_close(torch.cat([first, second], 1), block(hidden), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_of_one_axis_count_by_default():
+    layer = LightNetAttention(32, 4, position_axes=1)
+    hidden = torch.randn(2, 20, 32)
+    torch.testing.assert_close(layer(hidden), layer(hidden, positions=grid_positions(20)))
+    first, state = layer(hidden[:, :13], output_final_state=True)
+    second = layer(hidden[:, 13:], initial_state=state, positions=torch.arange(13, 20)[:, None])
+    torch.testing.assert_close(torch.cat([first, second], 1), layer(hidden), rtol=1e-4, atol=1e-5)
+
+
+def test_a_grid_is_read_in_any_order_without_causality():
+    layer = LightNetAttention(32, 4, position_axes=2, causal=False)
+    hidden, positions, order = torch.randn(2, 13, 32), grid_positions(3, 4, leading=1), torch.randperm(13)
+    shuffled = layer(hidden[:, order], positions=positions[order])
+    torch.testing.assert_close(shuffled, layer(hidden, positions=positions)[:, order], rtol=1e-4, atol=1e-5)
+    elsewhere = layer(hidden, positions=positions[order])
+    assert (elsewhere - layer(hidden, positions=positions)).abs().max() > 1e-3
+
+
+def test_padding_and_packing_change_nothing():
+    layer = LightNetAttention(32, 4)
+    hidden = torch.randn(1, 12, 32)
+    mask = torch.arange(12)[None] >= 5
+    torch.testing.assert_close(layer(hidden, key_mask=mask)[:, 5:], layer(hidden[:, 5:]), rtol=1e-4, atol=1e-5)
+    packed = layer(hidden, cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32))
+    apart = torch.cat([layer(hidden[:, :5]), layer(hidden[:, 5:])], 1)
+    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_compile_checkpoint_and_state_dict():
+    block, hidden = LightNetBlock(32, 4, position_axes=1), torch.randn(2, 9, 32, requires_grad=True)
+    expected = block(hidden)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(hidden), expected)
+    torch.testing.assert_close(checkpoint(block, hidden, use_reentrant=False), expected)
+    buffer = io.BytesIO()
+    torch.save(block.state_dict(), buffer)
+    buffer.seek(0)
+    other = LightNetBlock(32, 4, position_axes=1)
+    other.load_state_dict(torch.load(buffer))
+    torch.testing.assert_close(other(hidden), expected)
+
+
+def test_half_precision_and_autocast():
+    layer, hidden = LightNetAttention(32, 4, position_axes=1), torch.randn(2, 9, 32)
+    expected = layer(hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (layer(hidden) - expected).norm() < 0.05 * expected.norm()
+    low = layer.bfloat16()(hidden.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_toeplitz_positions_are_a_causal_filter():
+    module = ToeplitzPositions(12, 3)
+    x = torch.randn(2, 5, 4, 12)
+    expected = sl.position.md_tpe(x, (module.query * module.key).sum(-1), module.decay_logits.sigmoid())
+    torch.testing.assert_close(module(x), expected)
+    later = x.clone()
+    later[:, 3, 2] += 1
+    changed = (module(later) - module(x)).abs().amax((0, 3)) > 0
+    rows, columns = torch.meshgrid(torch.arange(5), torch.arange(4), indexing="ij")
+    assert torch.equal(changed, ((rows == 3) & (columns >= 2)) | ((rows >= 3) & (columns == 2)))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LightNetAttention(30, 4), "num_heads: expected a divisor of embed_dim = 30, got 4"),
+        (
+            lambda: LightNetAttention(32, 4, num_key_heads=3),
+            "num_key_heads: expected a divisor of num_heads = 4, got 3",
+        ),
+        (lambda: LightNetAttention(32, 4, gate="relu"), "gate: expected one of sigmoid, swish, got 'relu'"),
+        (lambda: ToeplitzPositions(32, 5), "num_heads: expected a divisor of embed_dim = 32, got 5"),
+        (
+            lambda: LightNetAttention(32, 4)(torch.rand(1, 5, 32), positions=torch.ones(5, 1)),
+            "positions: expected None, because the layer has no position_axes",
+        ),
+        (
+            lambda: LightNetAttention(32, 4, position_axes=2)(torch.rand(1, 5, 32)),
+            "positions: expected a tensor (N, 2), got None",
+        ),
+        (
+            lambda: LightNetAttention(32, 4, position_axes=2)(torch.rand(1, 5, 32), positions=torch.ones(5, 3)),
+            "positions: expected 2 axes, got 3",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(build, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        build()

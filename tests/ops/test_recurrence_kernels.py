@@ -1,0 +1,309 @@
+"""The native kernels of the additive recurrence against the float64 reference, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from attention_cases import DTYPES, LAYOUTS
+from recurrence_cases import (
+    OPTIONS,
+    PACKINGS,
+    Problem,
+    Sizes,
+    assert_results_are_close,
+    outputs,
+    random_gradients,
+    random_problem,
+    run,
+)
+from tolerance import Comparison, assert_close_to_reference
+
+import sightline as sl
+
+# Around the kernels' chunks of 64 and their sub-blocks of 16, and several of them.
+LENGTHS = [1, 2, 15, 17, 63, pytest.param(64, marks=pytest.mark.isa), 65, pytest.param(203, marks=pytest.mark.isa), 513]
+# (Dk, Dv) around the vectors of every instruction set, and the largest.
+WIDTHS = [(1, 1), (3, 5), (8, 8), (17, 33), (64, 128), (130, 20), (512, 512)]
+CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "unordered"])
+
+
+@CAUSAL
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_lengths(length, dtype, causal):
+    sizes = Sizes(batch=max(2, 64 // length), length=length)
+    assert_results_are_close(random_problem(sizes, dtype, causal=causal))
+
+
+@CAUSAL
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_widths(widths, causal):
+    sizes = Sizes(batch=1, length=70, width=widths[0], value_width=widths[1])
+    assert_results_are_close(random_problem(sizes, causal=causal))
+
+
+@CAUSAL
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+def test_grouped_keys(key_heads, causal):
+    assert_results_are_close(random_problem(Sizes(heads=6, key_heads=key_heads, length=100), causal=causal))
+
+
+@CAUSAL
+@pytest.mark.parametrize("option", [*OPTIONS, *PACKINGS])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_options(option, dtype, causal):
+    packed = option in PACKINGS
+    sizes = Sizes(batch=1 if packed else 2)
+    options = (PACKINGS if packed else OPTIONS)[option](sizes)
+    results = assert_results_are_close(random_problem(sizes, dtype, causal=causal, **options))
+    assert ("key_gain" in results) == ("key_gain" in options)
+
+
+@pytest.mark.isa
+@CAUSAL
+def test_everything_at_once(causal):
+    sizes = Sizes(length=300)
+    assert_results_are_close(random_problem(sizes, causal=causal, **OPTIONS["everything"](sizes)))
+
+
+@pytest.mark.parametrize("wanted", ["output", "log_normalizer", "memory"])
+@CAUSAL
+def test_one_output_alone_has_gradients(wanted, causal):
+    sizes = Sizes(length=70)
+    problem = random_problem(sizes, causal=causal, **OPTIONS["everything"](sizes))
+    gradients = {name: torch.zeros_like(gradient) for name, gradient in random_gradients(problem).items()}
+    gradients[wanted].normal_()
+    alone = run(problem, "native", {wanted: gradients[wanted]})
+    for name, tensor in run(problem, "native", gradients).items():
+        torch.testing.assert_close(alone[name], tensor)
+    assert_results_are_close(problem, gradients)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("step", [100.0, 25.0, 7.0, -7.0, -100.0])
+@CAUSAL
+def test_steep_keys_lose_no_accuracy(step, causal):
+    """Keys that climb or fall by `step` every eight rows, in a few channels or all of them."""
+    sizes = Sizes(length=150, width=20)
+    problem = random_problem(sizes, causal=causal)
+    climbing = torch.rand(20) < 0.5
+    problem.key += climbing * step / 8 * torch.arange(150.0)[:, None]
+    assert_results_are_close(problem, one_key_dominates=step < -20)
+
+
+@pytest.mark.parametrize("weight", [-60.0, 60.0])
+@CAUSAL
+def test_a_state_far_heavier_or_lighter_than_the_keys(weight, causal):
+    """Outputs alone: what the log normaliser of such a state receives is the difference of almost equal numbers."""
+    sizes = Sizes(length=70)
+    problem = random_problem(sizes, causal=causal, **OPTIONS["state"](sizes))
+    problem.options["initial_state"].log_normalizer.add_(weight)
+
+    def compare(name, problem):
+        exact, in_dtype = outputs(problem.in_float64(), "reference"), outputs(problem, "reference")
+        return Comparison(outputs(problem, "native")[name], exact[name], in_dtype[name])
+
+    for name in ("output", "log_normalizer", "memory"):
+        redraw = partial(lambda name, turn: compare(name, problem.redrawn(turn)), name)
+        assert_close_to_reference(compare(name, problem), name=name, redraw=redraw)
+
+
+def test_steps_of_a_hundred_from_row_to_row():
+    problem = random_problem(Sizes(length=40))
+    problem.key *= 100
+    assert_results_are_close(problem)
+
+
+def test_accuracy_does_not_fall_with_the_length():
+    sizes = Sizes(batch=1, heads=1, key_heads=1, length=100_000, width=4, value_width=4)
+    problem = random_problem(sizes)
+    output = outputs(problem, "native")["output"].double()
+    weights = problem.key.double().exp()
+    memory = (weights[..., None] * problem.value.double()[..., None, :]).cumsum(2)
+    expected = torch.einsum("bhtd,bhtde->bhte", problem.query.double() / weights.cumsum(2), memory)
+    late = slice(90_000, None)
+    error = (output - expected)[:, :, late].norm() / expected[:, :, late].norm()
+    assert error < 1e-5
+
+
+def test_a_long_sequence_goes_back_segment_by_segment():
+    """Longer than what the backward pass keeps of its rows at once (16384)."""
+    sizes = Sizes(batch=1, heads=1, key_heads=1, length=40_000, width=3, value_width=2)
+    problem = random_problem(sizes, **OPTIONS["state"](sizes))
+    whole = run(problem, "native", {"output": torch.ones(1, 1, 40_000, 2)})
+    # The same in pieces, which autograd puts together.
+    leaves = [tensor.clone().requires_grad_() for tensor in (problem.query, problem.key, problem.value)]
+    initial = [part.clone().requires_grad_() for part in problem.options["initial_state"]]
+    state, pieces = sl.RecurrenceState(*initial), []
+    for begin in range(0, 40_000, 7_000):
+        piece = [leaf[:, :, begin : begin + 7_000] for leaf in leaves]
+        output, state = sl.additive_recurrence(*piece, initial_state=state, output_final_state=True)
+        pieces.append(output)
+    gradients = torch.autograd.grad(torch.cat(pieces, 2).sum(), [*leaves, *initial])
+    torch.testing.assert_close(whole["output"], torch.cat(pieces, 2), rtol=1e-5, atol=1e-5)
+    for name, gradient in zip(
+        ("query", "key", "value", "initial log_normalizer", "initial memory"), gradients, strict=True
+    ):
+        error = (whole[name] - gradient).norm() / gradient.norm()
+        assert error < 3e-5, name
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@CAUSAL
+def test_rows_outside_of_all_documents_are_zero(backend, causal):
+    problem = random_problem(Sizes(batch=1), cu_seqlens=torch.tensor([2], dtype=torch.int32), causal=causal)
+    results = outputs(problem, backend)
+    assert not results["output"].any()
+    assert results["log_normalizer"].shape == (0, 2, 24)
+    assert results["memory"].shape == (0, 2, 24, 37)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_offsets_that_fall_or_leave_the_tensor_are_cut_off(backend):
+    problem = random_problem(Sizes(batch=1), cu_seqlens=torch.tensor([-5, 100, 60, 1000], dtype=torch.int32))
+    results = outputs(problem, backend)
+    problem.options["cu_seqlens"] = torch.tensor([0, 100, 100, 150], dtype=torch.int32)
+    for name, tensor in outputs(problem, backend).items():
+        assert torch.equal(tensor, results[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_one_token_after_the_other_gives_the_outputs_of_the_sequence(dtype):
+    sizes = Sizes(length=70)
+    problem = random_problem(sizes, dtype, key_gain=torch.randn(sizes.key_shape()))
+    whole = outputs(problem, "native")
+    state, rows = None, []
+    for t in range(70):
+        step = Problem(*(tensor[:, :, t : t + 1] for tensor in (problem.query, problem.key, problem.value)))
+        step.options = {"key_gain": problem.options["key_gain"][:, :, t : t + 1], "initial_state": state}
+        results = outputs(step, "native")
+        state = sl.RecurrenceState(results["log_normalizer"], results["memory"])
+        rows.append(results["output"])
+    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(torch.cat(rows, 2), whole["output"], rtol=rounding, atol=2 * rounding)
+    torch.testing.assert_close(state.memory, whole["memory"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("option", OPTIONS)
+def test_one_token(option):
+    sizes = Sizes(batch=16, length=1, width=40, value_width=70)
+    assert_results_are_close(random_problem(sizes, **OPTIONS[option](sizes)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@CAUSAL
+def test_memory_layouts(layout, causal):
+    sizes = Sizes(length=70)
+    problem = random_problem(sizes, causal=causal, **OPTIONS["everything"](sizes))
+    arrange = LAYOUTS[layout]
+    moved = Problem(
+        arrange(problem.query),
+        arrange(problem.key),
+        arrange(problem.value),
+        problem.options | {"key_gain": arrange(problem.options["key_gain"])},
+    )
+    gradients = random_gradients(problem)
+    expected = run(problem, "native", gradients)
+    gradients["output"] = arrange(gradients["output"])
+    for name, tensor in run(moved, "native", gradients).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@CAUSAL
+def test_a_state_in_any_layout(causal):
+    sizes = Sizes(length=20)
+    state = OPTIONS["state"](sizes)["initial_state"]
+    strided = sl.RecurrenceState(state.log_normalizer.mT.contiguous().mT, state.memory.mT.contiguous().mT)
+    problem = random_problem(sizes, causal=causal)
+    for name, tensor in outputs(
+        Problem(problem.query, problem.key, problem.value, {"initial_state": strided, "causal": causal}), "native"
+    ).items():
+        problem.options["initial_state"] = state
+        assert torch.equal(tensor, outputs(problem, "native")[name]), name
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2), (1, 1, 1), (1, 4, 2)], ids=str)
+@CAUSAL
+def test_results_do_not_depend_on_the_number_of_threads(shape, causal):
+    sizes = Sizes(*shape, length=600, width=32, value_width=100)
+    problem = random_problem(sizes, causal=causal)
+    gradients = random_gradients(problem)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(problem, "native", gradients))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, tensor in other.items():
+            assert torch.equal(tensor, results[0][name]), name
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["key", "value", "query"])
+@pytest.mark.parametrize("row", [0, 20, 100])
+def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(number, where, row):
+    problem = random_problem(Sizes(length=150))
+    clean = outputs(problem, "native")
+    getattr(problem, where)[0, 1, row, 3] = number
+    spoilt = outputs(problem, "native")
+    heads = [1] if where == "query" else [2, 3]
+    touched = torch.zeros(2, 4, 150, dtype=torch.bool)
+    touched[0, heads, row : row + 1 if where == "query" else None] = True
+    assert torch.equal(spoilt["output"][~touched], clean["output"][~touched])
+    assert not spoilt["output"][touched].isfinite().all(-1).any()
+    states = torch.zeros(2, 2, dtype=torch.bool)
+    states[0, 1] = where != "query"
+    assert torch.equal(spoilt["memory"][~states], clean["memory"][~states])
+
+
+@CAUSAL
+def test_masked_keys_may_hold_anything(causal):
+    sizes = Sizes(length=150)
+    mask = torch.rand(2, 150) < 0.6
+    problem = random_problem(sizes, causal=causal, key_mask=mask, key_gain=torch.randn(sizes.key_shape()))
+    gradients = random_gradients(problem)
+    expected = run(problem, "native", gradients)
+    off = ~mask[:, None, :, None]
+    for tensor in (problem.key, problem.value, problem.options["key_gain"]):
+        tensor.masked_fill_(off, math.nan)
+    results = run(problem, "native", gradients)
+    for name, tensor in results.items():
+        assert torch.equal(tensor, expected[name]), name
+    for name in ("key", "value", "key_gain"):
+        assert not results[name][off.expand_as(results[name])].any(), name
+
+
+def test_a_gradient_that_is_not_finite_reaches_earlier_rows_alone():
+    problem = random_problem(Sizes(length=150))
+    gradients = {"output": torch.randn(2, 4, 150, 37)}
+    clean = run(problem, "native", gradients)
+    gradients["output"][1, 0, 70, 5] = math.nan
+    spoilt = run(problem, "native", gradients)
+    for name in ("key", "value"):
+        touched = torch.zeros(2, 2, 150, dtype=torch.bool)
+        touched[1, 0, :71] = True
+        torch.testing.assert_close(spoilt[name][~touched], clean[name][~touched])
+        assert spoilt[name][touched].isnan().any(-1).all()
+
+
+def test_a_single_key_has_no_gradient():
+    """Its weight is 1 whatever it is."""
+    for dtype in DTYPES.values():
+        problem = random_problem(Sizes(length=1), dtype)
+        gradient = run(problem, "native", {"output": torch.randn(2, 4, 1, 37)})["key"]
+        assert gradient.abs().max() <= 1e-5
+
+
+def test_value_one_gives_the_sum_of_the_query():
+    problem = random_problem(Sizes(length=300))
+    problem.value.fill_(1)
+    expected = problem.query.sum(-1, keepdim=True).expand(-1, -1, -1, 37)
+    torch.testing.assert_close(outputs(problem, "native")["output"], expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,212 @@
+"""Named cases of the additive recurrence, running one forward and backward, and comparing it with the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from attention_cases import shuffled
+from tolerance import Comparison, assert_close_to_reference
+from torch import Tensor
+
+import sightline as sl
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """B, H, Hk, N, Dk and Dv."""
+
+    batch: int = 2
+    heads: int = 4
+    key_heads: int = 2
+    length: int = 150
+    width: int = 24
+    value_width: int = 37
+
+    def key_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.key_heads, self.length, self.width
+
+
+@dataclass
+class Problem:
+    """Inputs of one call; `options` are those of `sightline.additive_recurrence`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def in_float64(self) -> Problem:
+        tensors = [tensor.double() for tensor in (self.query, self.key, self.value)]
+        options = dict(self.options)
+        if "key_gain" in options:
+            options["key_gain"] = options["key_gain"].double()
+        if "initial_state" in options:
+            options["initial_state"] = sl.RecurrenceState(*(part.double() for part in options["initial_state"]))
+        return Problem(*tensors, options)
+
+    def redrawn(self, turn: int) -> Problem:
+        """The same options with query and value mixed anew along their widths and positions.
+
+        The keys keep their course: how they climb is what a test may be about.
+        """
+        order = torch.Generator(device=self.query.device).manual_seed(turn)
+        return Problem(shuffled(self.query, order), self.key, shuffled(self.value, order), self.options)
+
+
+def random_state(sizes: Sizes, sequences: int) -> sl.RecurrenceState:
+    return sl.RecurrenceState(
+        torch.randn(sequences, sizes.key_heads, sizes.width),
+        torch.randn(sequences, sizes.key_heads, sizes.width, sizes.value_width),
+    )
+
+
+def _cuts(sizes: Sizes) -> Tensor:
+    """Offsets of four documents, one of them empty, with a row before and one after."""
+    inner = torch.randint(1, sizes.length, (2,)).sort().values
+    return torch.tensor([1, inner[0], inner[0], inner[1], max(sizes.length - 1, inner[1])], dtype=torch.int32)
+
+
+def _left_padding(sizes: Sizes) -> Tensor:
+    return torch.arange(sizes.length) >= torch.randint(0, sizes.length, (sizes.batch, 1))
+
+
+# What each option looks like for given sizes. Those that pack documents want B = 1.
+OPTIONS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
+    "plain": lambda s: {},
+    "scale": lambda s: {"scale": -0.3},
+    "gain": lambda s: {"key_gain": torch.randn(s.key_shape())},
+    "state": lambda s: {"initial_state": random_state(s, s.batch)},
+    "zero_state": lambda s: {
+        "initial_state": sl.RecurrenceState(*(torch.zeros_like(part) for part in random_state(s, s.batch)))
+    },
+    "state_of_nothing": lambda s: {
+        "initial_state": sl.RecurrenceState(
+            torch.full((s.batch, s.key_heads, s.width), -math.inf),
+            torch.zeros(s.batch, s.key_heads, s.width, s.value_width),
+        )
+    },
+    "key_mask": lambda s: {"key_mask": torch.rand(s.batch, s.length) < 0.6},
+    "strided_key_mask": lambda s: {"key_mask": (torch.rand(s.length, s.batch) < 0.6).T},
+    "left_padding": lambda s: {"key_mask": _left_padding(s)},
+    "nothing_takes_part": lambda s: {"key_mask": torch.zeros(s.batch, s.length, dtype=torch.bool)},
+    "everything": lambda s: {
+        "key_gain": torch.randn(s.key_shape()),
+        "initial_state": random_state(s, s.batch),
+        "key_mask": torch.rand(s.batch, s.length) < 0.8,
+        "scale": 0.7,
+    },
+}
+PACKINGS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
+    "documents": lambda s: {"cu_seqlens": _cuts(s)},
+    "documents_with_states": lambda s: {
+        "cu_seqlens": _cuts(s),
+        "initial_state": random_state(s, 4),
+        "key_mask": torch.rand(1, s.length) < 0.8,
+        "key_gain": torch.randn(s.key_shape()),
+    },
+}
+
+
+def random_problem(sizes: Sizes, dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
+    return Problem(
+        torch.randn(sizes.batch, sizes.heads, sizes.length, sizes.width).to(dtype),
+        torch.randn(sizes.key_shape()).to(dtype),
+        torch.randn(sizes.batch, sizes.key_heads, sizes.length, sizes.value_width).to(dtype),
+        options,
+    )
+
+
+def outputs(problem: Problem, backend: str) -> dict[str, Tensor]:
+    output, state = sl.additive_recurrence(
+        problem.query, problem.key, problem.value, output_final_state=True, backend=backend, **problem.options
+    )
+    return {"output": output, "log_normalizer": state.log_normalizer, "memory": state.memory}
+
+
+def run(problem: Problem, backend: str, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The three outputs, and the gradients of everything that has one, for gradients of the outputs named."""
+    leaves = {name: getattr(problem, name).detach().requires_grad_() for name in ("query", "key", "value")}
+    options = dict(problem.options)
+    if "key_gain" in options:
+        leaves["key_gain"] = options["key_gain"] = options["key_gain"].detach().requires_grad_()
+    if "initial_state" in options:
+        parts = [part.detach().requires_grad_() for part in options["initial_state"]]
+        options["initial_state"] = sl.RecurrenceState(*parts)
+        leaves["initial log_normalizer"], leaves["initial memory"] = parts
+    results = outputs(Problem(leaves["query"], leaves["key"], leaves["value"], options), backend)
+    received = torch.autograd.grad(
+        [results[name] for name in gradients],
+        list(leaves.values()),
+        [gradient.to(results[name].dtype) for name, gradient in gradients.items()],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return {name: tensor.detach() for name, tensor in results.items()} | dict(zip(leaves, received, strict=True))
+
+
+def random_gradients(problem: Problem) -> dict[str, Tensor]:
+    shapes = {name: result.shape for name, result in outputs(problem, "native").items()}
+    return {name: torch.randn(shape).to(problem.query.dtype) for name, shape in shapes.items()}
+
+
+def assert_results_are_close(
+    problem: Problem,
+    gradients: dict[str, Tensor] | None = None,
+    backend: str = "native",
+    *,
+    one_key_dominates: bool = False,
+) -> dict[str, Tensor]:
+    """Compare the outputs and every gradient with the float64 reference; the gradients are random unless given.
+
+    one_key_dominates: one key of a sequence has almost all of its weight, as in a sequence of one or two.
+    """
+    one_key_dominates |= problem.key.shape[2] <= 2
+    gradients = random_gradients(problem) if gradients is None else gradients
+
+    def compare(problem: Problem, gradients: dict[str, Tensor]) -> dict[str, Comparison]:
+        results = run(problem, backend, gradients)
+        reference = run(problem.in_float64(), "reference", gradients)
+        in_dtype = run(problem, "reference", gradients)
+        assert results.keys() == reference.keys()
+        for name, result in results.items():
+            assert result.dtype == in_dtype[name].dtype, name
+        return {name: Comparison(result, reference[name], in_dtype[name]) for name, result in results.items()}
+
+    def compare_again(name: str, turn: int) -> Comparison:
+        order = torch.Generator(device=problem.query.device).manual_seed(turn)
+        others = {key: shuffled(gradient, order) for key, gradient in gradients.items()}
+        return compare(problem.redrawn(turn), others)[name]
+
+    comparisons = compare(problem, gradients)
+    for name, comparison in comparisons.items():
+        assert_close_to_reference(
+            comparison,
+            name=name if name in gradients else f"gradient of {name}",
+            dtype=problem.query.dtype,
+            gradient=name not in gradients,
+            magnitude=_size_without_cancellation(problem, name, gradients) if one_key_dominates else None,
+            redraw=partial(compare_again, name),
+        )
+    return {name: comparison.actual for name, comparison in comparisons.items()}
+
+
+def _size_without_cancellation(problem: Problem, name: str, gradients: dict[str, Tensor]) -> Tensor | None:
+    """How large a gradient would be without what its normaliser takes back; None for gradients without a normaliser.
+
+    Where one key holds all the weight, little remains of exp(x_t - z) gain_t (G v_t) when <G, S> is subtracted, and
+    what is left is as exact as its terms, not as itself. The same holds for z of the initial state, with <S, G>.
+    """
+    if name not in ("key", "initial log_normalizer"):
+        return None
+    exact = problem.in_float64()
+    exact.options.setdefault("key_gain", torch.ones_like(exact.key))
+    received = run(exact, "reference", gradients)
+    if name == "key":
+        return (received["key_gain"] * exact.options["key_gain"]).abs()
+    product = (received["initial memory"] * exact.options["initial_state"].memory).abs().sum(-1)
+    return product + received["initial log_normalizer"].abs()

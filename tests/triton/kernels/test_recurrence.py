@@ -1,0 +1,116 @@
+"""The Triton kernels of the additive recurrence against the float64 reference, and as operators."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from attention_cases import DTYPES
+from recurrence_cases import OPTIONS, PACKINGS, Sizes, assert_results_are_close, outputs, random_problem, run
+
+import sightline as sl
+from sightline.ops.triton_recurrence import ADDITIVE_RECURRENCE_TRITON, ADDITIVE_RECURRENCE_TRITON_BACKWARD
+
+CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "unordered"])
+SMALL = Sizes(batch=2, heads=2, key_heads=1, length=70, width=20, value_width=36)
+
+
+@CAUSAL
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [(1, "fp32"), (31, "fp32"), (32, "bf16"), (70, "fp32"), (70, "fp16"), (70, "bf16")],
+)
+def test_lengths(length, dtype, causal):
+    dtype = DTYPES[dtype]
+    sizes = Sizes(batch=2 if length > 1 else 8, heads=2, key_heads=1, length=length, width=20, value_width=36)
+    assert_results_are_close(random_problem(sizes, dtype, causal=causal), backend="triton")
+
+
+@CAUSAL
+@pytest.mark.parametrize("widths", [(1, 1), (16, 70), (70, 16)], ids=str)
+def test_widths(widths, causal):
+    sizes = Sizes(batch=1, heads=2, key_heads=2, length=40, width=widths[0], value_width=widths[1])
+    assert_results_are_close(random_problem(sizes, causal=causal), backend="triton")
+
+
+@CAUSAL
+@pytest.mark.parametrize("option", [*OPTIONS, *PACKINGS])
+def test_options(option, causal):
+    packed = option in PACKINGS
+    sizes = Sizes(batch=1 if packed else 2, heads=2, key_heads=1, length=70, width=8, value_width=12)
+    options = (PACKINGS if packed else OPTIONS)[option](sizes)
+    assert_results_are_close(random_problem(sizes, causal=causal, **options), backend="triton")
+
+
+@pytest.mark.parametrize("step", [100.0, -100.0])
+@CAUSAL
+def test_steep_keys_lose_no_accuracy(step, causal):
+    """Keys that climb or fall by `step` every eight rows, in a few channels or all of them."""
+    sizes = Sizes(batch=1, heads=2, key_heads=1, length=40, width=8, value_width=8)
+    problem = random_problem(sizes, causal=causal, key_gain=torch.randn(sizes.key_shape()))
+    problem.key += (torch.rand(8) < 0.5) * step / 8 * torch.arange(40.0)[:, None]
+    assert_results_are_close(problem, backend="triton", one_key_dominates=step < 0 or not causal)
+
+
+@pytest.mark.parametrize("where", ["key", "value", "query"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(number, where):
+    problem = random_problem(Sizes(batch=1, heads=2, key_heads=2, length=40, width=8, value_width=8))
+    clean = outputs(problem, "triton")
+    getattr(problem, where)[0, 1, 20, 3] = number
+    spoilt = outputs(problem, "triton")
+    touched = torch.zeros(1, 2, 40, dtype=torch.bool)
+    touched[0, 1, 20 : 21 if where == "query" else None] = True
+    torch.testing.assert_close(spoilt["output"][~touched], clean["output"][~touched])
+    assert not spoilt["output"][touched].isfinite().all(-1).any()
+
+
+@CAUSAL
+def test_masked_keys_may_hold_anything(causal):
+    mask = torch.rand(2, 70) < 0.6
+    problem = random_problem(SMALL, causal=causal, key_mask=mask, key_gain=torch.randn(SMALL.key_shape()))
+    gradients = {"output": torch.randn(2, 2, 70, 36)}
+    expected = run(problem, "triton", gradients)
+    off = ~mask[:, None, :, None]
+    for tensor in (problem.key, problem.value, problem.options["key_gain"]):
+        tensor.masked_fill_(off, math.nan)
+    for name, tensor in run(problem, "triton", gradients).items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_opcheck():
+    problem = random_problem(SMALL)
+    inputs = (problem.query, problem.key, problem.value, torch.randn(SMALL.key_shape()), torch.rand(2, 70) < 0.8)
+    state = OPTIONS["state"](SMALL)["initial_state"]
+    arguments = (*inputs, None, *state, True, 0.5)
+    torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON, (*arguments, True))
+    torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON, (*arguments, False))
+    output, *final = ADDITIVE_RECURRENCE_TRITON(*arguments, True)
+    backward = (torch.randn_like(output), *map(torch.randn_like, final), *arguments)
+    torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON_BACKWARD, backward)
+
+
+def test_compiled_forward_and_backward_equal_eager():
+    def loss(query, key, value):
+        return sl.additive_recurrence(query, key, value, backend="triton").square().sum()
+
+    problem = random_problem(SMALL)
+    inputs = [tensor.requires_grad_() for tensor in (problem.query, problem.key, problem.value)]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for one, other in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_output_is_a_view_of_memory_with_the_heads_inside():
+    assert outputs(random_problem(SMALL), "triton")["output"].transpose(1, 2).is_contiguous()
+
+
+def test_a_raw_call_that_would_read_out_of_bounds_is_refused():
+    problem = random_problem(SMALL)
+    with pytest.raises(RuntimeError, match="width and the rows of query"):
+        ADDITIVE_RECURRENCE_TRITON(
+            problem.query, problem.key[..., :4], problem.value, None, None, None, None, None, True, 1.0, False
+        )
