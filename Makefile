@@ -3,6 +3,7 @@
 #
 #   PYTHON=python3.12   the interpreter that .venv is made from (default: the first from 3.11 to 3.14 that is found)
 #   ARGS="-k window"    further arguments for pytest (test) or `sightline bench` (demo)
+#   MODEL_ARGS="--model DIR_OR_NAME"   further arguments for `sightline demo` (demo)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -16,14 +17,16 @@ LIBRARY := python/sightline/_lib/libsightline.so
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 PYTHON ?=
+PART ?=
 ARGS ?=
+MODEL_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env build lint format test demo bench wheel clean distclean
+.PHONY: help env build lint format test demo bench gpu-check wheel clean distclean
 
 help: ## print this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
 env: $(PACKAGE) $(LIBRARY) ## create .venv with the package (editable) and everything that development needs
 
@@ -59,13 +62,19 @@ format: env ## let ruff and clang-format rewrite the files
 test: env ## everything that a machine without a GPU can test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
-demo: env ## the main job: attention over real text at 1K to 16K tokens, against torch; results in build/demo
+demo: env ## the main job: attention, then whole models, over real text at 1K to 16K tokens; results in build/demo
 	$(BIN)/sightline bench --output build/demo $(ARGS)
+	$(BIN)/sightline demo --output build/demo $(MODEL_ARGS)
 
 bench: env ## measure sightline against its peers and regenerate docs/performance.md
 	$(BIN)/python benchmarks/attention_ratio.py
 	$(BIN)/python benchmarks/recurrence_ratio.py
 	$(BIN)/python benchmarks/render.py
+
+# Wants no .venv: a machine with a GPU brings its own torch and Triton (PYTHON=python3 names the interpreter that has
+# them), and often no network.
+gpu-check: ## where there is a GPU, in ten minutes: its tests, compute-sanitizer, benchmarks; PART=tests|sanitize|bench|tune
+	@$(or $(PYTHON),$(wildcard $(BIN)/python),python3) benchmarks/gpu_check.py $(if $(PART),--part $(PART)) $(ARGS)
 
 # build/lib may hold modules that have been deleted since.
 wheel: env ## build the wheel into dist/

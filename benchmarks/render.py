@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu import summary
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 
@@ -126,7 +128,8 @@ def stack_section(document: dict[str, Any]) -> list[str]:
         f"## Stack of {model['layers']} attention layers on {document['device']['name']}, {document['dtype']}",
         "",
         f"Width {model['width']}, {model['heads']} query heads on {model['kv_heads']} key heads, "
-        f"D = {model['head_dim']}, weights {model['weights']}; text: {document['text']['source']}.",
+        f"D = {model['head_dim']}, feed-forward width {model.get('feed_forward', 0)}, weights {model['weights']}; "
+        f"text: {document['text']['source']}.",
         "",
         *described(document),
     ]
@@ -134,7 +137,7 @@ def stack_section(document: dict[str, Any]) -> list[str]:
     for result in document["results"]:
         name = f"{result['tokens']:,}", LABELS[result["row"]]
         if result["status"] != "measured":
-            rows.append([*name, f"{result['status']}: {result['reason'] or 'run interrupted'}", "", "", ""])
+            rows.append([*name, f"{result['status']}: {result['reason'] or 'run interrupted'}", "", "", "", ""])
             continue
         rate, peak, ratio = result["tokens_per_second"], result["peak_extra_bytes"], result["ratio_to_sdpa"]
         rows.append(
@@ -144,10 +147,39 @@ def stack_section(document: dict[str, Any]) -> list[str]:
                 "" if ratio is None else f"{ratio:.2f}",
                 "" if peak is None else f"{peak / 2**20:,.1f}",
                 f"{result['attention_gflops']:,.0f}",
+                f"{result['decode']['tokens_per_second']['median']:,.1f}" if "decode" in result else "",
             ]
         )
     header = ["tokens", "implementation", "tokens/s (p10 - p90)", "x SDPA", "peak extra memory, MiB", "GFLOP/s"]
+    header.append("decoding, tokens/s")
     return lines + markdown_table(header, rows, 2)
+
+
+def gpu_section(document: dict[str, Any]) -> list[str]:
+    """One `make gpu-check`: its targets, its tests, and every case."""
+    findings = document["findings"]
+    counts = summary.test_counts(findings)
+    steps = ", ".join(
+        f"{key}: {step['status']}" for key, step in document["steps"].items() if step["status"] != "passed"
+    )
+    lines = [f"## GPU check on {document['device']['name']}", "", *described(document)]
+    lines += markdown_table(summary.TARGET_HEADER, summary.target_rows(findings), 4)
+    lines += ["Tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + ".", ""]
+    lines += [f"Steps that did not pass: {steps}.", ""] if steps else []
+    peaks = findings.get("peaks", {})
+    if "copy" in peaks:
+        rates = [f"{found['tflops']:,.0f} TFLOP/s in {name}" for name, found in peaks.items() if "tflops" in found]
+        copied = f"{peaks['copy']['gigabytes_per_second']:,.0f} GB/s read and written by a copy"
+        lines += [f"Measured peaks: {', '.join([*rates, copied])}.", ""]
+    skips = summary.skip_rows(findings)
+    if skips:
+        lines += markdown_table(["tile skipping of LSSAR, inference", "tiles left out", "x no skipping"], skips)
+    header = ["case", "implementation", "ms", "x fastest SDPA", "rate", "of peak"]
+    for direction in ("forward", "backward", "forward+backward", "decode"):
+        rows = summary.case_rows(findings, direction)
+        if rows:
+            lines += [f"### {direction.capitalize()}", "", *markdown_table(header, rows, 2)]
+    return lines
 
 
 RECURRENCE_TABLES = {
@@ -197,6 +229,7 @@ def recurrence_section(document: dict[str, Any]) -> list[str]:
 SECTIONS = {
     "sightline-attention/1": attention_section,
     "sightline-bench/1": stack_section,
+    summary.SCHEMA: gpu_section,
     "sightline-recurrence/1": recurrence_section,
 }
 
@@ -213,8 +246,9 @@ def render(documents: Sequence[dict[str, Any]]) -> str:
         if section is None:
             raise ValueError(f"schema: expected one of {sorted(SECTIONS)}, got {document.get('schema')!r}")
         lines += section(document)
-    if not any(document["device"]["kind"] == "cuda" for document in documents):
-        lines += ["## GPUs", "", "Unmeasured: no results of a GPU are committed yet.", ""]
+    if not any(document["schema"] == summary.SCHEMA for document in documents):
+        lines += ["## GPUs", "", "Unmeasured: no result of `make gpu-check` is committed yet.", ""]
+        lines += markdown_table(summary.TARGET_HEADER, summary.target_rows({}), 4)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -6,16 +6,17 @@
 
 set(SIGHTLINE_ISAS generic)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
-  list(APPEND SIGHTLINE_ISAS avx2 avx512 avx512_bf16)
+  list(APPEND SIGHTLINE_ISAS avx2 avx512 avx512_bf16 amx_bf16)
 endif()
 set(SIGHTLINE_FLAGS_generic)
 set(SIGHTLINE_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(SIGHTLINE_FLAGS_avx512 ${SIGHTLINE_FLAGS_avx2} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl)
 set(SIGHTLINE_FLAGS_avx512_bf16 ${SIGHTLINE_FLAGS_avx512} -mavx512bf16)
+set(SIGHTLINE_FLAGS_amx_bf16 ${SIGHTLINE_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
 
 # GCC before 13 calls the deliberately undefined operand of its own AVX-512 intrinsics uninitialised (GCC bug 105593).
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-  foreach(isa avx512 avx512_bf16)
+  foreach(isa avx512 avx512_bf16 amx_bf16)
     list(APPEND SIGHTLINE_FLAGS_${isa} -Wno-uninitialized -Wno-maybe-uninitialized)
   endforeach()
 endif()

@@ -139,7 +139,21 @@ def test_rows_outside_the_query_are_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["sightline.attention", "sightline.weighting", "sightline.observe", "sightline._checks"]
+    "name",
+    [
+        "sightline.attention",
+        "sightline.weighting",
+        "sightline.observe",
+        "sightline._checks",
+        "sightline.hf",
+        "sightline.hf._transformers",
+        "sightline.hf.attention",
+        "sightline.hf.masks",
+        "sightline.hf.settings",
+        "sightline.hf.swap",
+        "sightline.hf.visibility",
+        "sightline.models.llama",
+    ],
 )
 def test_doctests(name):
     failures, tests = doctest.testmod(importlib.import_module(name))

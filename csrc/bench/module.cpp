@@ -115,7 +115,7 @@ py::tuple attention(const std::string& isa, const FloatArray& query, const Float
 
 PYBIND11_MODULE(_bench, module) {
   module.doc() = "NumPy access to sightline's torch-free kernels; `isa` is one of isas().";
-  module.def("isas", isas, "Instruction sets of this machine, narrowest first.");
+  module.def("isas", isas, "Instruction sets of this machine, slowest first.");
   module.def("exp2", [](const std::string& isa, const FloatArray& x) { return apply(x, table_of(isa).exp2); });
   module.def("log2_one_plus",
              [](const std::string& isa, const FloatArray& x) { return apply(x, table_of(isa).log2_one_plus); });

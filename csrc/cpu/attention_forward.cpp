@@ -8,13 +8,18 @@
 // Sums: fp32 within a key tile, fp64 across tiles for the normalisers. Weighted values are summed in fp32 over a chunk
 // of 2048 keys and chunks are added up, which keeps the error flat in N.
 //
+// bfloat16 goes through products of pairs where the machine has them (pair_product.h): weights are rounded to bfloat16
+// and the output is divided by the sum of the rounded ones. Dropout and the saved responses of re-weighting keep to
+// fp32.
+//
 // Re-weighting sweeps twice: the first finds Z and the largest score, the second recomputes the scores and weighs.
 //
-// Non-finite numbers: the products run at full speed and let 0 * NaN through. Only a unit whose result is not finite
-// is computed again with products that skip zero weights, so finite data pays nothing.
+// Non-finite numbers: the products run at full speed and let 0 * NaN through. Only a unit with rows that are not finite
+// is computed again, for these, with products that skip zero weights, so finite data pays nothing.
 #include <cmath>
 
 #include "cpu/kernel_table.h"
+#include "cpu/pair_product.h"
 #include "cpu/weigh_tile.h"
 #include "cpu/workspace.h"
 
@@ -29,8 +34,10 @@ struct Plan {
   int64_t rows;       // G * M
   int64_t unit_rows;  // at most kMaxTilesPerUnit tiles
   int64_t units;      // per key head
+  bool pairs;         // products of pairs, for units that are finite
 
   explicit Plan(const AttentionProblem& of) : problem(&of), rows(of.heads / of.key_heads * of.queries) {
+    pairs = kHasPairProducts && of.dtype == DType::kBFloat16 && of.saved_values == nullptr && !of.dropout;
     // More rows per unit read K and V less often; fewer keep all threads busy on short sequences.
     unit_rows = kRowTile * (rows <= 512 ? 1 : rows <= 2048 ? 2 : kMaxTilesPerUnit);
     units = (rows + unit_rows - 1) / unit_rows;
@@ -38,7 +45,9 @@ struct Plan {
 };
 
 struct ForwardScratch {
-  explicit ForwardScratch(const Plan& plan) : memory(layout(plan, nullptr)) { layout(plan, memory.get()); }
+  explicit ForwardScratch(const Plan& plan) : tile_unit(plan.pairs), memory(layout(plan, nullptr)) {
+    layout(plan, memory.get());
+  }
 
   int64_t layout(const Plan& plan, char* base) {
     const AttentionProblem& problem = *plan.problem;
@@ -55,15 +64,21 @@ struct ForwardScratch {
     bias = arena.take<float>(problem.attn_mask.kind != MaskKind::kNone ? tile_rows * kKeyTile : 0);
     keys = arena.take<float>(kKeyTile * problem.head_width);
     values = arena.take<float>(kKeyTile * padded_width);
+    padded_depth = core::round_up(problem.head_width, kPairDepth);
+    weight_pairs = arena.take<uint32_t>(plan.pairs ? tile_rows * kKeyTile / 2 : 0);
+    key_bits = arena.take<uint16_t>(plan.pairs ? kKeyTile * padded_depth : 0);
+    value_columns = arena.take<uint16_t>(plan.pairs ? padded_width * kKeyTile : 0);
     const int64_t tile_values = tile_rows * padded_width;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       float* transposed = arena.take<float>(tile_rows * problem.head_width);
+      uint32_t* query_pairs = arena.take<uint32_t>(plan.pairs ? tile_rows * padded_depth / 2 : 0);
       float* sums[4];
       for (int which = 0; which < 4; ++which)
         sums[which] = arena.take<float>(which < 2 || saves_response ? tile_values : 0);
       if (base == nullptr) continue;
       RowState& state = states[tile];
       state.transposed_queries = transposed;
+      state.query_pairs = query_pairs;
       state.values = sums[0];
       state.chunk_values = sums[1];
       state.response_values = sums[2];
@@ -72,16 +87,20 @@ struct ForwardScratch {
     return arena.used();
   }
 
+  TileUnit tile_unit;
   Allocation memory;
-  int64_t padded_width = 0;
+  int64_t padded_width = 0, padded_depth = 0;
   RowState* states = nullptr;
   float *queries = nullptr, *scores = nullptr, *responses = nullptr, *bias = nullptr, *keys = nullptr,
         *values = nullptr;
+  uint32_t* weight_pairs = nullptr;
+  uint16_t *key_bits = nullptr, *value_columns = nullptr;
 };
 
 struct Unit {
   int64_t batch, key_head, begin, end;  // rows [begin, end) of the key head
   bool finite;                          // false: products must skip zero weights
+  bool pairs;
 };
 
 void start_rows(const AttentionProblem& problem, const ForwardScratch& scratch, RowState& state) {
@@ -93,6 +112,7 @@ void start_rows(const AttentionProblem& problem, const ForwardScratch& scratch, 
     state.largest[lane] = -INFINITY;
     state.chunk_decay[lane] = 1.0f;
     state.normalizer[lane] = has_sink && sink != -INFINITY ? 1.0 : 0.0;
+    state.rounded_sum[lane] = state.normalizer[lane];
     state.weight_sum[lane] = 0.0;
     state.response[lane] = 0.0;
   }
@@ -105,25 +125,55 @@ void start_rows(const AttentionProblem& problem, const ForwardScratch& scratch, 
   }
 }
 
-void finish_chunk(const ForwardScratch& scratch, float* values, float* chunk, const RowState& state) {
+void finish_chunk(const ForwardScratch& scratch, float* values, float* chunk, const RowState& state, bool pairs) {
+  for (int lane = 0; lane < state.rows.rows; ++lane)
+    if (state.chunk_decay[lane] != 1.0f)
+      scale_row(values + lane * scratch.padded_width, state.chunk_decay[lane], scratch.padded_width);
+  if (pairs) return move_transposed(chunk, scratch.padded_width, state.rows.lanes, values);
   for (int lane = 0; lane < state.rows.rows; ++lane) {
     float* row = values + lane * scratch.padded_width;
     float* chunk_row = chunk + lane * scratch.padded_width;
-    if (state.chunk_decay[lane] != 1.0f) scale_row(row, state.chunk_decay[lane], scratch.padded_width);
     for (int64_t column = 0; column < scratch.padded_width; column += Vec::kWidth)
       store(row + column, Vec::load(row + column) + Vec::load(chunk_row + column));
     zero(chunk_row, scratch.padded_width);
   }
 }
 
-void finish_chunks(const AttentionProblem& problem, const ForwardScratch& scratch, RowState* states, int tiles) {
+void finish_chunks(const AttentionProblem& problem, const ForwardScratch& scratch, RowState* states, int tiles,
+                   bool pairs) {
   for (int tile = 0; tile < tiles; ++tile) {
     RowState& state = states[tile];
-    finish_chunk(scratch, state.values, state.chunk_values, state);
+    finish_chunk(scratch, state.values, state.chunk_values, state, pairs);
     if (problem.saved_values != nullptr)
-      finish_chunk(scratch, state.response_values, state.chunk_response_values, state);
+      finish_chunk(scratch, state.response_values, state.chunk_response_values, state, false);
     for (int lane = 0; lane < state.rows.lanes; ++lane) state.chunk_decay[lane] = 1.0f;
   }
+}
+
+// Keys for products of pairs: where they lie when nothing needs padding.
+void set_up_pairs(const AttentionProblem& problem, const ForwardScratch& scratch, const uint16_t* keys, KeyTile& tile) {
+  if (scratch.padded_depth == problem.head_width && tile.count % kPairRows == 0) {
+    tile.key_bits = keys;
+    tile.key_bits_stride = problem.key.row_stride;
+    return;
+  }
+  const auto bytes = static_cast<size_t>(problem.head_width) * sizeof(uint16_t);
+  const auto padded_bytes = static_cast<size_t>(scratch.padded_depth) * sizeof(uint16_t);
+  for (int64_t j = 0; j < core::round_up(tile.count, kPairRows); ++j) {
+    uint16_t* row = scratch.key_bits + j * scratch.padded_depth;
+    const size_t filled = j < tile.count ? bytes : 0;
+    __builtin_memcpy(row, keys + (filled != 0 ? j * problem.key.row_stride : 0), filled);
+    __builtin_memset(reinterpret_cast<char*>(row) + filled, 0, padded_bytes - filled);
+  }
+  tile.key_bits = scratch.key_bits;
+  tile.key_bits_stride = scratch.padded_depth;
+}
+
+void set_up_value_columns(const AttentionProblem& problem, const ForwardScratch& scratch, const uint16_t* values,
+                          KeyTile& tile) {
+  transpose_bfloat16(values, problem.value.row_stride, tile.count, problem.value_width, scratch.value_columns,
+                     kKeyTile);
+  tile.value_columns = scratch.value_columns;
 }
 
 void load_key_tile(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch, int64_t first,
@@ -141,12 +191,15 @@ void load_key_tile(const AttentionProblem& problem, const Unit& unit, ForwardScr
   const bool direct = problem.dtype == DType::kFloat32;
   tile.keys = direct ? static_cast<const float*>(keys) : scratch.keys;
   tile.key_stride = direct ? problem.key.row_stride : problem.head_width;
-  if (!direct)
+  if (unit.pairs) set_up_pairs(problem, scratch, static_cast<const uint16_t*>(keys), tile);
+  // Products of pairs read the keys as they are, but norms are taken of fp32.
+  if (!direct && (!unit.pairs || problem.normalize_qk))
     for (int j = 0; j < tile.count; ++j)
       widen(advance(keys, j * problem.key.row_stride, problem.dtype), problem.dtype,
             scratch.keys + j * problem.head_width, problem.head_width);
   set_up_key_factors(problem, unit.batch, tile);
   if (!with_values) return;
+  if (unit.pairs) return set_up_value_columns(problem, scratch, static_cast<const uint16_t*>(values), tile);
   const bool values_direct = direct && scratch.padded_width == problem.value_width;
   tile.values = values_direct ? static_cast<const float*>(values) : scratch.values;
   tile.value_stride = values_direct ? problem.value.row_stride : scratch.padded_width;
@@ -163,15 +216,29 @@ template <class Weight, bool kReweight, bool kFirstSweep>
 void process_tile(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch, const KeyTile& keys,
                   RowState& state) {
   alignas(64) float tile_largest[kRowTile];
-  compute_scores(problem, state.rows, keys, state.transposed_queries, scratch.bias, scratch.scores, tile_largest);
+  const int lanes = state.rows.lanes;
+  if (unit.pairs) {
+    pair_product<false>(keys.key_bits, keys.key_bits_stride, state.query_pairs, scratch.scores,
+                        core::round_up(keys.count, kPairRows), lanes, scratch.padded_depth);
+    finish_tile(problem, state.rows, keys, scratch.bias, scratch.scores, tile_largest);
+  } else {
+    compute_scores(problem, state.rows, keys, state.transposed_queries, scratch.bias, scratch.scores, tile_largest);
+  }
   if (!kReweight || kFirstSweep) {
     for (int lane = 0; lane < state.rows.lanes; ++lane)
       state.largest[lane] = tile_largest[lane] > state.largest[lane] ? tile_largest[lane] : state.largest[lane];
-    if (Weight::kShifted) raise_shift(state, tile_largest, scratch.padded_width);
+    if (Weight::kShifted) raise_shift(state, tile_largest, scratch.padded_width, unit.pairs);
     weigh<Weight, !kFirstSweep>(state, keys.count, scratch.scores);
     if (kFirstSweep) return;
   } else {
     reweigh<Weight>(problem, state, keys.count, scratch.scores, scratch.responses);
+  }
+  if (unit.pairs) {
+    const int64_t depth = core::round_up(keys.count, kPairDepth);
+    round_to_pairs(scratch.scores, keys.count, depth, lanes, scratch.weight_pairs, state.rounded_sum);
+    pair_product<true>(keys.value_columns, kKeyTile, scratch.weight_pairs, state.chunk_values, scratch.padded_width,
+                       lanes, depth);
+    return;
   }
   if (problem.dropout) {
     drop_weights(problem, state.rows, keys, scratch.scores);
@@ -200,23 +267,25 @@ void sweep(const AttentionProblem& problem, const Unit& unit, ForwardScratch& sc
       if (tile_is_visible_to_any(scratch.states[tile].rows, key, keys.count))
         process_tile<Weight, kReweight, kFirstSweep>(problem, unit, scratch, keys, scratch.states[tile]);
     if (!kFirstSweep && (key / kKeyTile + 1) % (kChunkKeys / kKeyTile) == 0)
-      finish_chunks(problem, scratch, scratch.states, tiles);
+      finish_chunks(problem, scratch, scratch.states, tiles, unit.pairs);
   }
-  if (!kFirstSweep) finish_chunks(problem, scratch, scratch.states, tiles);
+  if (!kFirstSweep) finish_chunks(problem, scratch, scratch.states, tiles, unit.pairs);
 }
 
 template <class Weight>
-bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowState& state) {
+bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowState& state, const Unit& unit) {
   const bool reweighted = problem.reweight.power > 0.0f;
   const int saved_width = reweighted ? kSavedWidthReweight : kSavedWidthPlain;
   bool finite = true;
   for (int lane = 0; lane < state.rows.rows; ++lane) {
+    if (state.done[lane]) continue;
     const int64_t row_index =
         (state.rows.batch * problem.heads + state.rows.head[lane]) * problem.queries + state.rows.query[lane];
     const double divisor = reweighted ? state.weight_sum[lane] : state.normalizer[lane];
-    const float inverse = divisor == 0.0 ? 0.0f : static_cast<float>(1.0 / divisor);
+    const double applied = unit.pairs ? state.rounded_sum[lane] : divisor;
+    const float inverse = applied == 0.0 ? 0.0f : static_cast<float>(1.0 / applied);
     float* values = state.values + lane * scratch.padded_width;
-    finite &= is_finite(values, problem.value_width);
+    state.done[lane] = is_finite(values, problem.value_width);
     scale_row(values, inverse, scratch.padded_width);
     narrow(values,
            advance(problem.output.data,
@@ -226,9 +295,11 @@ bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowSta
            problem.dtype, problem.value_width);
     const double normalizer = state.normalizer[lane];
     const bool empty = normalizer == 0.0;
-    problem.log_normalizer[row_index] =
-        empty ? -INFINITY : static_cast<float>(state.shift[lane] + std::log(normalizer) + Weight::kLogUnit);
-    if (problem.saved_rows != nullptr) {
+    // What does not depend on V stands from the first time.
+    if (unit.finite)
+      problem.log_normalizer[row_index] =
+          empty ? -INFINITY : static_cast<float>(state.shift[lane] + std::log(normalizer) + Weight::kLogUnit);
+    if (unit.finite && problem.saved_rows != nullptr) {
       float* saved = problem.saved_rows + row_index * saved_width;
       saved[kSavedShift] = state.shift[lane] == -INFINITY ? 0.0f : state.shift[lane];
       // A row that sees no key has no gradient, also where a sink gives it a normaliser.
@@ -244,11 +315,12 @@ bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowSta
     }
     if (problem.saved_values != nullptr) {
       float* responses = state.response_values + lane * scratch.padded_width;
-      finite &= is_finite(responses, problem.value_width);
+      state.done[lane] = state.done[lane] && is_finite(responses, problem.value_width);
       scale_row(responses, inverse, scratch.padded_width);
       float* target = problem.saved_values + row_index * problem.value_width;
       for (int64_t column = 0; column < problem.value_width; ++column) target[column] = responses[column];
     }
+    finite &= state.done[lane];
   }
   return finite;
 }
@@ -262,7 +334,11 @@ bool attend(const AttentionProblem& problem, const Unit& unit, ForwardScratch& s
     const int64_t begin = unit.begin + tile * kRowTile;
     set_up_rows(problem, unit.batch, unit.key_head, begin, static_cast<int>(core::smaller(kRowTile, unit.end - begin)),
                 state.rows, scratch.queries, problem.head_width, state.transposed_queries);
+    if (unit.pairs)
+      round_to_pairs(state.transposed_queries, problem.head_width, scratch.padded_depth, state.rows.lanes,
+                     state.query_pairs, nullptr);
     start_rows(problem, scratch, state);
+    for (int lane = 0; unit.finite && lane < state.rows.lanes; ++lane) state.done[lane] = false;
   }
   if (reweighted) {
     sweep<Weight, true, true>(problem, unit, scratch, tiles);
@@ -275,7 +351,7 @@ bool attend(const AttentionProblem& problem, const Unit& unit, ForwardScratch& s
     sweep<Weight, false, false>(problem, unit, scratch, tiles);
   }
   bool finite = true;
-  for (int tile = 0; tile < tiles; ++tile) finite &= write_rows<Weight>(problem, scratch, scratch.states[tile]);
+  for (int tile = 0; tile < tiles; ++tile) finite &= write_rows<Weight>(problem, scratch, scratch.states[tile], unit);
   return finite;
 }
 
@@ -295,10 +371,14 @@ void attention_forward(const AttentionProblem& problem, const Parallel& parallel
         const AttentionProblem& task = *plan.problem;
         const int64_t block = plan.units - 1 - index / key_heads;  // under causality the last rows see most keys
         const int64_t head = index % key_heads;
-        Unit unit{head / task.key_heads, head % task.key_heads, block * plan.unit_rows,
-                  core::smaller(plan.rows, (block + 1) * plan.unit_rows), true};
+        Unit unit{head / task.key_heads,
+                  head % task.key_heads,
+                  block * plan.unit_rows,
+                  core::smaller(plan.rows, (block + 1) * plan.unit_rows),
+                  true,
+                  plan.pairs};
         if (attend_unit(task, unit, scratch)) return;
-        unit.finite = false;
+        unit.finite = unit.pairs = false;
         attend_unit(task, unit, scratch);
       });
 }

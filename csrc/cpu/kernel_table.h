@@ -22,11 +22,11 @@ struct KernelTable {
   void (*power)(const float* x, float exponent, float* result, int64_t count);
 };
 
-// The table chosen at load: the widest instruction set of this machine, or the one that SIGHTLINE_ISA names.
+// The table chosen at load: the fastest instruction set of this machine, or the one that SIGHTLINE_ISA names.
 // Throws std::runtime_error when SIGHTLINE_ISA names one that is unknown or that this machine lacks.
 const KernelTable& kernels();
 
-// Tables that this machine can run, narrowest first; returns how many, at most `capacity`.
+// Tables that this machine can run, slowest first; returns how many, at most `capacity`.
 int available_kernels(const KernelTable** tables, int capacity);
 
 }  // namespace sightline

@@ -17,6 +17,10 @@ struct KeyTile {
   int64_t key_stride;
   const float* values;
   int64_t value_stride;
+  // For products of pairs (pair_product.h) instead: keys as bfloat16, padded; values transposed, (columns, kKeyTile).
+  const uint16_t* key_bits;
+  int64_t key_bits_stride;
+  const uint16_t* value_columns;
   bool all_take_part;  // no key of the tile is off in key_mask
   bool takes_part[kKeyTile];
   alignas(64) float factor[kKeyTile];  // 1 / |k_j| with normalize_qk, else 1
@@ -89,12 +93,9 @@ static void finish_scores(const AttentionProblem& problem, const RowTile& rows, 
   }
 }
 
-// The finished scores of one tile: products, factors, bias, masks. `largest` receives the largest score per lane.
-[[maybe_unused]] static void compute_scores(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
-                                            const float* transposed_queries, float* bias_scratch, float* tile,
-                                            float* largest) {
-  product<false>({keys.keys, keys.key_stride, 1}, transposed_queries, rows.lanes, tile, rows.lanes, keys.count,
-                 rows.lanes, problem.head_width);
+// Products to scores, in place: factors, bias, masks. `largest` receives the largest score per lane.
+[[maybe_unused]] static void finish_tile(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
+                                         float* bias_scratch, float* tile, float* largest) {
   const bool has_mask = problem.attn_mask.kind != MaskKind::kNone;
   if (has_mask) load_bias(problem, rows, keys, bias_scratch);
   const float* bias = has_mask ? bias_scratch : nullptr;
@@ -111,6 +112,15 @@ static void finish_scores(const AttentionProblem& problem, const RowTile& rows, 
     else
       finish_scores<false, false>(problem, rows, keys, bias, tile, largest);
   }
+}
+
+// The finished scores of one tile.
+[[maybe_unused]] static void compute_scores(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
+                                            const float* transposed_queries, float* bias_scratch, float* tile,
+                                            float* largest) {
+  product<false>({keys.keys, keys.key_stride, 1}, transposed_queries, rows.lanes, tile, rows.lanes, keys.count,
+                 rows.lanes, problem.head_width);
+  finish_tile(problem, rows, keys, bias_scratch, tile, largest);
 }
 
 // keep / (1 - p) of the entries (key, lane .. lane + width).

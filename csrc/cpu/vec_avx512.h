@@ -10,7 +10,9 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+constexpr const char* kIsaName = "amx_bf16";
+#elif defined(__AVX512BF16__)
 constexpr const char* kIsaName = "avx512_bf16";
 #else
 constexpr const char* kIsaName = "avx512";

@@ -12,8 +12,9 @@ namespace sightline::SIGHTLINE_ISA_NS {
 struct RowState {
   RowTile rows;
   float* transposed_queries;  // (D, lanes)
+  uint32_t* query_pairs;      // (padded D / 2, lanes), for products of pairs
   float* values;              // (lanes, padded Dv): weighted values of finished chunks
-  float* chunk_values;        // the same of the current chunk
+  float* chunk_values;        // the same of the current chunk; with products of pairs (padded Dv, lanes)
   float* response_values;     // U, likewise, when saved
   float* chunk_response_values;
   alignas(64) float shift[kRowTile];        // softmax: running maximum; softplus: 0
@@ -22,23 +23,41 @@ struct RowState {
   alignas(64) float mean[kRowTile];
   alignas(64) float inverse_peak[kRowTile];
   alignas(64) float flat[kRowTile];  // 1 where the row is flat
+  bool done[kRowTile];               // the row is written, and finite
   double normalizer[kRowTile];
+  double rounded_sum[kRowTile];  // of the weights as rounded for products of pairs: what the output is divided by
   double weight_sum[kRowTile];
   double response[kRowTile];
 };
 
-// Softmax: a larger maximum rescales what the row has gathered.
-[[maybe_unused]] static void raise_shift(RowState& state, const float* tile_largest, int64_t padded_width) {
+// Softmax weights are taken relative to a shift that may lag behind the row's largest score by this much: weights of up
+// to e^5.5 = 245 lose nothing, and after its first keys a row is hardly ever rescaled.
+constexpr float kShiftSlack = 5.5f;
+
+// Softmax: a much larger maximum rescales what the row has gathered.
+[[maybe_unused]] static void raise_shift(RowState& state, const float* tile_largest, int64_t padded_width, bool pairs) {
+  alignas(64) float decays[kRowTile];
+  bool any = false;
   for (int lane = 0; lane < state.rows.lanes; ++lane) {
     const float before = state.shift[lane];
-    const float after = tile_largest[lane] > before ? tile_largest[lane] : before;
-    if (after == before) continue;
+    const float after = tile_largest[lane];
+    decays[lane] = 1.0f;
+    if (!(after > before + kShiftSlack)) continue;
     const float decay = std::exp(before - after);
+    decays[lane] = decay;
+    any = true;
     state.shift[lane] = after;
     state.normalizer[lane] *= decay;
+    state.rounded_sum[lane] *= decay;
     state.chunk_decay[lane] *= decay;
-    scale_row(state.chunk_values + lane * padded_width, decay, padded_width);
+    if (!pairs) scale_row(state.chunk_values + lane * padded_width, decay, padded_width);
   }
+  if (!pairs || !any) return;
+  for (int64_t column = 0; column < padded_width; ++column)
+    for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
+      float* entry = state.chunk_values + column * state.rows.lanes + lane;
+      store(entry, Vec::load(entry) * Vec::load(decays + lane));
+    }
 }
 
 // Scores to weights, in place; adds the tile's row sums to the normaliser.

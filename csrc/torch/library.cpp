@@ -80,7 +80,7 @@ SIGHTLINE_EXPORT const char* sightline_isa_error() {
   return message.c_str();
 }
 
-// Instruction sets of this machine, narrowest first, separated by commas.
+// Instruction sets of this machine, slowest first, separated by commas.
 SIGHTLINE_EXPORT const char* sightline_available_isas() {
   static const std::string names = [] {
     const sightline::KernelTable* tables[8];

@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from sightline.cli import main
+from sightline.cli import bench, main
+from sightline.cli.bench_settings import RequestedBench
+from sightline.cli.corpus import Corpus
 
 SMALL = ("--layers", "1", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--threads", "1", "--device", "cpu")
 ROWS = ["eager", "sdpa", "softmax", "lssa", "lssar"]
@@ -57,6 +60,55 @@ def test_small_run_measures_every_row_and_draws_it(sightline, tmp_path):
     assert (tmp_path / "found/here/bench.png").read_bytes().startswith(b"\x89PNG")
     for words in ("32 tokens", "96 tokens", "torch SDPA", "sightline LSSAR", "x SDPA", "bench.json"):
         assert words in result.stdout
+
+
+def test_decoding_is_measured_apart_from_prefill_and_drawn(sightline, tmp_path):
+    arguments = ("--lengths", "48,96", "--repetitions", "2", "--decode", "3", "--feed-forward", "40")
+    result = sightline("bench", *SMALL, *arguments)
+    assert result.returncode == 0, result.stderr
+    document = load(tmp_path / "sightline-bench")
+    assert document["model"]["decode_steps"] == 3
+    assert document["model"]["feed_forward"] == 40
+    for found in document["results"]:
+        assert found["status"] == "measured"
+        rate, seconds = (found["decode"][name]["median"] for name in ("tokens_per_second", "seconds_per_token"))
+        assert rate == pytest.approx(1 / seconds, rel=0.5)
+        assert rate > 0
+    assert "decode, tokens/s" in result.stdout
+    assert (tmp_path / "sightline-bench/bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_defaults_follow_the_device():
+    request = RequestedBench({"device": "auto", "output": Path("x")})
+    on_cpu, on_gpu = request.on("cpu"), request.on("cuda")
+    assert (on_cpu.lengths[0], on_cpu.lengths[-1]) == (1024, 16384)
+    assert (on_cpu.shape.feed_forward, on_cpu.decode_steps, on_cpu.dtype) == (0, 0, "float32")
+    assert (on_gpu.lengths[0], on_gpu.lengths[-1]) == (4096, 2**20)
+    assert on_gpu.shape.feed_forward > 0
+    assert on_gpu.decode_steps > 0
+    given = RequestedBench({"device": "auto", "output": Path("x"), "heads": 6, "kv_heads": 3, "lengths": (7,)})
+    assert given.on("cuda").shape.heads == 6
+    assert given.on("cuda").lengths == (7,)
+
+
+def test_a_device_that_runs_out_of_memory_ends_its_row_and_not_the_run(monkeypatch):
+    settings = RequestedBench(
+        {"device": "cpu", "output": Path("x"), "lengths": (32, 64, 128), "heads": 2, "kv_heads": 1, "head_dim": 8}
+    ).on("cpu")
+    benchmark = bench._Benchmark(settings, Corpus("here", b"some text"), torch.device("cpu"))
+
+    def measure_memory(measurement, context):
+        if measurement.row == "lssa" and len(context) >= 64:
+            raise torch.OutOfMemoryError("no room")
+        return 0.001
+
+    monkeypatch.setattr(benchmark, "_measure_memory", measure_memory)
+    benchmark.run()
+    statuses = {key: found.status for key, found in benchmark.measurements.items()}
+    assert statuses[32, "lssa"] == "measured"
+    assert statuses[64, "lssa"] == statuses[128, "lssa"] == "skipped"
+    assert "memory: already ended at 64 tokens" in benchmark.measurements[128, "lssa"].skipped
+    assert statuses[128, "softmax"] == "measured"
 
 
 def test_progress_is_one_line_per_step_without_a_terminal(sightline):

@@ -13,7 +13,7 @@ from sightline.cli import limits
 from sightline.cli.bench_settings import StackShape, byte_size
 from sightline.cli.measure import Spread, attention_flops, interleave, repetitions_within
 from sightline.cli.peak_memory import MeasurementError, measure_peak
-from sightline.cli.stack import AttentionStack, attention_rows, eager_attention, sdpa_attention, token_tensor
+from sightline.cli.stack import AttentionStack, Cache, attention_rows, eager_attention, sdpa_attention, token_tensor
 
 MEBIBYTE = 2**20
 
@@ -135,3 +135,28 @@ def test_stack_is_causal_and_ends_at_the_same_states_for_exact_rows():
     changed[-1] = 0
     assert torch.allclose(stack.forward(changed, sdpa_attention)[:, :-1], states[:, :-1], atol=1e-5)
     assert not torch.allclose(stack.forward(tokens.flip(0), sdpa_attention), states.flip(1), atol=1e-2)
+
+
+@pytest.mark.parametrize("row", ["eager", "sdpa", "softmax", "lssa", "lssar"])
+@torch.inference_mode()
+def test_decoding_over_the_cache_continues_what_a_whole_pass_computes(row):
+    stack = AttentionStack(StackShape(2, 4, 2, 8, 48), torch.float32, torch.device("cpu"))
+    attention = attention_rows()[row]
+    tokens = token_tensor(b"attention over real text", torch.device("cpu"))
+    whole = stack.forward(tokens, attention)
+    cache = Cache(stack.shape, len(tokens), torch.float32, torch.device("cpu"))
+    parts = [stack.forward(tokens[:17], attention, cache)]
+    parts += [stack.forward(token[None], attention, cache) for token in tokens[17:]]
+    assert cache.length == len(tokens)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_feed_forward_part_changes_the_states_and_nothing_before_it():
+    tokens = token_tensor(b"attention", torch.device("cpu"))
+    without, with_it = (
+        AttentionStack(StackShape(1, 2, 1, 8, width), torch.float32, tokens.device) for width in (0, 24)
+    )
+    assert torch.equal(without.layers[0][0], with_it.layers[0][0])
+    states = without.forward(tokens, sdpa_attention)
+    assert not torch.allclose(with_it.forward(tokens, sdpa_attention), states, atol=1e-2)

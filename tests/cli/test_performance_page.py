@@ -65,10 +65,39 @@ def test_page_shows_every_row_of_a_bench_run_skipped_ones_with_their_reason(page
     assert measured["command"] in text
 
 
-def test_page_without_gpu_results_says_so(page, measured):
-    assert "Unmeasured" in page.render([measured])
-    on_a_gpu = measured | {"device": measured["device"] | {"kind": "cuda"}}
-    assert "Unmeasured" not in page.render([on_a_gpu])
+def test_page_without_gpu_results_says_so_and_leaves_every_target_open(page, measured):
+    text = page.render([measured])
+    assert "Unmeasured" in text
+    assert text.count(f"| {page.summary.UNMEASURED} |") == len(page.summary.TARGETS)
+
+
+def test_page_shows_a_gpu_check(page, measured):
+    results = {
+        "sdpa-flash": {"seconds": {"median": 1e-3}, "tflops": 400.0},
+        "softmax": {"seconds": {"median": 2e-3}, "tflops": 200.0},
+        "sdpa-cudnn": {"error": "no kernel for this"},
+    }
+    case = {"label": "a case", "direction": "forward", "dtype": "bfloat16", "head_dim": 128, "length": 4096}
+    checked = measured | {
+        "schema": page.summary.SCHEMA,
+        "device": measured["device"] | {"kind": "cuda", "name": "Test GPU"},
+        "steps": {"bench/one": {"status": "passed"}, "sanitize/racecheck": {"status": "cut off"}},
+        "findings": {
+            "tests": {"a": {"outcome": "passed"}, "b": {"outcome": "failed"}},
+            "peaks": {"bfloat16": {"tflops": 800.0}, "copy": {"gigabytes_per_second": 4000.0}},
+            "skips": {"clustered keys": {"skipped_share": 0.625, "gain": 1.25, "seconds": {}}},
+            "cases": {"one: a case": case | {"results": results}},
+        },
+    }
+    text = page.render([checked])
+    assert "Unmeasured" not in text
+    assert "## GPU check on Test GPU" in text
+    assert "| a case | softmax | 2 | 0.50 | 200 TFLOP/s | 25% |" in text
+    assert "left out: no kernel for this" in text
+    assert "0.50 (softmax, a case) | no |" in text
+    assert "1 passed, 1 failed" in text
+    assert "| clustered keys | 62% | 1.25 |" in text
+    assert "sanitize/racecheck: cut off" in text
 
 
 def test_unknown_schema_is_refused(page):

@@ -29,8 +29,8 @@ VISIBILITIES: dict[str, dict[str, Any]] = {
 every_visibility = pytest.mark.parametrize(
     "visibility", ["all", pytest.param("causal", marks=pytest.mark.isa), "window", "masked"]
 )
-# Another order of summation in 16 bits; contamination would be far larger.
-CLOSE = {"rtol": 1e-2, "atol": 1e-3}
+# Another order of summation in 16 bits, or weights that are not rounded to them; contamination would be far larger.
+CLOSE = {"rtol": 1e-2, "atol": 2e-2}
 
 
 def seen(visibility: str) -> Tensor:

@@ -21,6 +21,8 @@ CASES = [
     (80, "lssa", "bf16", 64),
     (80, "lssar", "bf16", 256),
     (80, "softmax", "fp32", 64),
+    (86, "lssar", "bf16", 128),
+    (120, "softmax", "bf16", 128),
 ]
 
 
@@ -32,6 +34,7 @@ def test_kernels_compile_without_spills(arch: int, weighting: str, dtype: str, w
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
-    # softmax counts no keys, and re-weighting alone measures a split before it attends to it
-    expected = {"softmax": 7, "lssa": 8, "lssar": 9}
+    # softmax counts no keys, and re-weighting alone measures a split before it attends to it,
+    # and has a forward of its own where nothing is saved.
+    expected = {"softmax": 7, "lssa": 8, "lssar": 10}
     assert result.stdout.count("kernel=") == expected[weighting]

@@ -1,4 +1,7 @@
-"""The `sightline` command: `sightline info` says what runs here and why, `sightline bench` how fast it is."""
+"""The `sightline` command: `sightline info` says what runs here and why, `sightline bench` how fast it is.
+
+`sightline demo` shows attention swapped inside transformers models.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sightline.cli import bench_settings
+from sightline.cli import bench_settings, demo_settings
 from sightline.cli.environment import installed_version
 
 __all__ = ["main"]
@@ -43,6 +46,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     bench_settings.add_arguments(bench)
+
+    demo = commands.add_parser(
+        "demo",
+        help="attention swapped inside transformers models: the same embeddings, and throughput of a whole model",
+        description="Embed real passages with a trained sentence model before and after swapping its attention, then "
+        "run a whole language model with each attention: prefill and decoding, tokens per second, ratio to torch SDPA.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo_settings.add_arguments(demo)
     return parser
 
 
@@ -71,9 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             from sightline.cli import info
 
             return info.run(as_json=parsed.json)
+        if parsed.command == "demo":
+            from sightline.cli import demo
+
+            return demo.run(demo_settings.settings_from(parsed), command=["sightline", *arguments])
         from sightline.cli import bench
 
-        return bench.run(bench_settings.settings_from(parsed), command=["sightline", *arguments])
+        return bench.run(bench_settings.request_from(parsed), command=["sightline", *arguments])
     except bench_settings.WrongArgumentError as error:
         print(f"sightline {parsed.command}: error: {error}", file=sys.stderr)
         raise SystemExit(WRONG_INPUT) from None

@@ -18,7 +18,7 @@ import torch
 
 from sightline import ops
 from sightline.cli import environment, limits, report
-from sightline.cli.bench_settings import BenchSettings, WrongArgumentError
+from sightline.cli.bench_settings import BenchSettings, RequestedBench, WrongArgumentError
 from sightline.cli.corpus import VOCABULARY, Corpus, read_corpus
 from sightline.cli.measure import interleave, matmul_peak, matmul_size, repetitions_within
 from sightline.cli.peak_memory import MeasurementError, describe_error, measure_peak
@@ -29,15 +29,14 @@ from sightline.cli.stack import (
     ROW_LABELS,
     SEED,
     AttentionStack,
-    RunTime,
-    StackForward,
     attention_rows,
-    gpu_peak,
-    timed_forward,
     token_tensor,
 )
+from sightline.cli.timed_run import RunTime, StackForward, gpu_peak, timed_run
 
-_MEMORY_SHARE = 0.6  # of the available memory: an estimate must not be what brings a machine to swapping
+# Of the available memory: an estimate must not be what brings a machine to swapping. A GPU does not swap: there a row
+# may try, and memory ends where an allocation fails.
+_MEMORY_SHARE = {"cpu": 0.6, "cuda": 1.0}
 _WARM_UP_BELOW = 1.0  # seconds; longer runs outweigh what a warm-up would change
 _GPU_METHOD = "torch.cuda.max_memory_allocated"
 
@@ -82,6 +81,9 @@ class _Benchmark:
         if measurement.skipped is None:
             try:
                 seconds = self._measure_memory(measurement, context)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                measurement.skipped = f"memory: {length:,} tokens do not fit into that of the device"
             except (MeasurementError, RuntimeError) as error:
                 measurement.failed = str(error) if isinstance(error, MeasurementError) else describe_error(error)
             else:
@@ -96,15 +98,20 @@ class _Benchmark:
         settings = self.settings
         limit = settings.memory_limit
         if limit is None and (available := environment.available_memory(self.device)) is not None:
-            limit = int(_MEMORY_SHARE * available)
+            limit = int(_MEMORY_SHARE[self.device.type] * available)
         need = limits.expected_memory(
-            settings.shape, length, self.dtype.itemsize, materialises=row in self.materialising
+            settings.shape,
+            length,
+            self.dtype.itemsize,
+            materialises=row in self.materialising,
+            decode_steps=settings.decode_steps,
         )
         if reason := limits.memory_reason(need, limit):
-            return reason + (
-                " (60 % of the available memory)" if settings.memory_limit is None else " (--memory-limit)"
-            )
+            share = f" ({_MEMORY_SHARE[self.device.type]:.0%} of the available memory)"
+            return reason + (share if settings.memory_limit is None else " (--memory-limit)")
         shorter = [found for (tokens, name), found in self.measurements.items() if name == row and tokens < length]
+        if full := next((found for found in shorter if found.skipped and found.skipped.startswith("memory")), None):
+            return f"memory: already ended at {full.tokens:,} tokens"
         measured = [found for found in shorter if found.samples]
         if measured:
             expected = limits.expected_seconds(measured[-1].tokens, measured[-1].median_seconds(), length)
@@ -116,18 +123,20 @@ class _Benchmark:
         settings, row = self.settings, measurement.row
         if self.device.type == "cuda":
             tokens = token_tensor(context, self.device)
-            measurement.peak_bytes = gpu_peak(self.stack, tokens, self.attention[row])
+            measurement.peak_bytes, run = gpu_peak(self.stack, tokens, self.attention[row], settings.decode_steps)
             measurement.memory_method = _GPU_METHOD
-            return timed_forward(self.stack, tokens, self.attention[row]).total
-        peak = measure_peak(StackForward(settings.shape, row, context, settings.dtype, torch.get_num_threads()))
+            return run.total + run.decode
+        threads = torch.get_num_threads()
+        forward = StackForward(settings.shape, row, context, settings.dtype, threads, settings.decode_steps)
+        peak = measure_peak(forward)
         measurement.peak_bytes, measurement.memory_method = peak.extra_bytes, peak.method
-        return peak.seconds * settings.shape.layers
+        return peak.seconds * settings.shape.layers / forward.measured_layers
 
     def _take_turns(self, context: bytes, expected: dict[str, float]) -> None:
         settings, length = self.settings, len(context)
         tokens = token_tensor(context, self.device)
         runs: dict[str, Callable[[], RunTime]] = {
-            row: partial(timed_forward, self.stack, tokens, self.attention[row]) for row in expected
+            row: partial(timed_run, self.stack, tokens, self.attention[row], settings.decode_steps) for row in expected
         }
         warm_up = {row: 1 for row, seconds in expected.items() if seconds < _WARM_UP_BELOW}
         repetitions = {
@@ -152,7 +161,7 @@ class _Benchmark:
             self.progress.advance(length**2 / repetitions[row])
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -164,11 +173,11 @@ def _choose_device(name: str) -> torch.device:
     return device
 
 
-def run(settings: BenchSettings, command: Sequence[str]) -> int:
+def run(request: RequestedBench, command: Sequence[str]) -> int:
     """Run the benchmark, print the table, write `bench.json` and `bench.png`.
 
     Args:
-        settings: what to measure.
+        request: what to measure; what it leaves open follows from the device.
         command: the command line, for the record.
 
     Returns:
@@ -176,10 +185,11 @@ def run(settings: BenchSettings, command: Sequence[str]) -> int:
         what was measured until then is written all the same.
 
     Raises:
-        WrongArgumentError: the device is not there, the text is empty or cannot be read, or SIGHTLINE_BACKEND names a
-            backend that cannot run here.
+        WrongArgumentError: the device is not there, heads do not divide, D is odd, the text is empty or cannot be read,
+            or SIGHTLINE_BACKEND names a backend that cannot run here.
     """
-    device = _choose_device(settings.device)
+    device = choose_device(request.given["device"])
+    settings = request.on(device.type)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     try:
@@ -225,8 +235,9 @@ def _heading(benchmark: _Benchmark) -> str:
     described = environment.describe_device(benchmark.device)
     instruction_set = environment.instruction_sets()["chosen"]
     lines = [
-        f"{shape.layers} attention layer{'s' * (shape.layers > 1)} of width {shape.width}, "
-        f"{shape.heads} query heads on {shape.kv_heads} key heads, D = {shape.head_dim}, {settings.dtype}, inference",
+        f"{shape.layers} {'' if shape.feed_forward else 'attention '}layer{'s' * (shape.layers > 1)} of width "
+        f"{shape.width}, {shape.heads} query heads on {shape.kv_heads} key heads, D = {shape.head_dim}, "
+        f"{f'feed-forward width {shape.feed_forward}, ' if shape.feed_forward else ''}{settings.dtype}, inference",
         f"{described['name']}, {described['threads']} threads",
         f"sightline backend: {benchmark.backend}, instruction set: {instruction_set or 'none'}",
         f"text: {corpus.source}, one byte is one token",
@@ -246,6 +257,8 @@ def _document(benchmark: _Benchmark, command: Sequence[str], *, interrupted: boo
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
+        "feed_forward": shape.feed_forward,
+        "decode_steps": settings.decode_steps,
         "vocabulary": VOCABULARY,
         "weights": f"random, seed {SEED}",
     }
@@ -270,7 +283,9 @@ def _document(benchmark: _Benchmark, command: Sequence[str], *, interrupted: boo
         },
         "methods": {
             "seconds": "wall clock of one forward pass under inference mode, rows taking turns",
-            "peak_extra_bytes": "above the state before the pass, of one layer: each layer frees its buffers",
+            "decode": "greedy decoding, one token at a time over the cache of the forward pass before it, timed apart",
+            "peak_extra_bytes": "above the state before the pass and its decoding; without caches that of one layer, "
+            "for each layer frees its buffers",
             "attention_gflops": "two products over the visible pairs for every row, by the time inside attention",
             "ratio_to_sdpa": "median time of torch SDPA over median time of the row: above 1 is faster",
         },

@@ -1,6 +1,7 @@
 """Arguments of `sightline bench`: their definition, their checks, and the settings that come out of them.
 
-Nothing here imports torch, so that wrong input is refused at once; only the choice of device has to ask it.
+Nothing here imports torch, so that wrong input is refused at once. What depends on the device is left open until torch
+has been asked for one: `BenchSettings.on`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import argparse
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_LENGTHS = (1024, 2048, 4096, 8192, 16384)
+GPU_LENGTHS = tuple(1024 << step for step in range(2, 11))  # 4K to 1M
 QUICK_LENGTHS = (128, 256, 512)
 
 _UNIT_PREFIXES = " KMGT"
@@ -25,17 +28,38 @@ class WrongArgumentError(ValueError):
 
 @dataclass(frozen=True)
 class StackShape:
-    """Shape of the stack of attention layers: H query heads of width D on Hk key heads, model width H * D."""
+    """Shape of the model: layers of H query heads of width D on Hk key heads, model width H * D.
+
+    `feed_forward`: width of the hidden units of the gated feed-forward part of a layer; 0 leaves it out.
+    """
 
     layers: int = 2
     heads: int = 8
     kv_heads: int = 4
     head_dim: int = 64
+    feed_forward: int = 0
 
     @property
     def width(self) -> int:
         """Width of the residual stream, H * D."""
         return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class DeviceDefaults:
+    """What is measured where nothing is said: on the CPU attention alone, on a GPU a whole model and its decoding."""
+
+    lengths: tuple[int, ...]
+    shape: StackShape
+    dtype: str
+    time_limit: float
+    decode_steps: int
+
+
+DEFAULTS = {
+    "cpu": DeviceDefaults(DEFAULT_LENGTHS, StackShape(), DTYPES[0], 10.0, 0),
+    "cuda": DeviceDefaults(GPU_LENGTHS, StackShape(2, 16, 4, 128, 5632), DTYPES[1], 45.0, 64),
+}
 
 
 @dataclass(frozen=True)
@@ -53,9 +77,51 @@ class BenchSettings:
     text: Path | None
     output: Path
     quick: bool
+    decode_steps: int
 
 
-def _positive_integer(text: str) -> int:
+@dataclass(frozen=True)
+class RequestedBench:
+    """What the command line says; the rest follows from the kind of device."""
+
+    given: dict[str, Any]
+
+    def on(self, device_kind: str) -> BenchSettings:
+        """The settings on a device of kind "cpu" or "cuda".
+
+        Raises:
+            WrongArgumentError: heads that do not divide, an odd D.
+        """
+        given, defaults = self.given, DEFAULTS[device_kind]
+        quick = given.get("quick", False)
+        shape = {field.name: given.get(field.name, getattr(defaults.shape, field.name)) for field in fields(StackShape)}
+        if quick and "layers" not in given:
+            shape["layers"] = 1
+        if shape["heads"] % shape["kv_heads"]:
+            raise WrongArgumentError(
+                f"argument --heads: expected a multiple of --kv-heads {shape['kv_heads']}, got {shape['heads']}"
+            )
+        if shape["head_dim"] % 2:
+            raise WrongArgumentError(
+                f"argument --head-dim: expected an even width (rotary embedding turns pairs), got {shape['head_dim']}"
+            )
+        return BenchSettings(
+            lengths=given.get("lengths", QUICK_LENGTHS if quick else defaults.lengths),
+            shape=StackShape(**shape),
+            dtype=given.get("dtype", defaults.dtype),
+            device=given["device"],
+            threads=given.get("threads"),
+            repetitions=given.get("repetitions", 2 if quick else 5),
+            time_limit=given.get("time_limit", defaults.time_limit),
+            memory_limit=given.get("memory_limit"),
+            text=given.get("text"),
+            output=given["output"],
+            quick=quick,
+            decode_steps=given.get("decode", defaults.decode_steps),
+        )
+
+
+def positive_integer(text: str) -> int:
     try:
         number = int(text)
     except ValueError:
@@ -65,7 +131,11 @@ def _positive_integer(text: str) -> int:
     return number
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _count(text: str) -> int:
+    return 0 if text == "0" else positive_integer(text)
+
+
+def context_lengths(text: str) -> tuple[int, ...]:
     expected = "expected whole numbers of at least 1 separated by commas, as in 1024,4096"
     try:
         lengths = [int(part) for part in text.split(",")]
@@ -76,7 +146,7 @@ def _lengths(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(lengths)))
 
 
-def _seconds(text: str) -> float:
+def positive_seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
@@ -86,13 +156,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _dtype(text: str) -> str:
+def dtype_name(text: str) -> str:
     if text not in DTYPES:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(DTYPES)}, got {text!r}")
     return text
 
 
-def _device(text: str) -> str:
+def device_name(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:INDEX, got {text!r}")
     return text
@@ -127,23 +197,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     Defaults that depend on `--quick` or on the machine are absent from the parsed arguments unless given.
     """
-    shape = StackShape()
-    lengths = ",".join(map(str, DEFAULT_LENGTHS))
-    whole, decided_later = _positive_integer, argparse.SUPPRESS
+    cpu, gpu = DEFAULTS["cpu"], DEFAULTS["cuda"]
+    whole, decided_later = positive_integer, argparse.SUPPRESS
 
     def add(name: str, convert: Callable[[str], object], metavar: str, default: object, text: str) -> None:
         parser.add_argument(name, type=convert, metavar=metavar, default=default, help=text)
 
-    add("--lengths", _lengths, "N,N,...", decided_later, f"context lengths in tokens (default: {lengths})")
-    add("--layers", whole, "L", decided_later, f"attention layers (default: {shape.layers})")
-    add("--heads", whole, "H", shape.heads, "query heads")
-    add("--kv-heads", whole, "HK", shape.kv_heads, "key/value heads, of which H is a multiple")
-    add("--head-dim", whole, "D", shape.head_dim, "width of a head, even for the rotary embedding")
-    add("--dtype", _dtype, "DTYPE", DTYPES[0], ", ".join(DTYPES))
-    add("--device", _device, "DEVICE", "auto", "auto (cuda when there is one), cpu, cuda or cuda:INDEX")
+    def by_device(name: str, convert: Callable[[str], object], metavar: str, text: str, on: Callable[..., Any]) -> None:
+        add(name, convert, metavar, decided_later, f"{text} (default: {on(cpu)}, on a GPU {on(gpu)})")
+
+    lengths = "context lengths in tokens"
+    by_device("--lengths", context_lengths, "N,N,...", lengths, lambda d: ",".join(map(str, d.lengths)))
+    by_device("--layers", whole, "L", "layers", lambda d: d.shape.layers)
+    by_device("--heads", whole, "H", "query heads", lambda d: d.shape.heads)
+    by_device("--kv-heads", whole, "HK", "key/value heads, of which H is a multiple", lambda d: d.shape.kv_heads)
+    by_device("--head-dim", whole, "D", "width of a head, even for the rotary embedding", lambda d: d.shape.head_dim)
+    by_device(
+        "--feed-forward", _count, "F", "hidden units of each layer's feed-forward part", lambda d: d.shape.feed_forward
+    )
+    by_device("--dtype", dtype_name, "DTYPE", ", ".join(DTYPES), lambda d: d.dtype)
+    by_device("--decode", _count, "STEPS", "tokens generated after each context, timed apart", lambda d: d.decode_steps)
+    add("--device", device_name, "DEVICE", "auto", "auto (cuda when there is one), cpu, cuda or cuda:INDEX")
     add("--threads", whole, "T", decided_later, "CPU threads (default: torch's choice)")
     add("--repetitions", whole, "R", decided_later, "rounds at each length, fewer within --time-limit (default: 5)")
-    add("--time-limit", _seconds, "SECONDS", 10.0, "for one row at one length; where one run needs more, it is skipped")
+    limit = "for one row at one length; where one run needs more, it is skipped"
+    by_device("--time-limit", positive_seconds, "SECONDS", limit, lambda d: d.time_limit)
     add(
         "--memory-limit",
         byte_size,
@@ -167,45 +245,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings_from(arguments: argparse.Namespace) -> BenchSettings:
-    """Check what single arguments cannot check by themselves and build the settings.
+def request_from(arguments: argparse.Namespace) -> RequestedBench:
+    """Check what single arguments cannot check by themselves.
 
     Creates the output directory: a run of minutes must not end at a directory that cannot be written.
 
     Raises:
-        WrongArgumentError: heads do not divide, D is odd, the text cannot be read, or the output not be written.
+        WrongArgumentError: the text cannot be read, or the output not be written.
     """
     given = vars(arguments)
-    quick = given.get("quick", False)
-    if given["heads"] % given["kv_heads"]:
-        raise WrongArgumentError(
-            f"argument --heads: expected a multiple of --kv-heads {given['kv_heads']}, got {given['heads']}"
-        )
-    if given["head_dim"] % 2:
-        raise WrongArgumentError(
-            f"argument --head-dim: expected an even width (rotary embedding turns pairs), got {given['head_dim']}"
-        )
-    text = given.get("text")
-    if text is not None:
-        _check_text(text)
-    _check_output(given["output"])
-    layers = given.get("layers", 1 if quick else StackShape.layers)
-    return BenchSettings(
-        lengths=given.get("lengths", QUICK_LENGTHS if quick else DEFAULT_LENGTHS),
-        shape=StackShape(layers, given["heads"], given["kv_heads"], given["head_dim"]),
-        dtype=given["dtype"],
-        device=given["device"],
-        threads=given.get("threads"),
-        repetitions=given.get("repetitions", 2 if quick else 5),
-        time_limit=given["time_limit"],
-        memory_limit=given.get("memory_limit"),
-        text=text,
-        output=given["output"],
-        quick=quick,
-    )
+    if "text" in given:
+        check_text(given["text"])
+    check_output(given["output"])
+    return RequestedBench(given)
 
 
-def _check_text(path: Path) -> None:
+def check_text(path: Path) -> None:
     try:
         with path.open("rb") as file:
             empty = not file.read(1)
@@ -215,7 +270,7 @@ def _check_text(path: Path) -> None:
         raise WrongArgumentError(f"argument --text: expected text, but {path} is empty")
 
 
-def _check_output(directory: Path) -> None:
+def check_output(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):

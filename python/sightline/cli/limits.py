@@ -8,8 +8,10 @@ _FP32_BYTES = 4
 _STREAM_TENSORS = 10  # tensors as wide as the model alive at once inside one layer, measured at about 8
 
 
-def expected_memory(shape: StackShape, tokens: int, item_bytes: int, *, materialises: bool) -> int:
-    """Expected peak extra memory of one forward pass in bytes.
+def expected_memory(
+    shape: StackShape, tokens: int, item_bytes: int, *, materialises: bool, decode_steps: int = 0
+) -> int:
+    """Expected peak extra memory of one run in bytes.
 
     Args:
         shape: the stack.
@@ -17,12 +19,15 @@ def expected_memory(shape: StackShape, tokens: int, item_bytes: int, *, material
         item_bytes: size of one element of the stack's dtype.
         materialises: the row holds scores and weights of all N x N pairs and H heads: scores in the dtype, fp32
             weights (rounded to the dtype once more when it is narrower), and the boolean mask.
+        decode_steps: tokens generated after the context; where there are any, every layer keeps its keys and values.
 
     Example:
         >>> expected_memory(StackShape(), 16384, 4, materialises=True) // 2**30
         16
     """
-    stream = _STREAM_TENSORS * tokens * shape.width * item_bytes
+    stream = max(_STREAM_TENSORS * shape.width, 4 * shape.width + 4 * shape.feed_forward) * tokens * item_bytes
+    if decode_steps:
+        stream += 2 * shape.layers * shape.kv_heads * shape.head_dim * (tokens + decode_steps) * item_bytes
     if not materialises:
         return stream
     rounded = item_bytes if item_bytes < _FP32_BYTES else 0

@@ -19,7 +19,8 @@ _STYLES = {
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Draw the measured rows of a benchmark document as a PNG: tokens per second (median, p10 to p90) and peak memory.
+    """Draw the measured rows of a benchmark document as a PNG: tokens per second (median, p10 to p90) and peak memory,
+    and where there is decoding its tokens per second apart.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -28,16 +29,22 @@ def draw(document: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    decoded = [result for result in document["results"] if "decode" in result]
+    figure = Figure(figsize=(16 if decoded else 11, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    speed, memory = figure.subplots(1, 2)
+    speed, memory, *more = figure.subplots(1, 3 if decoded else 2)
     for row, (color, marker, size) in _STYLES.items():
         measured = [result for result in document["results"] if result["row"] == row and result["status"] == "measured"]
         style = {"color": color, "marker": marker, "markersize": size, "linewidth": 1.6}
-        if measured:
-            rates = [result["tokens_per_second"] for result in measured]
-            speed.errorbar(
-                [result["tokens"] for result in measured],
+        parts = [(speed, measured, [result["tokens_per_second"] for result in measured])]
+        for axes in more:
+            kept = [result for result in decoded if result["row"] == row]
+            parts.append((axes, kept, [result["decode"]["tokens_per_second"] for result in kept]))
+        for axes, shown, rates in parts:
+            if not shown:
+                continue
+            axes.errorbar(
+                [result["tokens"] for result in shown],
                 [rate["median"] for rate in rates],
                 yerr=[
                     [rate["median"] - rate["p10"] for rate in rates],
@@ -56,7 +63,9 @@ def draw(document: dict[str, Any], path: Path) -> None:
                 **style,
             )
     lengths = sorted({result["tokens"] for result in document["results"]})
-    for axes, title in ((speed, "tokens per second"), (memory, "peak extra memory, MiB")):
+    titles = [(speed, "prefill, tokens per second" if decoded else "tokens per second")]
+    titles += [(memory, "peak extra memory, MiB"), *((axes, "decoding, tokens per second") for axes in more)]
+    for axes, title in titles:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 and n % 1024 == 0 else str(n) for n in lengths])

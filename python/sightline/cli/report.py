@@ -10,7 +10,8 @@ from typing import Any
 
 from sightline.cli.limits import format_bytes
 from sightline.cli.measure import Spread, attention_flops
-from sightline.cli.stack import ROW_LABELS, RunTime
+from sightline.cli.stack import ROW_LABELS
+from sightline.cli.timed_run import RunTime
 
 SCHEMA = "sightline-bench/1"
 BASELINE = "sdpa"
@@ -53,7 +54,7 @@ def record(
     Args:
         measurement: the row.
         baseline: torch SDPA at the same length.
-        model: the `model` entry of the document.
+        model: the `model` entry of the document, with the number of decoding steps.
         peak_gflops: the machine's matrix-product rate.
     """
     result: dict[str, Any] = {
@@ -72,6 +73,13 @@ def record(
     flops = model["layers"] * attention_flops(model["heads"], measurement.tokens, model["head_dim"], model["head_dim"])
     gflops = flops / attention.median / 1e9
     compared = baseline.status == "measured"
+    if model.get("decode_steps"):
+        steps = model["decode_steps"]
+        result["decode"] = {
+            "steps": steps,
+            "seconds_per_token": asdict(Spread.of([sample.decode / steps for sample in measurement.samples])),
+            "tokens_per_second": asdict(Spread.of([steps / sample.decode for sample in measurement.samples])),
+        }
     return result | {
         "repetitions": len(times),
         "seconds": asdict(Spread.of(times)),
@@ -91,11 +99,13 @@ def write_json(document: dict[str, Any], path: Path) -> None:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The results as text, one block per context length."""
     lines: list[str] = []
+    decoding = f"{'decode, tokens/s':>18}" if any("decode" in result for result in results) else ""
     for tokens in sorted({result["tokens"] for result in results}):
         block = [result for result in results if result["tokens"] == tokens]
         lines += ["", f"{tokens:,} tokens"]
         lines.append(
             f"  {'':<18}{'tokens/s':>12}{'p10 - p90':>21}{'x SDPA':>9}{'peak memory':>14}{'GFLOP/s':>10}{'of peak':>9}"
+            + decoding
         )
         lines += [_table_row(result) for result in block]
     return "\n".join(lines)
@@ -114,4 +124,5 @@ def _table_row(result: dict[str, Any]) -> str:
         f"{'-' if ratio is None else f'{ratio:.2f}':>9}"
         f"{'-' if peak is None else format_bytes(peak):>14}"
         f"{result['attention_gflops']:>10,.0f}{'-' if share is None else f'{share:.0%}':>9}"
+        + (f"{result['decode']['tokens_per_second']['median']:>18,.1f}" if "decode" in result else "")
     )

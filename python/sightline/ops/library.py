@@ -54,12 +54,12 @@ def native_library() -> NativeLibrary:
 
 
 def isa_name() -> str | None:
-    """The instruction set that the CPU kernels use: "generic", "avx2", "avx512" or "avx512_bf16"; None without them."""
+    """The instruction set of the CPU kernels: generic, avx2, avx512, avx512_bf16 or amx_bf16; None without them."""
     return native_library().text("sightline_isa_name")
 
 
 def available_isas() -> list[str]:
-    """The instruction sets that this machine can run, narrowest first; one of them can be named in SIGHTLINE_ISA."""
+    """The instruction sets that this machine can run, slowest first; one of them can be named in SIGHTLINE_ISA."""
     names = native_library().text("sightline_available_isas")
     return names.split(",") if names else []
 

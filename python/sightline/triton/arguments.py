@@ -209,6 +209,7 @@ def make_variant(query: Tensor, value: Tensor, options: Options) -> Variant:
         dropout=options.dropout_p > 0.0,
         packed_heads=False,
         saves=False,
+        skips=False,
         safe=False,
     )
 

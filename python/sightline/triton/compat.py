@@ -75,7 +75,34 @@ def launch_options(warps: int, stages: int = 1) -> dict[str, int]:
     return options
 
 
-def is_hopper_or_later() -> bool:
-    """Whether kernels are compiled for an NVIDIA GPU of compute capability 9.0 or more."""
+def has_hopper_memory() -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU whose blocks may use 227 KiB of shared memory.
+
+    Compute capabilities 9.0 to 11.0; later numbers are small chips again, with 99 KiB.
+    """
     target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
+    return target.backend == "cuda" and 90 <= target.arch < 120
+
+
+def target_name() -> str:
+    """What kernels are compiled for, as in "cuda-90"."""
+    target = triton.runtime.driver.active.get_current_target()
+    return f"{target.backend}-{target.arch}"
+
+
+def is_capturing() -> bool:
+    """Whether launches go into a CUDA graph, where nothing can be measured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def does_not_fit() -> tuple[type[BaseException], ...]:
+    """What Triton raises for a tile that a device has no room for, or that its compiler refuses."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    errors: tuple[type[BaseException], ...] = (OutOfResources, CompilationError)
+    try:
+        from triton.runtime.errors import PTXASError
+    except ImportError:
+        return errors
+    return (*errors, PTXASError)

@@ -70,7 +70,7 @@ def measure_split(problem, parts, units, variant: tl.constexpr):
     queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
     factors = row_factors(problem, variant, rows, queries)
     keys = keys_of_split(variant, parts, rows, split)
-    spread = measure_range(problem, variant, keys, rows, factors.factor, queries, start_spread(variant, rows))
+    spread = measure_range(problem, variant, keys, rows, factors.factor, queries, start_spread(variant, rows), None)
     target = parts.spreads + split.to(tl.int64) * 3 * parts.rows + rows.index
     tl.store(target, spread.shift, mask=rows.live)
     tl.store(target + parts.rows, spread.largest, mask=rows.live)
@@ -113,7 +113,7 @@ def attend_split(problem, parts, units, repairs, variant: tl.constexpr):
     if variant.reweight:
         peaks = find_peaks(problem, variant, factors.visible, merge_spreads(variant, parts, rows))
         sums = start_sharp_sums(variant, rows)
-        sums = sharpen_range(problem, variant, keys, rows, factors.factor, queries, peaks, sums)
+        sums = sharpen_range(problem, variant, keys, rows, factors.factor, queries, peaks, sums, None, 0)
         shift = peaks.shift
         total = sums.weight_sum
     else:

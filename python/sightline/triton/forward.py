@@ -6,7 +6,8 @@ ones fill the gaps. A program walks the key tiles that any of its rows sees (swe
 without masks.
 
 In registers: the queries, the weighted sum of values and row quantities; keys and values stream through shared memory.
-Softplus needs no running maximum. Re-weighting sweeps twice and keeps U beside the values when backward will need it.
+Softplus needs no running maximum. Re-weighting sweeps twice, the second time past the tiles whose weights do not count
+(skipping.py), and keeps U beside the values when backward will need it.
 
 A program whose result is not finite says so in `repairs`. A second launch, of the variant whose products skip zero
 weights (products.py), runs those programs again and all others return at once: in the first kernel such products
@@ -20,6 +21,7 @@ import triton.language as tl
 
 from sightline.triton.products import is_finite
 from sightline.triton.rows import load_rows, row_factors, set_up_rows, store_rows
+from sightline.triton.skipping import list_tiles
 from sightline.triton.sweeps import (
     attend_range,
     find_peaks,
@@ -34,22 +36,40 @@ from sightline.triton.weights import LOG_UNIT
 
 
 @triton.jit
-def attention_forward(problem, output, log_normalizer, saved, units, tiles, repairs, variant: tl.constexpr):
-    """output (B, H, M, Dv), log_normalizer (B, H, M) and, where the variant saves, the SavedRows."""
-    program = tl.program_id(0)
-    if variant.safe and tl.load(repairs + program) == 0:
+def attention_forward(
+    problem, output, log_normalizer, saved, units, tiles, scratch, first, repairs, variant: tl.constexpr
+):
+    """output (B, H, M, Dv), log_normalizer (B, H, M) and, where the variant saves, the SavedRows.
+
+    `first`: how many tiles earlier launches have done.
+    """
+    item = first + tl.program_id(0)
+    if variant.safe and tl.load(repairs + item) == 0:
         return
-    tile = tiles - 1 - program // units
-    rows = set_up_rows(problem, variant, program % units, tile)
+    rows = set_up_rows(problem, variant, item % units, tiles - 1 - item // units)
     queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
     factors = row_factors(problem, variant, rows, queries)
     keys = visible_range(variant, rows)
     if variant.reweight:
         spread = start_spread(variant, rows)
-        spread = measure_range(problem, variant, keys, rows, factors.factor, queries, spread)
-        peaks = find_peaks(problem, variant, factors.visible, spread)
+        if variant.skips:
+            place = tl.program_id(0).to(tl.int64) * scratch.tiles
+            maxima = scratch.maxima + place * variant.row_tile
+            listed = scratch.listed + place
+            spread = measure_range(problem, variant, keys, rows, factors.factor, queries, spread, maxima)
+            peaks = find_peaks(problem, variant, factors.visible, spread)
+            whole = (keys.full_stop - keys.full_start) // variant.key_tile
+            count = list_tiles(problem, variant, maxima, listed, keys.full_start, whole, factors.visible, peaks)
+            if scratch.counts is not None:
+                tl.store(scratch.counts + item * 2, whole)
+                tl.store(scratch.counts + item * 2 + 1, count)
+        else:
+            listed = None
+            count = 0
+            spread = measure_range(problem, variant, keys, rows, factors.factor, queries, spread, None)
+            peaks = find_peaks(problem, variant, factors.visible, spread)
         sums = start_sharp_sums(variant, rows)
-        sums = sharpen_range(problem, variant, keys, rows, factors.factor, queries, peaks, sums)
+        sums = sharpen_range(problem, variant, keys, rows, factors.factor, queries, peaks, sums, listed, count)
         finite = is_finite(sums.value_sum)
         if variant.saves:
             finite = finite & is_finite(sums.response_values)
@@ -60,7 +80,7 @@ def attention_forward(problem, output, log_normalizer, saved, units, tiles, repa
         finite = is_finite(sums.value_sum)
         store_plain_rows(problem, variant, output, log_normalizer, saved, rows, sums)
     if not variant.safe:
-        tl.store(repairs + program, (finite == 0).to(tl.int32))
+        tl.store(repairs + item, (finite == 0).to(tl.int32))
 
 
 @triton.jit

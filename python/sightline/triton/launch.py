@@ -26,7 +26,9 @@ from sightline.triton.forward import attention_forward
 from sightline.triton.gradients import PLAIN_COLUMNS, REWEIGHT_COLUMNS, prepare_rows
 from sightline.triton.mask_gradient import mask_gradient
 from sightline.triton.problem import Heads, Problem, SavedRows, Variant
+from sightline.triton.skipping import make_scratch, programs_at_once
 from sightline.triton.tiles import Tile, choose_tile
+from sightline.triton.tuning import tile_for
 
 # Decoding: the most rows of a key head that are packed, programs per multiprocessor that keep it busy, key tiles that
 # are worth a program, and parts that are worth a merge.
@@ -34,6 +36,8 @@ _MOST_PACKED_ROWS = 64
 _PROGRAMS_PER_PROCESSOR = 2
 _LEAST_SPLIT_TILES = 4
 _MOST_SPLITS = 128
+# Key tiles of a row from which listing those that count is worth it.
+LEAST_SKIPPING_TILES = 16
 
 
 def _tiled(variant: Variant, tile: Tile, **changes: Any) -> Variant:
@@ -104,6 +108,46 @@ def _decode(
     merge_splits[(tiles,)](problem, parts, output, log_normalizer, saved, units, packed, **launch_options(tile.warps))
 
 
+def _forward(
+    problem: Problem,
+    variant: Variant,
+    query: Tensor,
+    key: Tensor,
+    output: Heads,
+    log_normalizer: Tensor,
+    saved: SavedRows,
+) -> None:
+    batch, heads, queries, _ = query.shape
+    units = batch * heads
+
+    def launch(tile: Tile) -> None:
+        tiles = _tiles_of(queries, tile.rows)
+        key_tiles = _tiles_of(key.shape[2], tile.keys)
+        arguments = (problem, output, log_normalizer, saved, units, tiles)
+        if variant.reweight and not variant.masked_everywhere and key_tiles >= LEAST_SKIPPING_TILES:
+            _launch_skipping(variant, tile, query.device, key_tiles, *arguments)
+        else:
+            _launch(attention_forward, units * tiles, variant, tile, query.device, *arguments, None, 0)
+
+    launch(tile_for("forward", variant, launch))
+
+
+def _launch_skipping(variant: Variant, tile: Tile, device: torch.device, key_tiles: int, *arguments: Any) -> None:
+    """The forward kernel with tile skipping, in waves of programs; then those whose result was not finite."""
+    units, tiles = arguments[-2:]
+    programs = units * tiles
+    wave = programs_at_once(programs, key_tiles, tile.rows, multiprocessors(device))
+    scratch = make_scratch(wave, programs, key_tiles, tile.rows, device)
+    repairs = torch.empty(programs, dtype=torch.int32, device=device)
+    skipping = _tiled(variant, tile, skips=True)
+    for first in range(0, programs, wave):
+        grid = (min(wave, programs - first),)
+        options = launch_options(tile.warps, tile.stages)
+        attention_forward[grid](*arguments, scratch, first, repairs, skipping, **options)
+    safe = _tiled(variant, tile, safe=True)
+    attention_forward[(programs,)](*arguments, None, 0, repairs, safe, **launch_options(tile.warps))
+
+
 def attention(*arguments: Any) -> tuple[Tensor, ...]:
     """`sightline::attention_triton`."""
     (query, key, value), options, (saves, row_statistics, *_) = split_arguments(arguments)
@@ -131,12 +175,7 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
             if splits > 1:
                 _decode(problem, variant, splits, query, key, *results)
             else:
-                tile = choose_tile("forward", variant)
-                tiles = _tiles_of(queries, tile.rows)
-                units = batch * heads
-                saving = replace(variant, saves=saves)
-                programs = tiles * units
-                _launch(attention_forward, programs, saving, tile, query.device, problem, *results, units, tiles)
+                _forward(problem, replace(variant, saves=saves), query, key, *results)
             if written is not output:
                 output.copy_(written)
     return (
@@ -192,41 +231,46 @@ class Backward:
         )
 
     def differentiate_queries(self, target: Tensor, scale_terms: Tensor | None) -> None:
-        tile = choose_tile("queries", self.variant)
-        tiles = _tiles_of(self.queries, tile.rows)
-        _launch(
-            query_gradients,
-            tiles * self.units,
-            self.variant,
-            tile,
-            self.query.device,
-            self.problem,
-            self.grad_output,
-            self.table,
-            self.rows,
-            heads_view(target),
-            scale_terms,
-            self.units,
-            tiles,
-        )
+        def launch(tile: Tile) -> None:
+            tiles = _tiles_of(self.queries, tile.rows)
+            _launch(
+                query_gradients,
+                tiles * self.units,
+                self.variant,
+                tile,
+                self.query.device,
+                self.problem,
+                self.grad_output,
+                self.table,
+                self.rows,
+                heads_view(target),
+                scale_terms,
+                self.units,
+                tiles,
+            )
+
+        launch(tile_for("queries", self.variant, launch))
 
     def differentiate_keys(self, grad_key: Tensor, grad_value: Tensor) -> None:
-        tile = choose_tile("keys", self.variant)
         key_units = self.key.shape[0] * self.key.shape[1]
-        _launch(
-            key_gradients,
-            _tiles_of(self.key.shape[2], tile.keys) * key_units,
-            self.variant,
-            tile,
-            self.query.device,
-            self.problem,
-            self.grad_output,
-            self.table,
-            self.rows,
-            heads_view(grad_key),
-            heads_view(grad_value),
-            key_units,
-        )
+
+        def launch(tile: Tile) -> None:
+            _launch(
+                key_gradients,
+                _tiles_of(self.key.shape[2], tile.keys) * key_units,
+                self.variant,
+                tile,
+                self.query.device,
+                self.problem,
+                self.grad_output,
+                self.table,
+                self.rows,
+                heads_view(grad_key),
+                heads_view(grad_value),
+                key_units,
+            )
+
+        launch(tile_for("keys", self.variant, launch))
 
     def differentiate_mask(self, target: Tensor) -> None:
         tile = choose_tile("mask", self.variant)

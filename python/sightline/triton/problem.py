@@ -99,6 +99,7 @@ class Variant:
     dropout: bool
     packed_heads: bool  # a tile holds rows of all query heads of a key head
     saves: bool
+    skips: bool  # re-weighting leaves out key tiles whose weights do not count
     safe: bool  # non-finite operands meet only weights that are not 0
 
     @property

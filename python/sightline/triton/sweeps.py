@@ -17,6 +17,7 @@ from sightline.triton.compat import round_to
 from sightline.triton.dropout import kept
 from sightline.triton.products import add_compensated, add_product, dot
 from sightline.triton.scores import key_factors, load_keys, score_tile
+from sightline.triton.skipping import keep_maxima
 from sightline.triton.weights import FLAT_ROW, LOG2_E, positive_part, reweigh, weigh
 
 
@@ -190,8 +191,8 @@ def attend_range(problem, variant: tl.constexpr, keys, rows, factor, queries, st
 
 
 @triton.jit
-def measure(problem, variant: tl.constexpr, MASKED: tl.constexpr, start, stop, rows, factor, queries, spread):
-    """First sweep of re-weighting: the normaliser and the largest score."""
+def measure(problem, variant: tl.constexpr, MASKED: tl.constexpr, start, stop, rows, factor, queries, spread, maxima):
+    """First sweep of re-weighting: the normaliser and the largest score; where there are `maxima`, each tile's too."""
     shift = spread.shift
     largest = spread.largest
     normalizer = spread.normalizer
@@ -201,7 +202,10 @@ def measure(problem, variant: tl.constexpr, MASKED: tl.constexpr, start, stop, r
         key_vectors = load_keys(problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width)
         key_factor = key_factors(variant, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
-        largest = tl.maximum(largest, tl.max(scores, 1))
+        top = tl.max(scores, 1)
+        if maxima is not None:
+            keep_maxima(variant, maxima, (first_key - start) // variant.key_tile, top)
+        largest = tl.maximum(largest, top)
         if variant.softplus:
             weights = weigh(scores, 0.0, True)
         else:
@@ -216,16 +220,18 @@ def measure(problem, variant: tl.constexpr, MASKED: tl.constexpr, start, stop, r
 
 
 @triton.jit
-def measure_range(problem, variant: tl.constexpr, keys, rows, factor, queries, start_spread):
-    """The first sweep over a key range."""
+def measure_range(problem, variant: tl.constexpr, keys, rows, factor, queries, start_spread, maxima):
+    """The first sweep over a key range; maxima of the tiles that all rows see as a whole, or None."""
     spread = start_spread
-    if variant.masked_everywhere:
-        spread = measure(problem, variant, True, keys.start, keys.stop, rows, factor, queries, spread)
+    if variant.masked_everywhere or variant.safe:
+        spread = measure(problem, variant, True, keys.start, keys.stop, rows, factor, queries, spread, None)
     else:
         if variant.window_left or variant.documents:
-            spread = measure(problem, variant, True, keys.start, keys.full_start, rows, factor, queries, spread)
-        spread = measure(problem, variant, False, keys.full_start, keys.full_stop, rows, factor, queries, spread)
-        spread = measure(problem, variant, True, keys.full_stop, keys.stop, rows, factor, queries, spread)
+            spread = measure(problem, variant, True, keys.start, keys.full_start, rows, factor, queries, spread, None)
+        spread = measure(
+            problem, variant, False, keys.full_start, keys.full_stop, rows, factor, queries, spread, maxima
+        )
+        spread = measure(problem, variant, True, keys.full_stop, keys.stop, rows, factor, queries, spread, None)
     return spread
 
 
@@ -256,8 +262,12 @@ def sharpen(
     queries,
     peaks,
     sums,
+    listed,
 ):
-    """Second sweep of re-weighting: w = (r / m)^p, its sum and product with V; the responses likewise where saved."""
+    """Second sweep of re-weighting: w = (r / m)^p, its sum and product with V; the responses likewise where saved.
+
+    Over the key tiles from `start` to `stop`, or over those whose first keys stand in `listed` at these places.
+    """
     weight_sum = sums.weight_sum
     weight_sum_lost = sums.weight_sum_lost
     rounded = sums.rounded
@@ -266,7 +276,11 @@ def sharpen(
     values = sums.value_sum
     values_lost = sums.value_sum_lost
     response_values = sums.response_values
-    for first_key in tl.range(start, stop, variant.key_tile):
+    STEP: tl.constexpr = variant.key_tile if listed is None else 1
+    for place in tl.range(start, stop, STEP):
+        first_key = place
+        if listed is not None:
+            first_key = tl.load(listed + place)
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_keys(problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width)
         key_factor = key_factors(variant, key_vectors)
@@ -302,16 +316,23 @@ def sharpen(
 
 
 @triton.jit
-def sharpen_range(problem, variant: tl.constexpr, keys, rows, factor, queries, peaks, start_sums):
-    """The second sweep over a key range."""
+def sharpen_range(problem, variant: tl.constexpr, keys, rows, factor, queries, peaks, start_sums, listed, count):
+    """The second sweep over a key range; of the tiles that all rows see as a whole the `count` listed ones, or all."""
     sums = start_sums
     if variant.masked_everywhere or variant.safe:
-        sums = sharpen(problem, variant, True, keys.start, keys.stop, rows, factor, queries, peaks, sums)
+        sums = sharpen(problem, variant, True, keys.start, keys.stop, rows, factor, queries, peaks, sums, None)
     else:
         if variant.window_left or variant.documents:
-            sums = sharpen(problem, variant, True, keys.start, keys.full_start, rows, factor, queries, peaks, sums)
-        sums = sharpen(problem, variant, False, keys.full_start, keys.full_stop, rows, factor, queries, peaks, sums)
-        sums = sharpen(problem, variant, True, keys.full_stop, keys.stop, rows, factor, queries, peaks, sums)
+            sums = sharpen(
+                problem, variant, True, keys.start, keys.full_start, rows, factor, queries, peaks, sums, None
+            )
+        if listed is None:
+            sums = sharpen(
+                problem, variant, False, keys.full_start, keys.full_stop, rows, factor, queries, peaks, sums, None
+            )
+        else:
+            sums = sharpen(problem, variant, False, 0, count, rows, factor, queries, peaks, sums, listed)
+        sums = sharpen(problem, variant, True, keys.full_stop, keys.stop, rows, factor, queries, peaks, sums, None)
     return sums
 
 

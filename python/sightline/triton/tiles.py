@@ -1,13 +1,15 @@
 """The one table of tile sizes: rows and keys of a tile, warps, and stages of the software pipeline, per kernel.
 
-docs/triton_resources.md has the registers and shared memory of each entry, which were chosen so that nothing spills.
+docs/triton_resources.md has the registers and shared memory of each entry, which were chosen so that nothing spills and
+everything fits where a GPU has 99 KiB of shared memory. What holds more than that is for those that have it. CANDIDATES
+are the few others that tuning.py tries on a device.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from sightline.triton.compat import INTERPRETED, is_hopper_or_later
+from sightline.triton.compat import INTERPRETED, has_hopper_memory
 from sightline.triton.problem import Variant
 
 
@@ -21,14 +23,17 @@ class Tile(NamedTuple):
 
 
 # By kernel, operand ("half": fp16 and bf16) and the wider of the two head widths, rounded up to a power of two. A name
-# with "sharp" is for re-weighting, which holds more of a tile at once.
+# with "sharp" is for re-weighting, which holds more of a tile at once, and "saving" for its forward with gradients.
 _TILES: dict[tuple[str, str, int], Tile] = {
     ("forward", "half", 64): Tile(128, 64, 8, 3),
     ("forward", "half", 128): Tile(64, 64, 8, 2),
     ("forward", "half", 256): Tile(64, 32, 8, 2),
-    ("sharp forward", "half", 64): Tile(64, 32, 8, 2),
-    ("sharp forward", "half", 128): Tile(32, 64, 8, 2),
+    ("sharp forward", "half", 64): Tile(64, 64, 8, 2),
+    ("sharp forward", "half", 128): Tile(64, 64, 8, 2),
     ("sharp forward", "half", 256): Tile(32, 32, 8, 2),
+    ("saving forward", "half", 64): Tile(64, 32, 8, 2),
+    ("saving forward", "half", 128): Tile(32, 64, 8, 2),
+    ("saving forward", "half", 256): Tile(16, 32, 8, 2),
     ("decode", "half", 64): Tile(16, 64, 4, 3),
     ("decode", "half", 128): Tile(16, 64, 4, 3),
     ("decode", "half", 256): Tile(16, 32, 4, 3),
@@ -67,14 +72,23 @@ _TILES: dict[tuple[str, str, int], Tile] = {
     ("mask", "fp32", 256): Tile(16, 16, 4, 1),
     ("sharp queries", "fp32", 256): Tile(16, 16, 8, 1),
 }
-# What Hopper and later hold more of than Ampere.
+# What Hopper and the large chips after it hold more of.
 _HOPPER_TILES: dict[tuple[str, str, int], Tile] = {
     ("forward", "half", 128): Tile(128, 64, 8, 3),
+    ("sharp forward", "half", 64): Tile(128, 64, 8, 3),
+    ("sharp forward", "half", 128): Tile(128, 64, 8, 2),
     ("queries", "half", 64): Tile(128, 64, 8, 2),
     ("sharp queries", "fp32", 256): Tile(16, 16, 16, 2),
 }
 # The kernel over rows holds whole rows and no tile of keys.
-_ROWS = {64: Tile(64, 16, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
+_ROWS = {
+    ("half", 64): Tile(64, 16, 4, 1),
+    ("half", 128): Tile(32, 16, 4, 1),
+    ("half", 256): Tile(16, 16, 4, 1),
+    ("fp32", 64): Tile(32, 16, 4, 1),
+    ("fp32", 128): Tile(16, 16, 4, 1),
+    ("fp32", 256): Tile(16, 16, 4, 1),
+}
 # Small enough that the sizes of tests span several tiles; the interpreter's time goes by operations, not by numbers.
 _INTERPRETED = Tile(32, 64, 4, 1)
 # As wide as a tile of keys: NumPy adds up a product in an order that depends on its size, and <do, o> must be added up
@@ -82,16 +96,45 @@ _INTERPRETED = Tile(32, 64, 4, 1)
 _INTERPRETED_ROWS = Tile(64, 64, 4, 1)
 
 
+# What else a kernel may be cut into, tried in this order by tuning.py.
+CANDIDATES: dict[tuple[str, str], tuple[Tile, ...]] = {
+    ("forward", "half"): (Tile(128, 64, 4, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3), Tile(128, 32, 8, 3)),
+    ("sharp forward", "half"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 32, 4, 2)),
+    ("saving forward", "half"): (Tile(64, 64, 8, 2), Tile(32, 64, 4, 2), Tile(128, 32, 8, 2)),
+    ("queries", "half"): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 4, 3)),
+    ("keys", "half"): (Tile(64, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+    ("forward", "fp32"): (Tile(64, 32, 8, 2), Tile(64, 64, 8, 1)),
+    ("queries", "fp32"): (Tile(32, 32, 4, 1), Tile(64, 32, 8, 1)),
+    ("keys", "fp32"): (Tile(16, 32, 4, 1), Tile(32, 64, 8, 1)),
+}
+
+
+def operand_of(variant: Variant) -> str:
+    """The kind of operand that tiles are chosen by."""
+    return "fp32" if variant.dtype == "fp32" else "half"
+
+
+def names_of(kernel: str, variant: Variant) -> tuple[str, ...]:
+    """The names under which the tables know a kernel, the most special first."""
+    if not variant.reweight:
+        return (kernel,)
+    saving = (f"saving {kernel}",) if variant.saves else ()
+    return (*saving, f"sharp {kernel}", kernel)
+
+
+def candidates(kernel: str, variant: Variant) -> tuple[Tile, ...]:
+    """The other tiles worth trying; none for kernels that are not tuned."""
+    operand = operand_of(variant)
+    return next((CANDIDATES[name, operand] for name in names_of(kernel, variant) if (name, operand) in CANDIDATES), ())
+
+
 def choose_tile(kernel: str, variant: Variant) -> Tile:
     """The tile of a kernel: "forward", "decode", "rows", "queries", "keys" or "mask"."""
     if INTERPRETED:
         return _INTERPRETED_ROWS if kernel == "rows" else _INTERPRETED
-    operand = "fp32" if variant.dtype == "fp32" else "half"
     width = max(64, variant.block_width, variant.block_value_width)
     if kernel == "rows":
-        return _ROWS[width]
-    name = f"sharp {kernel}" if variant.reweight else kernel
-    if (name, operand, width) not in _TILES:
-        name = kernel
-    key = (name, operand, width)
-    return _HOPPER_TILES.get(key, _TILES[key]) if is_hopper_or_later() else _TILES[key]
+        return _ROWS[operand_of(variant), width]
+    keys = [(name, operand_of(variant), width) for name in names_of(kernel, variant)]
+    key = next(key for key in keys if key in _TILES)
+    return _HOPPER_TILES.get(key, _TILES[key]) if has_hopper_memory() else _TILES[key]

@@ -1,0 +1,126 @@
+"""The parts of a check and their steps: which commands, under which limits, given what earlier calls found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpu import cases
+from gpu.steps import DONE_VARIABLE, PASSED_VARIABLE, Step
+
+# Seconds. Together they stay under ten minutes; a build of missing libraries comes out of the same ten.
+PARTS = {"tests": 230.0, "sanitize": 70.0, "bench": 270.0}
+# Run by name alone: it takes as long as all the others.
+TUNE_LIMIT = 580.0
+WHOLE_LIMIT = 590.0
+BUILD_LIMIT = 300.0
+DESCRIBE_LIMIT = 90.0
+_MOST_WORKERS = 12  # processes that test at once on one GPU
+_TEST_LIMIT = 90  # seconds of one test
+_NO_TESTS_LEFT = 5  # pytest's exit code
+_TESTS = {
+    "hardware": (("tests/triton/test_hardware.py", "tests/triton/test_long_context.py"), 150.0),
+    "decoding": (("tests/ops/test_decode.py",), 90.0),
+    "kernels": (("tests/triton/kernels",), 230.0),
+}
+_SANITIZERS = ("memcheck", "racecheck", "synccheck")
+_SANITIZER_FOLDER = "/usr/local/cuda/bin"
+
+
+def environment(root: Path) -> dict[str, str]:
+    """What every child is told: where the modules are, this tree before whatever else is installed."""
+    folders = (root / "python", root / "benchmarks", root / "tests")
+    return {"PYTHONPATH": ":".join(map(str, folders)), "PYTHONUNBUFFERED": "1"}
+
+
+def fingerprint(root: Path) -> str:
+    """A hash of everything that findings depend on: results of other code are not continued."""
+    digest = hashlib.sha256()
+    for folder in ("python/sightline", "benchmarks/gpu", "tests"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".so") and path.is_file():
+                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build_step(python: str, root: Path) -> Step:
+    """Build the native libraries with what this machine has."""
+    command = (python, "setup.py", "--quiet", "build_ext", "--inplace")
+    return Step("build", "libraries", command, BUILD_LIMIT, environment(root))
+
+
+def test_steps(python: str, root: Path, described: Mapping[str, Any], findings: Mapping[str, Any]) -> list[Step]:
+    """The tests that need a GPU, the most telling first; those that passed before are left out by the plugin."""
+    installed = described["installed"]
+    unavailable = None if "pytest" in installed else f"pytest is not installed for {python}"
+    passed = [name for name, test in findings.get("tests", {}).items() if test["outcome"] == "passed"]
+    known = root / "build" / "gpu-check" / "passed.json"
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(passed))
+    command = [python, "-m", "pytest", "-c", "benchmarks/gpu/pytest.ini", "--rootdir", ".", "-p", "gpu.record_tests"]
+    if "xdist" in installed:
+        workers = max(1, min(_MOST_WORKERS, described["processors"] - 1))
+        command += ["-n", str(workers), "--dist", "worksteal"]
+    if "pytest_timeout" in installed:
+        # A thread, for a signal waits until a hanging call of the driver returns.
+        command += ["--timeout", str(_TEST_LIMIT), "--timeout-method", "thread"]
+    told = environment(root) | {PASSED_VARIABLE: str(known), "OMP_NUM_THREADS": "1"}
+    accepted = (0, _NO_TESTS_LEFT)
+    return [
+        Step("tests", name, (*command, *files), limit, told, accepted, unavailable)
+        for name, (files, limit) in _TESTS.items()
+    ]
+
+
+def sanitize_steps(python: str, root: Path) -> list[Step]:
+    """compute-sanitizer over one call of every kernel, each tool by itself."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=_SANITIZER_FOLDER)
+    unavailable = None if tool else "there is no compute-sanitizer"
+    # Without torch's caching allocator every tensor is an allocation of its own, whose bounds are watched.
+    told = environment(root) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [
+        Step(
+            "sanitize",
+            name,
+            (tool or "", "--tool", name, "--error-exitcode", "9", python, "-m", "gpu.sanitize"),
+            60.0,
+            told,
+            unavailable=unavailable,
+            unavailable_where="Device not supported",
+        )
+        for name in _SANITIZERS
+    ]
+
+
+def tiles_file(root: Path) -> Path:
+    """Where tuning leaves its tiles and benchmarks find them."""
+    return root / "build" / "gpu-check" / "tiles.json"
+
+
+def tune_steps(python: str, root: Path) -> list[Step]:
+    """Measure which tiles are fastest here, a weighting and head width at a time."""
+    told = environment(root) | {"SIGHTLINE_TUNING": str(tiles_file(root)), "SIGHTLINE_AUTOTUNE": "1"}
+    return [
+        Step("tune", f"{name} D={width}", (python, "-m", "gpu.tune", name, str(width)), 150.0, told)
+        for width in (128, 64)
+        for name in cases.OURS
+    ]
+
+
+def bench_steps(python: str, root: Path, findings: Mapping[str, Any]) -> list[Step]:
+    """The yardsticks, tile skipping, then every group of cases; cases measured before are left out by the child."""
+    told = environment(root) | {"SIGHTLINE_TUNING": str(tiles_file(root))}
+    names: Iterable[str] = findings.get("cases", {})
+    told_more = told | {DONE_VARIABLE: json.dumps(list(names))}
+    return [
+        Step("bench", "peaks", (python, "-m", "gpu.measure", "peaks"), 40.0, told),
+        Step("bench", "tile skipping", (python, "-m", "gpu.skips"), 40.0, told),
+        *(
+            Step("bench", group.name, (python, "-m", "gpu.measure", group.name), group.limit, told_more)
+            for group in cases.groups()
+        ),
+    ]

@@ -1,0 +1,87 @@
+"""How many key tiles re-weighting leaves out, and what that gains: `python -m gpu.skips`.
+
+On random keys, on keys in clusters, and on recorded ones where there is a file of them: a dictionary of `query`
+(B, H, N, D) and `key` (B, Hk, N, D), written by torch.save from a trained model, at SIGHTLINE_RECORDED_KEYS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import sightline as sl
+from gpu.measure import seconds_per_call
+from gpu.steps import record
+from sightline.triton import launch
+from sightline.triton.skipping import count_tiles
+
+RECORDED_VARIABLE = "SIGHTLINE_RECORDED_KEYS"
+CLUSTERS, STRETCH = 32, 256  # directions, and keys in a row that share one
+SPREAD = 0.3
+_NEVER = 2**31
+
+Timer = Callable[[Callable[[], object], int, bool], float]
+
+
+def random_keys(length: int, heads: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Independent normal queries and keys (1, H, N, D)."""
+    shape = (1, heads, length, width)
+    return torch.randn(shape, device=device).bfloat16(), torch.randn(shape, device=device).bfloat16()
+
+
+def clustered_keys(length: int, heads: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stretches of keys near one of a few directions, and queries that each look for one: the shape of a document."""
+    centres = torch.nn.functional.normalize(torch.randn(heads, CLUSTERS, width, device=device), dim=-1)
+    stretches = -(-length // STRETCH)
+    topics = torch.randint(CLUSTERS, (stretches,), device=device).repeat_interleave(STRETCH)[:length]
+    wanted = torch.randint(CLUSTERS, (stretches,), device=device).repeat_interleave(STRETCH)[:length]
+    noise = SPREAD / width**0.5
+
+    def near(chosen: Tensor) -> Tensor:
+        return (centres[:, chosen] + noise * torch.randn(heads, length, width, device=device))[None].bfloat16()
+
+    return near(wanted), near(topics)
+
+
+def measure_skips(
+    name: str, query: Tensor, key: Tensor, timer: Timer = seconds_per_call, backend: str = "triton"
+) -> None:
+    """Record the share of tiles left out of the second sweep, and the time with and without leaving any out."""
+    call = partial(sl.attention, query, key, key, weighting=sl.LSSAR(), causal=True, backend=backend)
+    with torch.inference_mode():
+        with count_tiles() as counts:
+            call()
+        share = counts.skipped_share if counts.calls else None
+        least, times = launch.LEAST_SKIPPING_TILES, {}
+        for label, tiles in (("skipping", least), ("whole", _NEVER)) * 2:
+            launch.LEAST_SKIPPING_TILES = tiles
+            try:
+                timer(call, 1, False)
+                times.setdefault(label, []).append(timer(call, 5, False))
+            finally:
+                launch.LEAST_SKIPPING_TILES = least
+    seconds = {label: min(found) for label, found in times.items()}
+    gain = seconds["whole"] / seconds["skipping"]
+    record({"kind": "skips", "name": name, "skipped_share": share, "seconds": seconds, "gain": gain})
+
+
+def main() -> None:
+    """Measure every kind of keys at two lengths."""
+    device = torch.device("cuda")
+    for length in (16384, 65536):
+        for kind in (random_keys, clustered_keys):
+            name = f"{kind.__name__.removesuffix('_keys')} keys, D = 128, N = {length:,}"
+            measure_skips(name, *kind(length, 8, 128, device))
+    path = os.environ.get(RECORDED_VARIABLE)
+    if path:
+        recorded = torch.load(path, map_location=device, weights_only=True)
+        query, key = recorded["query"].bfloat16(), recorded["key"].bfloat16()
+        measure_skips(f"recorded keys, D = {query.shape[3]}, N = {key.shape[2]:,}", query, key)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+// C (+)= A B on bfloat16 numbers in pairs, summed in fp32: on the tile unit (AMX) where there is one, else with
+// AVX-512-BF16's dot products, else not at all.
+//
+// A is read as it lies, row after row along the depth; B holds pairs of its depth side by side, (depth / 2, lanes) of
+// 32 bits, lower half first. So keys are used where they are, and weights stay in the lanes in which they were made:
+// the second product gives the transposed output, (columns of V) x (lanes), from V transposed.
+#pragma once
+
+#include "cpu/vec.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairProducts = true;
+#else
+constexpr bool kHasPairProducts = false;
+#endif
+// Rows of A and C come in multiples of kPairRows and the depth in multiples of kPairDepth, both padded with zeros.
+constexpr int64_t kPairRows = 16;
+constexpr int64_t kPairDepth = 32;
+
+#if defined(__AVX512BF16__)
+
+// 16 rows of 16 numbers of 32 bits, in place.
+SIGHTLINE_INLINE void transpose_block(__m512i (&rows)[16]) {
+  __m512i pairs[16];
+  for (int row = 0; row < 16; row += 2) {
+    pairs[row] = _mm512_unpacklo_epi32(rows[row], rows[row + 1]);
+    pairs[row + 1] = _mm512_unpackhi_epi32(rows[row], rows[row + 1]);
+  }
+  for (int row = 0; row < 16; row += 4) {
+    rows[row] = _mm512_unpacklo_epi64(pairs[row], pairs[row + 2]);
+    rows[row + 1] = _mm512_unpackhi_epi64(pairs[row], pairs[row + 2]);
+    rows[row + 2] = _mm512_unpacklo_epi64(pairs[row + 1], pairs[row + 3]);
+    rows[row + 3] = _mm512_unpackhi_epi64(pairs[row + 1], pairs[row + 3]);
+  }
+  // Row 4 g + c now holds, in each quarter q, column 4 q + c of rows 4 g to 4 g + 3.
+  for (int column = 0; column < 4; ++column) {
+    const __m512i low_even = _mm512_shuffle_i32x4(rows[column], rows[4 + column], 0x88);
+    const __m512i low_odd = _mm512_shuffle_i32x4(rows[column], rows[4 + column], 0xdd);
+    const __m512i high_even = _mm512_shuffle_i32x4(rows[8 + column], rows[12 + column], 0x88);
+    const __m512i high_odd = _mm512_shuffle_i32x4(rows[8 + column], rows[12 + column], 0xdd);
+    pairs[column] = _mm512_shuffle_i32x4(low_even, high_even, 0x88);
+    pairs[8 + column] = _mm512_shuffle_i32x4(low_even, high_even, 0xdd);
+    pairs[4 + column] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+    pairs[12 + column] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+  }
+  for (int row = 0; row < 16; ++row) rows[row] = pairs[row];
+}
+
+// The bits of bfloat16 `low` and `high` as pairs.
+SIGHTLINE_INLINE __m512i interleave(__m256i low, __m256i high) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+SIGHTLINE_INLINE __m256i round_to_bfloat16(Vec x) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(x.value);
+  __m256i bits;
+  __builtin_memcpy(&bits, &rounded, sizeof bits);
+  return bits;
+}
+
+// (depth, lanes) of fp32 to pairs (padded_depth / 2, lanes), rounding. `sums`, where given, receives per lane the sum
+// of the rounded numbers.
+SIGHTLINE_INLINE void round_to_pairs(const float* from, int64_t depth, int64_t padded_depth, int64_t lanes,
+                                     uint32_t* pairs, double* sums) {
+  const Vec zeros = Vec::broadcast(0.0f);
+  const __m512i high_half = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  for (int64_t lane = 0; lane < lanes; lane += Vec::kWidth) {
+    Vec sum = zeros;
+    for (int64_t row = 0; row < padded_depth; row += 2) {
+      const Vec low = row < depth ? Vec::load(from + row * lanes + lane) : zeros;
+      const Vec high = row + 1 < depth ? Vec::load(from + (row + 1) * lanes + lane) : zeros;
+      const __m512i pair = interleave(round_to_bfloat16(low), round_to_bfloat16(high));
+      _mm512_storeu_si512(pairs + row / 2 * lanes + lane, pair);
+      const Vec rounded_low = {_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16))};
+      const Vec rounded_high = {_mm512_castsi512_ps(_mm512_and_si512(pair, high_half))};
+      sum = sum + (rounded_low + rounded_high);
+    }
+    if (sums == nullptr) continue;
+    alignas(64) float lane_sums[Vec::kWidth];
+    store(lane_sums, sum);
+    for (int offset = 0; offset < Vec::kWidth; ++offset) sums[lane + offset] += lane_sums[offset];
+  }
+}
+
+// Rows (count, width) of bfloat16 to (padded width, padded_count), zeros in the padding; both paddings are multiples of
+// kPairRows and kPairDepth.
+SIGHTLINE_INLINE void transpose_bfloat16(const uint16_t* from, int64_t row_stride, int64_t count, int64_t width,
+                                         uint16_t* to, int64_t padded_count) {
+  for (int64_t column = 0; column < width; column += 16) {
+    const __mmask16 mask = static_cast<__mmask16>(width - column >= 16 ? 0xffff : (1 << (width - column)) - 1);
+    for (int64_t row = 0; row < padded_count; row += 32) {
+      __m512i block[16];
+      for (int pair = 0; pair < 16; ++pair) {
+        const int64_t low = row + 2 * pair;
+        const uint16_t* source = from + low * row_stride + column;
+        const __mmask16 low_mask = low < count ? mask : 0, high_mask = low + 1 < count ? mask : 0;
+        block[pair] = interleave(_mm256_maskz_loadu_epi16(low_mask, source),
+                                 _mm256_maskz_loadu_epi16(high_mask, source + row_stride));
+      }
+      transpose_block(block);
+      for (int lane = 0; lane < 16; ++lane) _mm512_storeu_si512(to + (column + lane) * padded_count + row, block[lane]);
+    }
+  }
+}
+
+// Adds the transpose of `from` (columns, lanes) to the rows of `to` (lanes, columns), and clears it.
+SIGHTLINE_INLINE void move_transposed(float* from, int64_t columns, int64_t lanes, float* to) {
+  for (int64_t column = 0; column < columns; column += 16)
+    for (int64_t lane = 0; lane < lanes; lane += 16) {
+      __m512i block[16];
+      for (int row = 0; row < 16; ++row) {
+        float* source = from + (column + row) * lanes + lane;
+        block[row] = _mm512_loadu_si512(source);
+        store(source, Vec::broadcast(0.0f));
+      }
+      transpose_block(block);
+      for (int row = 0; row < 16; ++row) {
+        float* target = to + (lane + row) * columns + column;
+        store(target, Vec::load(target) + Vec{_mm512_castsi512_ps(block[row])});
+      }
+    }
+}
+
+#if defined(__AMX_BF16__)
+
+// The configuration of this thread's tile unit, for as long as it is wanted.
+class TileUnit {
+ public:
+  explicit TileUnit(bool wanted) : wanted_(wanted) {
+    if (!wanted) return;
+    struct __attribute__((packed)) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } configuration;
+    _tile_loadconfig(&configuration);
+  }
+  ~TileUnit() {
+    if (wanted_) _tile_release();
+  }
+  TileUnit(const TileUnit&) = delete;
+  TileUnit& operator=(const TileUnit&) = delete;
+
+ private:
+  bool wanted_;
+};
+
+// One or two tiles of rows by one or two of lanes: sums in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
+template <int kRowTiles, int kLaneTiles, bool kAccumulate>
+SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t lanes,
+                                 int64_t depth) {
+  const int64_t c_bytes = lanes * 4;
+  float* below = c + 16 * lanes;
+  if (kAccumulate) {
+    _tile_loadd(0, c, c_bytes);
+    if (kLaneTiles == 2) _tile_loadd(1, c + 16, c_bytes);
+    if (kRowTiles == 2) _tile_loadd(2, below, c_bytes);
+    if (kRowTiles == 2 && kLaneTiles == 2) _tile_loadd(3, below + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += 32) {
+    _tile_loadd(4, a + k, a_stride * 2);
+    _tile_loadd(6, b + k / 2 * lanes, c_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (kLaneTiles == 2) {
+      _tile_loadd(7, b + k / 2 * lanes + 16, c_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (kRowTiles == 2) {
+      _tile_loadd(5, a + 16 * a_stride + k, a_stride * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      if (kLaneTiles == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if (kLaneTiles == 2) _tile_stored(1, c + 16, c_bytes);
+  if (kRowTiles == 2) _tile_stored(2, below, c_bytes);
+  if (kRowTiles == 2 && kLaneTiles == 2) _tile_stored(3, below + 16, c_bytes);
+}
+
+// C (rows, lanes) = A B, or += with kAccumulate.
+template <bool kAccumulate>
+static void pair_product(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t rows, int64_t lanes,
+                         int64_t depth) {
+  for (int64_t row = 0; row < rows; row += 32)
+    for (int64_t lane = 0; lane < lanes; lane += 32) {
+      const uint16_t* a_rows = a + row * a_stride;
+      const uint32_t* b_lanes = b + lane;
+      float* target = c + row * lanes + lane;
+      const bool two_rows = row + 16 < rows, two_lanes = lane + 16 < lanes;
+      if (two_rows && two_lanes)
+        pair_block<2, 2, kAccumulate>(a_rows, a_stride, b_lanes, target, lanes, depth);
+      else if (two_rows)
+        pair_block<2, 1, kAccumulate>(a_rows, a_stride, b_lanes, target, lanes, depth);
+      else if (two_lanes)
+        pair_block<1, 2, kAccumulate>(a_rows, a_stride, b_lanes, target, lanes, depth);
+      else
+        pair_block<1, 1, kAccumulate>(a_rows, a_stride, b_lanes, target, lanes, depth);
+    }
+}
+
+#else
+
+class TileUnit {
+ public:
+  explicit TileUnit(bool) {}
+};
+
+template <int kRows, int kVectors, bool kAccumulate>
+SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t lanes,
+                                 int64_t depth) {
+  __m512 sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 8
+    for (int vector = 0; vector < kVectors; ++vector)
+      sums[row][vector] = kAccumulate ? _mm512_loadu_ps(c + row * lanes + vector * 16) : _mm512_setzero_ps();
+  for (int64_t k = 0; k < depth; k += 2) {
+    __m512bh columns[kVectors];
+#pragma GCC unroll 8
+    for (int vector = 0; vector < kVectors; ++vector)
+      columns[vector] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + k / 2 * lanes + vector * 16));
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+      int32_t pair;
+      __builtin_memcpy(&pair, a + row * a_stride + k, sizeof pair);
+      const __m512bh scalar = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 8
+      for (int vector = 0; vector < kVectors; ++vector)
+        sums[row][vector] = _mm512_dpbf16_ps(sums[row][vector], scalar, columns[vector]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 8
+    for (int vector = 0; vector < kVectors; ++vector)
+      _mm512_storeu_ps(c + row * lanes + vector * 16, sums[row][vector]);
+}
+
+// C (rows, lanes) = A B, or += with kAccumulate.
+template <bool kAccumulate>
+static void pair_product(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t rows, int64_t lanes,
+                         int64_t depth) {
+  for (int64_t lane = 0; lane < lanes;) {
+    const bool wide = lanes - lane >= 64;
+    for (int64_t row = 0; row < rows; row += 4) {
+      const uint16_t* a_rows = a + row * a_stride;
+      float* target = c + row * lanes + lane;
+      if (wide)
+        pair_block<4, 4, kAccumulate>(a_rows, a_stride, b + lane, target, lanes, depth);
+      else
+        pair_block<4, 1, kAccumulate>(a_rows, a_stride, b + lane, target, lanes, depth);
+    }
+    lane += wide ? 64 : 16;
+  }
+}
+
+#endif
+#else
+
+// Never called: kHasPairProducts is false.
+struct TileUnit {
+  explicit TileUnit(bool) {}
+};
+SIGHTLINE_INLINE void round_to_pairs(const float*, int64_t, int64_t, int64_t, uint32_t*, double*) {}
+SIGHTLINE_INLINE void transpose_bfloat16(const uint16_t*, int64_t, int64_t, int64_t, uint16_t*, int64_t) {}
+SIGHTLINE_INLINE void move_transposed(float*, int64_t, int64_t, float*) {}
+template <bool kAccumulate>
+static void pair_product(const uint16_t*, int64_t, const uint32_t*, float*, int64_t, int64_t, int64_t) {}
+
+#endif
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

@@ -1,0 +1,27 @@
+"""Model types of sightline on transformers' Auto classes, for models trained with other weightings than softmax.
+
+Importing this package registers them: AutoConfig, AutoModel and their kin then load what was saved.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from sightline.models.llama import (
+    SightlineLlamaConfig,
+    SightlineLlamaForCausalLM,
+    SightlineLlamaForSequenceClassification,
+    SightlineLlamaModel,
+)
+
+AutoConfig.register(SightlineLlamaConfig.model_type, SightlineLlamaConfig)
+AutoModel.register(SightlineLlamaConfig, SightlineLlamaModel)
+AutoModelForCausalLM.register(SightlineLlamaConfig, SightlineLlamaForCausalLM)
+AutoModelForSequenceClassification.register(SightlineLlamaConfig, SightlineLlamaForSequenceClassification)
+
+__all__ = [
+    "SightlineLlamaConfig",
+    "SightlineLlamaForCausalLM",
+    "SightlineLlamaForSequenceClassification",
+    "SightlineLlamaModel",
+]

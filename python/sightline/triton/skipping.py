@@ -1,0 +1,152 @@
+"""Tile skipping of re-weighting (MATH.md section 2): which key tiles the second sweep need not visit.
+
+A high power leaves a handful of effective keys per row. The first sweep leaves the largest score of every row in every
+tile that all rows see as a whole; once mean and peak are known, a tile is listed for the second sweep if any row has a
+weight there that counts. What is left out holds a share of less than tau of its row, below the rounding of the output;
+tau and the exponent of the bound are MATH.md's. Such weights count as 0 in every respect: what is not finite does not
+reach a row through them.
+
+The second sweep walks the list, so its loop has no branch and is pipelined like any other. Maxima and list are memory
+of a program. So that they stay few, long problems are launched in waves of programs, which use the same memory one
+after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sightline.triton.weights import positive_part, weigh
+
+_TILES_AT_ONCE = tl.constexpr(16)
+# Of one launch; waves are as large as it allows, but fill the device several times.
+_SCRATCH_BYTES = 2**28
+_LEAST_WAVE = 4  # programs per multiprocessor
+
+
+class Scratch(NamedTuple):
+    """What a program leaves for its own second sweep; all programs of a launch side by side."""
+
+    maxima: Any  # (programs, tiles, rows of a tile) fp16: largest score
+    listed: Any  # (programs, tiles) int32: first keys of the tiles to visit
+    tiles: Any  # key tiles there is room for
+    counts: Any  # (row tiles, 2) int32: tiles that could be skipped and tiles visited; or None
+
+
+@dataclass
+class TileCounts:
+    """How many key tiles could have been skipped and how many were visited all the same, over some calls."""
+
+    calls: list[Tensor] = field(default_factory=list)
+
+    @property
+    def skipped_share(self) -> float:
+        """The share of the tiles seen as a whole that the second sweep did not visit; waits for the device."""
+        total = torch.stack([counts.sum(0).cpu() for counts in self.calls]).sum(0)
+        return 1.0 - float(total[1]) / max(1, int(total[0]))
+
+
+_watching: list[TileCounts] = []
+
+
+@contextlib.contextmanager
+def count_tiles() -> Iterator[TileCounts]:
+    """Count what the calls inside visit and skip."""
+    counts = TileCounts()
+    _watching.append(counts)
+    try:
+        yield counts
+    finally:
+        _watching.remove(counts)
+
+
+def programs_at_once(programs: int, key_tiles: int, rows: int, processors: int) -> int:
+    """How many programs one launch gets; a multiple of 16, so that no launch is compiled for itself.
+
+    >>> programs_at_once(1000, 16, 64, 132), programs_at_once(10**6, 2048, 64, 132)
+    (1000, 992)
+    """
+    affordable = _SCRATCH_BYTES // (key_tiles * (2 * rows + 4))
+    return min(programs, max(affordable, _LEAST_WAVE * processors) // 16 * 16)
+
+
+def make_scratch(programs: int, row_tiles: int, key_tiles: int, rows: int, device: torch.device) -> Scratch:
+    """Memory for one launch."""
+    counts = None
+    if _watching:
+        counts = torch.zeros(row_tiles, 2, dtype=torch.int32, device=device)
+        for watcher in _watching:
+            watcher.calls.append(counts)
+    return Scratch(
+        torch.empty(programs, key_tiles, rows, dtype=torch.float16, device=device),
+        torch.empty(programs, key_tiles, dtype=torch.int32, device=device),
+        key_tiles,
+        counts,
+    )
+
+
+@triton.jit
+def least_excess(problem, variant: tl.constexpr, visible):
+    """(tau / n_i)^(1/p): the share of the largest excess under which all keys of a row together hold less than tau.
+
+    Where gradients are wanted it is 1/(p - 1), for the responses decay more slowly; at p = 1 they do not decay at all,
+    and only what is exactly 0 is left out.
+    """
+    if variant.dtype == "fp32":
+        log_tau = -24.0
+    elif variant.dtype == "fp16":
+        log_tau = -14.0
+    else:
+        log_tau = -12.0
+    exponent = problem.power
+    if variant.saves:
+        exponent = exponent - 1.0
+    decays = exponent > 0.0
+    log_share = (log_tau - tl.log2(tl.where(visible < 1.0, 1.0, visible))) / tl.where(decays, exponent, 1.0)
+    return tl.where(decays, tl.exp2(log_share), 0.0)
+
+
+@triton.jit
+def keep_maxima(variant: tl.constexpr, maxima, place, largest):
+    """Leave the largest scores of a tile for list_tiles."""
+    tl.store(maxima + place * variant.row_tile + tl.arange(0, variant.row_tile), largest.to(tl.float16))
+
+
+@triton.jit
+def score_bound(rounded):
+    """No score that was rounded to this fp16 number is larger."""
+    wide = rounded.to(tl.float32)
+    nothing = wide == float("-inf")
+    held = tl.where(nothing, 0.0, wide)
+    return tl.where(nothing, wide, held + tl.abs(held) * 0.001 + 1e-6)
+
+
+@triton.jit
+def list_tiles(problem, variant: tl.constexpr, maxima, listed, start, tiles, visible, peaks):
+    """Write the first keys of the tiles that count for any row; returns how many there are."""
+    tl.debug_barrier()  # other threads of the program wrote the maxima
+    bound = least_excess(problem, variant, visible)
+    rows = tl.arange(0, variant.row_tile)
+    count = tiles * 0
+    for first in tl.range(0, tiles, _TILES_AT_ONCE):
+        places = first + tl.arange(0, _TILES_AT_ONCE)
+        inside = places < tiles
+        pointers = maxima + places[None, :] * variant.row_tile + rows[:, None]
+        largest = tl.load(pointers, mask=inside[None, :], other=float("-inf"))
+        plain = weigh(score_bound(largest), peaks.shift[:, None], variant.softplus)
+        excess = positive_part(plain - peaks.mean[:, None]) * peaks.inverse_peak[:, None]
+        # Written so that NaN counts. A flat row is plain attention, where every weight does.
+        quiet = tl.where(peaks.flat[:, None], plain == 0.0, excess <= bound[:, None])
+        active = inside & (tl.max((quiet == 0).to(tl.int32), 0) > 0)
+        ones = active.to(tl.int32)
+        tl.store(listed + count + tl.cumsum(ones, 0) - ones, start + places * variant.key_tile, mask=active)
+        count += tl.sum(ones)
+    tl.debug_barrier()  # the list is read by all
+    return count

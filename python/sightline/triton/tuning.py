@@ -1,0 +1,148 @@
+"""Tiles that were measured on a device, kept on disk.
+
+A first call must not be slow, so nothing is measured unless SIGHTLINE_AUTOTUNE=1 asks for it: then the first call of a
+kind of kernel times the default tile and the few of tiles.CANDIDATES on its own arguments and writes the fastest down.
+Every process after it reads the file. The kind is what a kernel is compiled for without lengths or strides: a new
+length never tunes again. `make gpu-check` tunes before it measures.
+
+The file is SIGHTLINE_TUNING, or tiles-<target>.json in the cache folder of the user. One that another version of the
+kernels or of Triton wrote, or another kind of GPU, is not used.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+from sightline.triton.compat import INTERPRETED, does_not_fit, is_capturing, target_name
+from sightline.triton.problem import Variant
+from sightline.triton.tiles import Tile, candidates, choose_tile
+
+Launch = Callable[[Tile], None]
+Timer = Callable[[Callable[[], None]], float]
+
+_REPETITIONS = 7
+# A candidate replaces the default where it is this much faster: less may be noise.
+_LEAST_GAIN = 1.02
+
+
+def kind(kernel: str, variant: Variant) -> str:
+    """The name of a kind of kernel in the file.
+
+    Sides of a window, masks, dropout and the like share the tile of the plain call.
+    """
+    weight = "softplus" if variant.softplus else "softmax"
+    options = ("reweight", "saves", "normalize_qk", "causal")
+    marks = [name for name in options if getattr(variant, name)]
+    widths = f"{variant.block_width}x{variant.block_value_width}"
+    return "-".join([kernel, weight, *marks, variant.dtype, widths])
+
+
+@functools.cache
+def kernels_fingerprint() -> str:
+    """A hash of the kernels' sources and of Triton's version."""
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def tuning_file() -> Path:
+    """Where the tiles of the current device stand."""
+    named = os.environ.get("SIGHTLINE_TUNING")
+    if named:
+        return Path(named)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "sightline" / f"tiles-{target_name()}.json"
+
+
+class TunedTiles:
+    """The tiles of one file, read once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tiles: dict[str, Tile] = self._read()
+
+    def _read(self) -> dict[str, Tile]:
+        try:
+            content = json.loads(self.path.read_text())
+            if content["kernels"] != kernels_fingerprint() or content["target"] != target_name():
+                return {}
+            return {name: Tile(*map(int, numbers)) for name, numbers in content["tiles"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def keep(self, name: str, tile: Tile) -> None:
+        """Add a tile, to the file too; where that cannot be written this process alone remembers it."""
+        self.tiles = {**self._read(), **self.tiles, name: tile}
+        written = {"kernels": kernels_fingerprint(), "target": target_name()}
+        content = {**written, "tiles": dict(sorted(self.tiles.items()))}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
+                json.dump(content, file, indent=1)
+            Path(file.name).replace(self.path)  # in one move: other processes tune too
+        except OSError:
+            return
+
+
+@functools.cache
+def _tuned_tiles(path: Path) -> TunedTiles:
+    return TunedTiles(path)
+
+
+def seconds_on_device(call: Callable[[], None]) -> float:
+    """The median time of a call by CUDA events, after one that compiles."""
+    call()
+    times = []
+    for _ in range(_REPETITIONS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def fastest_tile(default: Tile, others: tuple[Tile, ...], launch: Launch, timer: Timer) -> Tile:
+    """The fastest of the tiles that fit; the default unless another clearly wins."""
+    best, least = default, timer(lambda: launch(default)) / _LEAST_GAIN
+    for tile in others:
+        try:
+            seconds = timer(functools.partial(launch, tile))
+        except does_not_fit():
+            continue
+        if seconds < least:
+            best, least = tile, seconds
+    return best
+
+
+def tile_for(kernel: str, variant: Variant, launch: Launch, timer: Timer = seconds_on_device) -> Tile:
+    """The tile of a kernel: as measured on this device, or the default.
+
+    `launch` runs the kernel with a tile and may do so any number of times. It is called here only where
+    SIGHTLINE_AUTOTUNE=1 asks to measure a kind that is not in the file.
+    """
+    default = choose_tile(kernel, variant)
+    others = tuple(tile for tile in candidates(kernel, variant) if tile != default)
+    if INTERPRETED or not others:
+        return default
+    tuned = _tuned_tiles(tuning_file())
+    name = kind(kernel, variant)
+    if name in tuned.tiles:
+        return tuned.tiles[name]
+    if os.environ.get("SIGHTLINE_AUTOTUNE") != "1" or is_capturing():
+        return default
+    best = fastest_tile(default, others, launch, timer)
+    tuned.keep(name, best)
+    return best

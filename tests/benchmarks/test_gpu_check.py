@@ -1,0 +1,250 @@
+"""`make gpu-check` without a GPU, its plan, its pytest plugin, and its tables."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from gpu import cases, plan, summary
+from gpu.steps import Document, Step, run_part
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
+DESCRIBED = {
+    "device": {"kind": "cuda", "name": "Test GPU 1", "threads": 4},
+    "versions": {"torch": "2.11.0"},
+    "processors": 4,
+    "installed": ["pytest", "xdist"],
+    "library": {"loaded": True, "reason": "loaded"},
+    "backends": {},
+}
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, on a machine that seems to have a GPU and whose steps are two."""
+    specification = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr(module, "describe", lambda python: copy.deepcopy(DESCRIBED))
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_0(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--results", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert result.stdout.count("\n") == 1
+    assert "nothing to check, torch" in result.stdout
+    assert result.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_make_gpu_check_takes_the_interpreter_it_is_given() -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("there is no make")
+    command = [make, "-s", "gpu-check", f"PYTHON={sys.executable}", "PART=bench"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "nothing to check" in result.stdout
+
+
+def test_a_check_runs_its_parts_writes_one_file_and_ends_with_the_table(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def steps_of(part: str, python: str, described: Any, findings: Any) -> list[Step]:
+        kind, name = ("tests", "one") if part == "tests" else ("peaks", part)
+        found = {"kind": kind, "name": name, "outcome": "passed", "gigabytes_per_second": 4000.0}
+        return [Step(part, "only", (python, "-c", f"from gpu.steps import record; record({found!r})"), 60.0, told)]
+
+    told = plan.environment(ROOT)
+    monkeypatch.setattr(check, "steps_of", steps_of)
+    assert check.main(["--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name == "gpu_test_gpu_1.json"
+    document = json.loads(path.read_text())
+    assert document["schema"] == summary.SCHEMA
+    assert {step["status"] for step in document["steps"].values()} == {"passed"}
+    assert len(document["steps"]) == len(plan.PARTS)
+    printed = capsys.readouterr().out
+    assert "tests: 1 passed, 0 failed, 0 skipped" in printed
+    assert printed.count(summary.UNMEASURED) == len(summary.TARGETS)
+    assert check.main(["--results", str(tmp_path), "--part", "bench"]) == 0
+    again = capsys.readouterr().out
+    assert "bench/only: done before" in again
+    assert "tests/only: done before" not in again
+
+
+def test_after_tuning_the_benchmarks_are_measured_again(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(check.plan, "fingerprint", lambda root: "same")
+    code = (
+        "from gpu.steps import record; record({'kind': 'cases', 'name': 'a'}); record({'kind': 'tests', 'name': 'b'})"
+    )
+    told = plan.environment(ROOT)
+    nothing = Step("tune", "only", (sys.executable, "-c", ""), 60.0)
+    steps = {"bench": Step("bench", "only", (sys.executable, "-c", code), 60.0, told), "tune": nothing}
+    monkeypatch.setattr(check, "steps_of", lambda part, *others: [steps[part]])
+    monkeypatch.setattr(check.summary, "text_table", lambda document: "")
+    for part, kinds in (("bench", {"cases", "tests"}), ("tune", {"tests"})):
+        assert check.main(["--results", str(tmp_path), "--part", part]) == 0
+        document = json.loads(next(tmp_path.iterdir()).read_text())
+        assert set(document["findings"]) == kinds
+    assert list(document["steps"]) == ["tune/only"]
+
+
+def test_tuning_and_benchmarks_share_the_file_of_tiles() -> None:
+    tuning, measuring = plan.tune_steps("python3", ROOT), plan.bench_steps("python3", ROOT, {})
+    files = {step.environment["SIGHTLINE_TUNING"] for step in (*tuning, *measuring)}
+    assert files == {str(plan.tiles_file(ROOT))}
+    assert all(step.environment["SIGHTLINE_AUTOTUNE"] == "1" for step in tuning)
+    assert not any("SIGHTLINE_AUTOTUNE" in step.environment for step in measuring)
+
+
+def test_a_failed_step_makes_the_check_fail(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = Step("bench", "only", (sys.executable, "-c", "raise SystemExit(3)"), 60.0)
+    monkeypatch.setattr(check, "steps_of", lambda *arguments: [failing])
+    assert check.main(["--results", str(tmp_path), "--part", "bench"]) == 1
+    assert "bench/only: failed" in capsys.readouterr().out
+
+
+def test_the_parts_together_take_less_than_ten_minutes() -> None:
+    assert sum(plan.PARTS.values()) <= plan.WHOLE_LIMIT < 600
+
+
+def test_without_pytest_the_tests_are_skipped_and_it_is_said(tmp_path: Path) -> None:
+    steps = plan.test_steps("python3", tmp_path, {**DESCRIBED, "installed": []}, {})
+    assert steps
+    assert all("pytest is not installed" in step.unavailable for step in steps)
+
+
+def test_every_test_file_of_the_plan_exists_and_is_marked_for_gpus() -> None:
+    for files, _ in plan._TESTS.values():
+        for name in files:
+            path = ROOT / name
+            sources = path.glob("test_*.py") if path.is_dir() else [path]
+            texts = [source.read_text() for source in sources]
+            assert texts
+            # tests/triton/kernels gets its marks from its conftest.
+            assert path.is_dir() or all("mark.gpu" in text for text in texts)
+
+
+def test_the_fingerprint_follows_the_code(tmp_path: Path) -> None:
+    (tmp_path / "python/sightline").mkdir(parents=True)
+    (tmp_path / "python/sightline/kernel.py").write_text("one")
+    before = plan.fingerprint(tmp_path)
+    assert plan.fingerprint(tmp_path) == before
+    (tmp_path / "python/sightline/kernel.py").write_text("two")
+    assert plan.fingerprint(tmp_path) != before
+
+
+PLUGIN_TESTS = """
+import pytest
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [1, 2])
+def test_passes(number): open(__file__ + f".ran{number}", "a").write("x")
+@pytest.mark.gpu
+def test_fails(): assert 1 == 2
+@pytest.mark.gpu
+def test_skips(): pytest.skip("no such unit")
+def test_needs_no_gpu(): raise AssertionError
+"""
+
+
+@pytest.mark.parametrize("workers", [False, True], ids=["alone", "with workers"])
+def test_outcomes_are_recorded_and_what_passed_is_not_run_again(tmp_path: Path, workers: bool) -> None:
+    tests = tmp_path / "test_some.py"
+    tests.write_text(PLUGIN_TESTS)
+    document = Document(tmp_path / "found.json", {"steps": {}, "findings": {}})
+    installed = ["pytest"] + ["xdist"] * workers
+
+    def run() -> None:
+        made = plan.test_steps(
+            sys.executable, tmp_path, {**DESCRIBED, "installed": installed}, document.content["findings"]
+        )
+        command = [part.replace("benchmarks/gpu", str(ROOT / "benchmarks/gpu")) for part in made[0].command[:-2]]
+        told = {**made[0].environment, **plan.environment(ROOT)}
+        told = {name: value for name, value in told.items() if not name.startswith("PYTEST_XDIST")}
+        step = Step("tests", "some", (*command, str(tests)), 90.0, told, made[0].accepts)
+        run_part([step], 100.0, document, tmp_path, lambda line: None)
+
+    run()
+    found = document.content["findings"]["tests"]
+    outcomes = {name.rpartition("::")[2]: test["outcome"] for name, test in found.items()}
+    expected = {"test_passes[1]": "passed", "test_passes[2]": "passed", "test_fails": "failed", "test_skips": "skipped"}
+    assert outcomes == expected
+    messages = {name.rpartition("::")[2]: test.get("message", "") for name, test in found.items()}
+    assert "assert 1 == 2" in messages["test_fails"]
+    assert "no such unit" in messages["test_skips"]
+    assert document.content["steps"]["tests/some"]["status"] == "failed"
+    tests.write_text(PLUGIN_TESTS.replace("assert 1 == 2", "assert 1 == 1"))
+    run()
+    assert document.content["findings"]["tests"][next(name for name in found if "fails" in name)]["outcome"] == "passed"
+    assert document.content["steps"]["tests/some"]["status"] == "passed"
+    for number in (1, 2):
+        assert Path(f"{tests}.ran{number}").read_text() == "x"
+
+
+def measured(label: str, direction: str, results: dict[str, float], **changes: Any) -> dict[str, Any]:
+    """A case with times in milliseconds, 0 for none, and rates of a thousand over them."""
+    case = {"label": label, "direction": direction, "dtype": "bfloat16", "head_dim": 128, "length": 16384, **changes}
+    rate = "gigabytes_per_second" if direction == "decode" else "tflops"
+    return case | {
+        "results": {
+            name: {"seconds": {"median": time / 1e3}, rate: 1000 / time} if time else {"error": "no kernel"}
+            for name, time in results.items()
+        }
+    }
+
+
+def rows_of(findings: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    return {row[0]: (row[2], row[3]) for row in summary.target_rows(findings)}
+
+
+def test_targets_take_the_worst_case_against_the_fastest_sdpa() -> None:
+    times = {"sdpa-flash": 2.0, "sdpa-cudnn": 1.8, "sdpa-math": 0.0, "softmax": 2.0, "lssa": 2.1, "lssar": 3.0}
+    good = measured("good", "forward", times)
+    bad = measured("bad", "forward", {"sdpa-flash": 2.0, "softmax": 4.0, "lssa": 2.0}, head_dim=64)
+    short = measured("short", "forward", {"sdpa-flash": 1.0, "softmax": 100.0}, length=1024)
+    rows = rows_of({"cases": {"1": good, "2": bad, "3": short}})
+    assert rows["Softmax and LSSA forward, x the fastest SDPA"] == ("0.50 (softmax, bad)", "no")
+    assert rows["LSSAR forward on random data, x LSSA"] == ("0.70 (lssar, good)", "yes")
+    assert rows["Softmax forward, D = 128"] == ("500 TFLOP/s (good)", "no")
+    assert rows["LSSA backward, D = 128"] == (summary.UNMEASURED, "")
+    without_bad = rows_of({"cases": {"1": good, "3": short}})
+    assert without_bad["Softmax and LSSA forward, x the fastest SDPA"] == ("0.86 (lssa, good)", "yes")
+
+
+def test_decoding_is_compared_with_the_measured_copy() -> None:
+    findings = {
+        "peaks": {"copy": {"gigabytes_per_second": 4000.0}},
+        "cases": {"1": measured("long", "decode", {"cuda-softmax": 0.25, "cuda-lssa": 0.28}, length=32768)},
+    }
+    rows = rows_of(findings)
+    assert rows["CUDA decoding, share of copy bandwidth"] == ("0.89 (cuda-lssa, long)", "yes")
+
+
+def test_cases_are_distinct_and_children_find_their_group() -> None:
+    groups = list(cases.groups())
+    keys = [group.key(case) for group in groups for case in group.cases]
+    assert len(set(keys)) == len(keys)
+    assert all(cases.find_group(group.name) == group for group in groups)
+    lengths = {case.length for group in groups for case in group.cases if case.direction == "forward"}
+    assert {1024, 4096, 65536, 131072} <= lengths
+    with pytest.raises(ValueError, match="expected one of"):
+        cases.find_group("forward")

@@ -1,0 +1,220 @@
+"""Tiles by device, and their tuning: measured only where asked for, once per kind, kept on disk, never per length."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sightline as sl
+from sightline.attention import _weighting_arguments
+
+pytest.importorskip("triton")
+
+from sightline.triton import tiles, tuning
+from sightline.triton.arguments import Options, make_variant
+from sightline.triton.problem import Variant
+from sightline.triton.tiles import CANDIDATES, Tile
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A device that is not there, and a tuning file of its own."""
+    for module in (tiles, tuning):
+        monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "has_hopper_memory", lambda: True)
+    monkeypatch.setattr(tuning, "target_name", lambda: "cuda-90")
+    monkeypatch.setattr(tuning, "is_capturing", lambda: False)
+    monkeypatch.setenv("SIGHTLINE_TUNING", str(tmp_path / "folder" / "tiles.json"))
+    monkeypatch.setenv("SIGHTLINE_AUTOTUNE", "1")
+    tuning._tuned_tiles.cache_clear()
+    return tmp_path / "folder" / "tiles.json"
+
+
+def variant_of(
+    weighting: Any, *, length: int = 1000, width: int = 64, dtype: torch.dtype = torch.bfloat16, saves: bool = False
+) -> Variant:
+    query = torch.empty(1, 2, length, width, dtype=dtype, device="meta")
+    scalars = (True, -1, -1, 0.1, 0.0, *_weighting_arguments(weighting))
+    variant = make_variant(query, query, Options(*[None] * 9, *scalars))
+    return replace(variant, saves=saves)
+
+
+class Launches:
+    """Records the tiles it is launched with; its clock says how long each would take."""
+
+    def __init__(self, seconds: Callable[[Tile], float]) -> None:
+        self.seconds, self.tiles = seconds, []
+
+    def __call__(self, tile: Tile) -> None:
+        self.tiles.append(tile)
+
+    def time(self, call: Callable[[], None]) -> float:
+        call()
+        return self.seconds(self.tiles[-1])
+
+
+def tune(launches: Launches, kernel: str, variant: Variant) -> Tile:
+    return tuning.tile_for(kernel, variant, launches, launches.time)
+
+
+def test_the_fastest_candidate_is_kept_for_every_length_and_every_later_process(hopper: Path) -> None:
+    wanted = CANDIDATES["forward", "half"][1]
+    launches = Launches(lambda tile: 1.0 if tile == wanted else 2.0)
+    assert tune(launches, "forward", variant_of(sl.Softmax())) == wanted
+    assert set(launches.tiles) == {
+        tiles.choose_tile("forward", variant_of(sl.Softmax())),
+        *CANDIDATES["forward", "half"],
+    }
+    for length in (1, 77, 131072):
+        assert tune(Launches(pytest.fail), "forward", variant_of(sl.Softmax(), length=length)) == wanted
+    tuning._tuned_tiles.cache_clear()
+    assert tune(Launches(pytest.fail), "forward", variant_of(sl.Softmax())) == wanted
+    assert json.loads(hopper.read_text())["target"] == "cuda-90"
+
+
+def test_the_default_stays_unless_another_clearly_wins() -> None:
+    variant = variant_of(sl.LSSA())
+    default = tiles.choose_tile("forward", variant)
+    assert tune(Launches(lambda tile: 1.0 if tile == default else 0.99), "forward", variant) == default
+
+
+def test_nothing_is_measured_unless_asked_for(monkeypatch: pytest.MonkeyPatch, hopper: Path) -> None:
+    monkeypatch.delenv("SIGHTLINE_AUTOTUNE")
+    launches = Launches(pytest.fail)
+    variant = variant_of(sl.Softmax())
+    assert tune(launches, "forward", variant) == tiles.choose_tile("forward", variant)
+    assert launches.tiles == []
+    assert not hopper.exists()
+
+
+def test_nothing_is_measured_inside_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "is_capturing", lambda: True)
+    variant = variant_of(sl.Softmax())
+    assert tune(Launches(pytest.fail), "forward", variant) == tiles.choose_tile("forward", variant)
+
+
+def test_a_candidate_that_does_not_fit_is_passed_over() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    *_, last = CANDIDATES["queries", "half"]
+
+    def seconds(tile: Tile) -> float:
+        if tile.rows == 128 and tile in CANDIDATES["queries", "half"]:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return 1.0 if tile == last else 2.0
+
+    assert tune(Launches(seconds), "queries", variant_of(sl.Softmax(), width=128)) == last
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"kernels": "other", "target": "cuda-90", "tiles": {}}',
+        "{half",
+        '{"kernels": "FINGERPRINT", "target": "cuda-80", "tiles": {"NAME": [16, 16, 4, 1]}}',
+        '{"kernels": "FINGERPRINT", "target": "cuda-90", "tiles": {"NAME": [16]}}',
+    ],
+)
+def test_a_file_of_others_or_a_broken_one_is_not_used(
+    content: str, hopper: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SIGHTLINE_AUTOTUNE")
+    variant = variant_of(sl.Softmax())
+    name = tuning.kind("forward", variant)
+    hopper.parent.mkdir()
+    hopper.write_text(content.replace("FINGERPRINT", tuning.kernels_fingerprint()).replace("NAME", name))
+    assert tune(Launches(pytest.fail), "forward", variant) == tiles.choose_tile("forward", variant)
+
+
+def test_a_file_of_this_device_is_used(hopper: Path) -> None:
+    variant = variant_of(sl.Softmax())
+    content = {"kernels": tuning.kernels_fingerprint(), "target": "cuda-90"}
+    hopper.parent.mkdir()
+    hopper.write_text(json.dumps({**content, "tiles": {tuning.kind("forward", variant): [16, 32, 4, 1]}}))
+    assert tune(Launches(pytest.fail), "forward", variant) == Tile(16, 32, 4, 1)
+
+
+def test_a_place_that_cannot_be_written_is_no_error(hopper: Path) -> None:
+    hopper.parent.write_text("a file where the folder should be")
+    wanted = CANDIDATES["forward", "half"][0]
+    launches = Launches(lambda tile: 1.0 if tile == wanted else 2.0)
+    assert tune(launches, "forward", variant_of(sl.Softmax())) == wanted
+    assert tune(Launches(pytest.fail), "forward", variant_of(sl.Softmax())) == wanted
+
+
+def test_two_processes_that_tune_keep_what_the_other_found(hopper: Path) -> None:
+    first, second = tuning.TunedTiles(hopper), tuning.TunedTiles(hopper)
+    first.keep("one", Tile(16, 16, 4, 1))
+    second.keep("two", Tile(32, 32, 4, 1))
+    assert set(tuning.TunedTiles(hopper).tiles) == {"one", "two"}
+    assert [path.name for path in hopper.parent.iterdir()] == [hopper.name]
+
+
+def test_kinds_tell_apart_what_is_compiled_differently_and_nothing_else() -> None:
+    variants = [
+        variant_of(sl.Softmax()),
+        variant_of(sl.LSSA()),
+        variant_of(sl.LSSAR()),
+        variant_of(sl.LSSAR(), saves=True),
+        variant_of(sl.Softmax(), width=128),
+        variant_of(sl.Softmax(), dtype=torch.float32),
+    ]
+    assert len({tuning.kind("forward", variant) for variant in variants}) == len(variants)
+    assert tuning.kind("forward", variant_of(sl.LSSA(), length=7)) == tuning.kind("forward", variant_of(sl.LSSA()))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_every_kernel_has_a_default_and_large_tiles_go_to_large_chips(
+    large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "has_hopper_memory", lambda: large)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for weighting in (sl.Softmax(), sl.LSSAR()):
+            for width in (8, 64, 100, 256):
+                for saves in (False, True):
+                    variant = variant_of(weighting, width=width, dtype=dtype, saves=saves)
+                    for kernel in ("forward", "decode", "rows", "queries", "keys", "mask"):
+                        tile = tiles.choose_tile(kernel, variant)
+                        assert all(number > 0 and number & (number - 1) == 0 for number in tile[:3])
+    assert (tiles.choose_tile("forward", variant_of(sl.Softmax(), width=128)).rows == 128) is large
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "large"),
+    [
+        ("cuda", 80, False),
+        ("cuda", 86, False),
+        ("cuda", 90, True),
+        ("cuda", 100, True),
+        ("cuda", 120, False),
+        ("hip", 942, False),
+    ],
+)
+def test_which_chips_have_the_memory_of_hopper(
+    backend: str, arch: int, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sightline.triton import compat
+
+    class Driver:
+        class active:
+            @staticmethod
+            def get_current_target() -> Any:
+                return type("Target", (), {"backend": backend, "arch": arch})
+
+    monkeypatch.setattr(compat.triton.runtime, "driver", Driver)
+    assert compat.has_hopper_memory() is large
+    assert compat.target_name() == f"{backend}-{arch}"
+
+
+def test_the_file_lies_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SIGHTLINE_TUNING")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuning.tuning_file() == tmp_path / "sightline" / "tiles-cuda-90.json"
