@@ -6,7 +6,8 @@ import pytest
 import torch
 from hf.families import BATCH, LENGTH, families, output
 from hf.oracle import oracle_of
-from tolerance import assert_close_to_reference
+from hf.redraw import assert_model_is_close
+from tolerance import Comparison
 
 import sightline as sl
 
@@ -16,14 +17,17 @@ def check_against_eager(model, inputs, *, real=None, swapped_inputs=None):
 
     real: (B, N), the outputs that count; what an eager model makes of padding tokens is arbitrary.
     """
-    with torch.no_grad():
-        reference = output(oracle_of(model), **inputs)
-        eager = output(model, **inputs)
-        swapped = output(sl.swap_attention(model, sl.Softmax()), **(swapped_inputs or inputs))
-    if real is not None:
-        reference, eager, swapped = reference[real], eager[real], swapped[real]
-    torch.testing.assert_close(eager.double(), reference, rtol=1e-4, atol=1e-4)
-    assert_close_to_reference(swapped, reference, eager)
+
+    def compare(model):
+        with torch.no_grad():
+            reference = output(oracle_of(model), **inputs)
+            eager = output(model, **inputs)
+            swapped = output(sl.swap_attention(model, sl.Softmax()), **(swapped_inputs or inputs))
+        results = (swapped, reference, eager) if real is None else (swapped[real], reference[real], eager[real])
+        torch.testing.assert_close(results[2].double(), results[1], rtol=1e-4, atol=1e-4)
+        return Comparison(*results)
+
+    assert_model_is_close(model, compare)
 
 
 def causal_mask_with_holes(length=LENGTH):
@@ -87,14 +91,20 @@ def test_packed_offsets(family):
     positions = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])[None]
     offsets = torch.tensor([0, 9, LENGTH], dtype=torch.int32)
     lengths = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 12, "max_length_k": 12}
-    with torch.no_grad():
-        reference, eager = (
-            torch.cat([output(alone, input_ids=document) for document in tokens.split([9, LENGTH - 9], dim=1)], dim=1)
-            for alone in (oracle_of(model), model)
-        )
-        sl.swap_attention(model, sl.Softmax())
-        swapped = output(model, input_ids=tokens, position_ids=positions, use_cache=False, **lengths)
-    assert_close_to_reference(swapped, reference, eager)
+
+    def compare(model):
+        with torch.no_grad():
+            reference, eager = (
+                torch.cat(
+                    [output(alone, input_ids=document) for document in tokens.split([9, LENGTH - 9], dim=1)], dim=1
+                )
+                for alone in (oracle_of(model), model)
+            )
+            sl.swap_attention(model, sl.Softmax())
+            swapped = output(model, input_ids=tokens, position_ids=positions, use_cache=False, **lengths)
+        return Comparison(swapped, reference, eager)
+
+    assert_model_is_close(model, compare)
 
 
 @families(without=("gpt_oss", "llama4"))  # whose experts are chosen differently where rounding differs

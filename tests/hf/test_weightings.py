@@ -9,9 +9,10 @@ import pytest
 import torch
 from hf.families import LENGTH, families, output
 from hf.oracle import oracle_of
+from hf.redraw import assert_model_is_close
 from hf.test_exactness import as_bias, causal_mask_with_holes
 from hf.test_generation import assert_same_generation, generate, prompts
-from tolerance import assert_close_to_reference
+from tolerance import Comparison
 from transformers import DynamicCache, StaticCache
 
 import sightline as sl
@@ -22,27 +23,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* replaces the model's softmax"
 weightings = pytest.mark.parametrize("weighting", [sl.LSSA(), sl.LSSAR(3)], ids=["lssa", "lssar"])
 
 
-def swapped_and_reference(family, weighting):
-    """The model with this weighting, its formulas in float64, and the same formulas in float32."""
-    model = sl.swap_attention(family.model(), weighting)
-    single = oracle_of(model).float()
-    return model, oracle_of(model), single
+def check(model, inputs, weighting, real=None, given=None):
+    """Compare a swapped model with its formulas, by the tolerance rule.
 
+    given: what the swapped model gets, where that differs.
+    """
 
-def check(models, inputs, weighting, real=None, given=None):
-    model, reference, single = models
-    with torch.no_grad():
-        actual = output(model, **(inputs if given is None else given))
-        expected, made = output(reference, **inputs), output(single, **inputs)
-    if real is not None:
-        actual, expected, made = actual[real], expected[real], made[real]
-    assert_close_to_reference(actual, expected, made, reweighted=weighting.reweight is not None)
+    def compare(model):
+        with torch.no_grad():
+            actual = output(model, **(inputs if given is None else given))
+            expected, made = output(oracle_of(model), **inputs), output(oracle_of(model).float(), **inputs)
+        results = actual, expected, made
+        return Comparison(*(results if real is None else (result[real] for result in results)))
+
+    assert_model_is_close(model, compare, reweighted=weighting.reweight is not None)
 
 
 @weightings
 @families()
 def test_as_the_formula(family, weighting):
-    check(swapped_and_reference(family, weighting), family.inputs(), weighting)
+    check(sl.swap_attention(family.model(), weighting), family.inputs(), weighting)
 
 
 @weightings
@@ -51,7 +51,7 @@ def test_as_the_formula(family, weighting):
 def test_padded_as_the_formula(family, side, weighting):
     inputs = family.inputs()
     masks, real = family.padding(inputs, side)
-    check(swapped_and_reference(family, weighting), {**inputs, **masks}, weighting, real)
+    check(sl.swap_attention(family.model(), weighting), {**inputs, **masks}, weighting, real)
 
 
 @weightings
@@ -59,10 +59,10 @@ def test_padded_as_the_formula(family, side, weighting):
 def test_mask_of_the_user_as_the_formula(family, weighting):
     visible = causal_mask_with_holes()
     inputs = family.inputs()
-    models = swapped_and_reference(family, weighting)
-    check(models, {**inputs, "attention_mask": visible}, weighting)
+    model = sl.swap_attention(family.model(), weighting)
+    check(model, {**inputs, "attention_mask": visible}, weighting)
     given = {**inputs, "attention_mask": as_bias(visible)}
-    check(models, {**inputs, "attention_mask": visible}, weighting, given=given)
+    check(model, {**inputs, "attention_mask": visible}, weighting, given=given)
 
 
 @weightings
