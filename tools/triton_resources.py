@@ -36,7 +36,7 @@ WEIGHTINGS = {"softmax": sl.Softmax(), "lssa": sl.LSSA(), "lssar": sl.LSSAR()}
 WIDTHS = (64, 128, 256)
 # Bytes of shared memory that one block may use.
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 120: 101376}
-TABLED = (80, 86, 90)
+TABLED = (80, 90)
 KERNELS = (
     "attention_forward",
     "prepare_rows",

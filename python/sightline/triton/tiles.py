@@ -49,7 +49,7 @@ _TILES: dict[tuple[str, str, int], Tile] = {
     ("sharp keys", "half", 64): Tile(32, 32, 8, 2),
     ("sharp keys", "half", 128): Tile(32, 32, 8, 2),
     ("sharp keys", "half", 256): Tile(16, 32, 8, 1),
-    ("mask", "half", 64): Tile(64, 64, 8, 1),
+    ("mask", "half", 64): Tile(64, 32, 8, 1),
     ("mask", "half", 128): Tile(32, 64, 8, 1),
     ("mask", "half", 256): Tile(16, 32, 8, 1),
     ("forward", "fp32", 64): Tile(32, 32, 4, 2),
