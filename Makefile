@@ -58,9 +58,10 @@ format: env ## let ruff and clang-format rewrite the files
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-# One worker per core and one thread per worker: the tests are many and small.
+# One worker per core and one thread per worker: the tests are many and small, but for a few that a worker with nothing
+# left to do takes over from the other.
 test: env ## everything that a machine without a GPU can test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 demo: env ## the main job: attention, then whole models, over real text at 1K to 16K tokens; results in build/demo
 	$(BIN)/sightline bench --output build/demo $(ARGS)
