@@ -33,12 +33,16 @@ class Sizes:
 
 @dataclass
 class Problem:
-    """Inputs of one call; `options` are those of `sightline.additive_recurrence`."""
+    """Inputs of one call; `options` are those of `sightline.additive_recurrence`.
+
+    ramp: what was added to random keys, as a test of keys that climb does.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     options: dict[str, Any] = field(default_factory=dict)
+    ramp: Tensor | float = 0.0
 
     def in_float64(self) -> Problem:
         tensors = [tensor.double() for tensor in (self.query, self.key, self.value)]
@@ -50,12 +54,10 @@ class Problem:
         return Problem(*tensors, options)
 
     def redrawn(self, turn: int) -> Problem:
-        """The same options with query and value mixed anew along their widths and positions.
-
-        The keys keep their course: how they climb is what a test may be about.
-        """
+        """Query, key and value with their numbers in another order; the keys climb as they did."""
         order = torch.Generator(device=self.query.device).manual_seed(turn)
-        return Problem(shuffled(self.query, order), self.key, shuffled(self.value, order), self.options)
+        key = shuffled(self.key - self.ramp, order) + self.ramp
+        return Problem(shuffled(self.query, order), key, shuffled(self.value, order), self.options, self.ramp)
 
 
 def random_state(sizes: Sizes, sequences: int) -> sl.RecurrenceState:
@@ -112,12 +114,16 @@ PACKINGS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
 }
 
 
-def random_problem(sizes: Sizes, dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
+def random_problem(
+    sizes: Sizes, dtype: torch.dtype = torch.float32, *, ramp: Tensor | float = 0.0, **options: Any
+) -> Problem:
+    """Normal inputs; `ramp`, of a shape that broadcasts to the keys', is added to the keys."""
     return Problem(
         torch.randn(sizes.batch, sizes.heads, sizes.length, sizes.width).to(dtype),
-        torch.randn(sizes.key_shape()).to(dtype),
+        (torch.randn(sizes.key_shape()) + ramp).to(dtype),
         torch.randn(sizes.batch, sizes.key_heads, sizes.length, sizes.value_width).to(dtype),
         options,
+        ramp,
     )
 
 

@@ -78,7 +78,7 @@ static void product_panel(Broadcast a, const float* b, int64_t b_stride, float* 
   }
 }
 
-// One pass over at most kDepthChunk of the depth.
+// One pass over a chunk of the depth.
 template <bool kAccumulate>
 static void product_of_chunk(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
                              int64_t columns, int64_t depth) {
@@ -100,14 +100,15 @@ static void product_of_chunk(Broadcast a, const float* b, int64_t b_stride, floa
   }
 }
 
-// C (rows x columns) = A B, or += with kAccumulate. `columns` is a multiple of the vector width.
-template <bool kAccumulate>
+// C (rows x columns) = A B, or += with kAccumulate. `columns` is a multiple of the vector width. Sums of at most kChunk
+// products are formed apart and added up.
+template <bool kAccumulate, int64_t kChunk = kDepthChunk>
 static void product(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
                     int64_t columns, int64_t depth) {
-  product_of_chunk<kAccumulate>(a, b, b_stride, c, c_stride, rows, columns, core::smaller(depth, kDepthChunk));
-  for (int64_t k = kDepthChunk; k < depth; k += kDepthChunk)
+  product_of_chunk<kAccumulate>(a, b, b_stride, c, c_stride, rows, columns, core::smaller(depth, kChunk));
+  for (int64_t k = kChunk; k < depth; k += kChunk)
     product_of_chunk<true>({a.data + k * a.depth_stride, a.row_stride, a.depth_stride}, b + k * b_stride, b_stride, c,
-                           c_stride, rows, columns, core::smaller(depth - k, kDepthChunk));
+                           c_stride, rows, columns, core::smaller(depth - k, kChunk));
 }
 
 // C += A B in which a weight of exactly 0 selects nothing, so that 0 * NaN and 0 * inf do not reach C. Only for

@@ -29,6 +29,9 @@ namespace sightline::SIGHTLINE_ISA_NS {
 constexpr int kChunkRows = 64;
 // Rows of a triangular product that share their number of columns.
 constexpr int kTriangleRows = 16;
+// Scores are summed in short chains: in a sequence of a few rows a gradient of the query is little more than one of them,
+// and a chain as long as the width has twice the error of the dot product that it is compared with.
+constexpr int64_t kScoreDepth = 16;
 constexpr float kLift = 20.0f;
 static_assert(kChunkRows % kTriangleRows == 0 && kTriangleRows % Vec::kWidth == 0);
 
@@ -231,8 +234,8 @@ static void weigh_keys(const RecurrenceProblem& problem, int64_t batch, int64_t 
                                                    float* scores, int rows, int64_t depth) {
   for (int begin = 0; begin < rows; begin += kTriangleRows) {
     const int end = begin + kTriangleRows < rows ? begin + kTriangleRows : rows;
-    product<false>({a + begin * a_stride, a_stride, 1}, b_transposed, kChunkRows, scores + begin * kChunkRows,
-                   kChunkRows, end - begin, begin + kTriangleRows, depth);
+    product<false, kScoreDepth>({a + begin * a_stride, a_stride, 1}, b_transposed, kChunkRows,
+                                scores + begin * kChunkRows, kChunkRows, end - begin, begin + kTriangleRows, depth);
   }
 }
 

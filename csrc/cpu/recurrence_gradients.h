@@ -186,9 +186,13 @@ struct BackwardScratch {
             scratch.value_stride);
   for (int64_t d = 0; d < stride; d += Vec::kWidth) {
     Vec inner = Vec::broadcast(0.0f);
-    for (int64_t c = 0; c < problem.value_width; ++c)
-      inner = fma(Vec::load(scratch.transposed_state + c * stride + d),
-                  Vec::load(scratch.transposed_gradient + c * stride + d), inner);
+    for (int64_t begin = 0; begin < problem.value_width; begin += kDepthChunk) {
+      Vec sum = Vec::broadcast(0.0f);
+      for (int64_t c = begin; c < core::smaller(begin + kDepthChunk, problem.value_width); ++c)
+        sum = fma(Vec::load(scratch.transposed_state + c * stride + d),
+                  Vec::load(scratch.transposed_gradient + c * stride + d), sum);
+      inner = inner + sum;
+    }
     alignas(64) float lanes[Vec::kWidth];
     store(lanes, inner);
     for (int64_t lane = d; lane < d + Vec::kWidth && lane < problem.key_width; ++lane) {

@@ -88,9 +88,8 @@ def test_one_output_alone_has_gradients(wanted, causal):
 def test_steep_keys_lose_no_accuracy(step, causal):
     """Keys that climb or fall by `step` every eight rows, in a few channels or all of them."""
     sizes = Sizes(length=150, width=20)
-    problem = random_problem(sizes, causal=causal)
     climbing = torch.rand(20) < 0.5
-    problem.key += climbing * step / 8 * torch.arange(150.0)[:, None]
+    problem = random_problem(sizes, causal=causal, ramp=climbing * step / 8 * torch.arange(150.0)[:, None])
     # The first rows hold all the weight of every row after them, and unordered the last ones that of every row.
     dominated = step < -20 or (step > 20 and not causal)
     assert_results_are_close(problem, one_key_dominates=dominated)
@@ -194,6 +193,15 @@ def test_one_token_after_the_other_gives_the_outputs_of_the_sequence(dtype):
 def test_one_token(option):
     sizes = Sizes(batch=16, length=1, width=40, value_width=70)
     assert_results_are_close(random_problem(sizes, **OPTIONS[option](sizes)))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("value_width", [70, 200, 512])
+@CAUSAL
+def test_the_only_key_of_a_sequence_has_no_gradient(value_width, causal):
+    problem = random_problem(Sizes(heads=2, length=1, value_width=value_width), causal=causal)
+    gradients = {"output": random_gradients(problem)["output"]}
+    assert not run(problem, "native", gradients)["key"].any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
