@@ -54,10 +54,15 @@ class Problem:
         return Problem(*tensors, options)
 
     def redrawn(self, turn: int) -> Problem:
-        """Query, key and value with their numbers in another order; the keys climb as they did."""
+        """Every tensor of numbers with them in another order; the keys climb as they did."""
         order = torch.Generator(device=self.query.device).manual_seed(turn)
         key = shuffled(self.key - self.ramp, order) + self.ramp
-        return Problem(shuffled(self.query, order), key, shuffled(self.value, order), self.options, self.ramp)
+        options = dict(self.options)
+        if "key_gain" in options:
+            options["key_gain"] = shuffled(options["key_gain"], order)
+        if "initial_state" in options:
+            options["initial_state"] = sl.RecurrenceState(*(shuffled(part, order) for part in options["initial_state"]))
+        return Problem(shuffled(self.query, order), key, shuffled(self.value, order), options, self.ramp)
 
 
 def random_state(sizes: Sizes, sequences: int) -> sl.RecurrenceState:
@@ -68,9 +73,14 @@ def random_state(sizes: Sizes, sequences: int) -> sl.RecurrenceState:
 
 
 def _cuts(sizes: Sizes) -> Tensor:
-    """Offsets of four documents, one of them empty, with a row before and one after."""
-    inner = torch.randint(1, sizes.length, (2,)).sort().values
-    return torch.tensor([1, inner[0], inner[0], inner[1], max(sizes.length - 1, inner[1])], dtype=torch.int32)
+    """Offsets of four documents, one of them empty, with a row before and one after.
+
+    Each is long enough for no key of it to dominate (see assert_results_are_close).
+    """
+    least = sizes.length // 5
+    first = int(torch.randint(least, 2 * least, ()))
+    second = int(torch.randint(3 * least, 4 * least, ()))
+    return torch.tensor([1, first, first, second, sizes.length - 1], dtype=torch.int32)
 
 
 def _left_padding(sizes: Sizes) -> Tensor:

@@ -2,6 +2,7 @@
 // sections 1 and 2.
 //
 // forward(score): phi(score). A masked score is -inf and gets exactly 0.
+// forward_short: the same by the short polynomials, of log2(e) times the score.
 // forward_and_derivative: both from one exp2.
 // A weight function whose values need a shift by the row maximum says so with kShifted; kLogUnit is the logarithm of
 // the unit in which its values come.
@@ -25,6 +26,10 @@ struct Exponential {
     return exp2_of_product(score, V::broadcast(kLog2E));
   }
   template <class V>
+  SIGHTLINE_INLINE V forward_short(V x) {
+    return exp2_short(x);
+  }
+  template <class V>
   SIGHTLINE_INLINE V forward_and_derivative(V score, V& derivative) {
     return derivative = forward(score);
   }
@@ -40,6 +45,11 @@ struct SoftPlus {
   SIGHTLINE_INLINE V forward(V score) {
     const V decay = exp2_of_product(absolute(score), V::broadcast(-kLog2E));
     return fma(maximum(V::broadcast(0.0f), score), V::broadcast(kLog2E), log2_one_plus(decay));
+  }
+  template <class V>
+  SIGHTLINE_INLINE V forward_short(V x) {
+    const V zero = V::broadcast(0.0f);
+    return maximum(zero, x) + log2_one_plus_short(exp2_short(zero - absolute(x)));
   }
   template <class V>
   SIGHTLINE_INLINE V forward_and_derivative(V score, V& derivative) {

@@ -19,8 +19,7 @@
 #include <cmath>
 
 #include "cpu/kernel_table.h"
-#include "cpu/pair_product.h"
-#include "cpu/weigh_tile.h"
+#include "cpu/weigh_pairs.h"
 #include "cpu/workspace.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
@@ -211,34 +210,57 @@ void load_key_tile(const AttentionProblem& problem, const Unit& unit, ForwardScr
   }
 }
 
+void track_largest(RowState& state, const float* tile_largest) {
+  for (int lane = 0; lane < state.rows.lanes; ++lane)
+    state.largest[lane] = tile_largest[lane] > state.largest[lane] ? tile_largest[lane] : state.largest[lane];
+}
+
+template <class Weight, bool kReweight, bool kFirstSweep, TileHolds kHolds>
+void weigh_pair_tile(const AttentionProblem& problem, const ForwardScratch& scratch, const KeyTile& keys,
+                     RowState& state) {
+  uint32_t* pairs = kFirstSweep ? nullptr : scratch.weight_pairs;
+  if (!kReweight || kFirstSweep)
+    weigh_pairs<Weight, kHolds, kHolds == TileHolds::kProducts>(state, keys, scratch.scores, pairs);
+  else
+    reweigh_pairs<Weight, kHolds>(problem, state, keys, scratch.scores, pairs);
+}
+
+// process_tile with products of pairs.
+template <class Weight, bool kReweight, bool kFirstSweep>
+void process_pair_tile(const AttentionProblem& problem, ForwardScratch& scratch, const KeyTile& keys, RowState& state) {
+  pair_product<false>(keys.key_bits, keys.key_bits_stride, state.query_pairs, scratch.scores,
+                      core::round_up(keys.count, kPairRows), state.rows.lanes, scratch.padded_depth);
+  // A shift has to be known before the first weight.
+  if (Weight::kShifted || has_extras(problem) || has_masked_entries(state.rows, keys)) {
+    alignas(64) float tile_largest[kRowTile];
+    finish_tile(problem, state.rows, keys, scratch.bias, scratch.scores, tile_largest);
+    if (!kReweight || kFirstSweep) {
+      track_largest(state, tile_largest);
+      if (Weight::kShifted) raise_shift(state, tile_largest, scratch.padded_width, true);
+    }
+    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kScores>(problem, scratch, keys, state);
+  } else if constexpr (!Weight::kShifted) {
+    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kProducts>(problem, scratch, keys, state);
+  }
+  if (!kFirstSweep)
+    pair_product<true>(keys.value_columns, kKeyTile, scratch.weight_pairs, state.chunk_values, scratch.padded_width,
+                       state.rows.lanes, core::round_up(keys.count, kPairDepth));
+}
+
 // One tile of scores of one tile of rows: weights into the normaliser (first sweep) or into the output.
 template <class Weight, bool kReweight, bool kFirstSweep>
 void process_tile(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch, const KeyTile& keys,
                   RowState& state) {
+  if (unit.pairs) return process_pair_tile<Weight, kReweight, kFirstSweep>(problem, scratch, keys, state);
   alignas(64) float tile_largest[kRowTile];
-  const int lanes = state.rows.lanes;
-  if (unit.pairs) {
-    pair_product<false>(keys.key_bits, keys.key_bits_stride, state.query_pairs, scratch.scores,
-                        core::round_up(keys.count, kPairRows), lanes, scratch.padded_depth);
-    finish_tile(problem, state.rows, keys, scratch.bias, scratch.scores, tile_largest);
-  } else {
-    compute_scores(problem, state.rows, keys, state.transposed_queries, scratch.bias, scratch.scores, tile_largest);
-  }
+  compute_scores(problem, state.rows, keys, state.transposed_queries, scratch.bias, scratch.scores, tile_largest);
   if (!kReweight || kFirstSweep) {
-    for (int lane = 0; lane < state.rows.lanes; ++lane)
-      state.largest[lane] = tile_largest[lane] > state.largest[lane] ? tile_largest[lane] : state.largest[lane];
-    if (Weight::kShifted) raise_shift(state, tile_largest, scratch.padded_width, unit.pairs);
+    track_largest(state, tile_largest);
+    if (Weight::kShifted) raise_shift(state, tile_largest, scratch.padded_width, false);
     weigh<Weight, !kFirstSweep>(state, keys.count, scratch.scores);
     if (kFirstSweep) return;
   } else {
     reweigh<Weight>(problem, state, keys.count, scratch.scores, scratch.responses);
-  }
-  if (unit.pairs) {
-    const int64_t depth = core::round_up(keys.count, kPairDepth);
-    round_to_pairs(scratch.scores, keys.count, depth, lanes, scratch.weight_pairs, state.rounded_sum);
-    pair_product<true>(keys.value_columns, kKeyTile, scratch.weight_pairs, state.chunk_values, scratch.padded_width,
-                       lanes, depth);
-    return;
   }
   if (problem.dropout) {
     drop_weights(problem, state.rows, keys, scratch.scores);
@@ -336,14 +358,14 @@ bool attend(const AttentionProblem& problem, const Unit& unit, ForwardScratch& s
                 state.rows, scratch.queries, problem.head_width, state.transposed_queries);
     if (unit.pairs)
       round_to_pairs(state.transposed_queries, problem.head_width, scratch.padded_depth, state.rows.lanes,
-                     state.query_pairs, nullptr);
+                     state.query_pairs);
     start_rows(problem, scratch, state);
     for (int lane = 0; unit.finite && lane < state.rows.lanes; ++lane) state.done[lane] = false;
   }
   if (reweighted) {
     sweep<Weight, true, true>(problem, unit, scratch, tiles);
     for (int tile = 0; tile < tiles; ++tile) {
-      find_peaks<Weight>(problem, scratch.states[tile]);
+      find_peaks<Weight>(problem, scratch.states[tile], unit.pairs);
       for (int lane = 0; lane < scratch.states[tile].rows.lanes; ++lane) scratch.states[tile].chunk_decay[lane] = 1.0f;
     }
     sweep<Weight, true, false>(problem, unit, scratch, tiles);

@@ -57,35 +57,36 @@ SIGHTLINE_INLINE __m512i interleave(__m256i low, __m256i high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-SIGHTLINE_INLINE __m256i round_to_bfloat16(Vec x) {
-  const __m256bh rounded = _mm512_cvtneps_pbh(x.value);
-  __m256i bits;
-  __builtin_memcpy(&bits, &rounded, sizeof bits);
-  return bits;
+// Vec::kWidth pairs of bfloat16.
+struct Pairs {
+  __m512i bits;
+};
+
+SIGHTLINE_INLINE void store(uint32_t* to, Pairs pairs) { _mm512_storeu_si512(to, pairs.bits); }
+
+SIGHTLINE_INLINE Pairs round_to_pairs(Vec low, Vec high) {
+  const __m512bh halves = _mm512_cvtne2ps_pbh(high.value, low.value);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves))};
 }
 
-// (depth, lanes) of fp32 to pairs (padded_depth / 2, lanes), rounding. `sums`, where given, receives per lane the sum
-// of the rounded numbers.
+// sum + both numbers of each pair.
+SIGHTLINE_INLINE Vec add_pairs(Vec sum, Pairs pairs) {
+  const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80));
+  return {_mm512_dpbf16_ps(sum.value, reinterpret_cast<__m512bh>(pairs.bits), ones)};
+}
+
+// (depth, lanes) of fp32 to pairs (padded_depth / 2, lanes), rounding.
 SIGHTLINE_INLINE void round_to_pairs(const float* from, int64_t depth, int64_t padded_depth, int64_t lanes,
-                                     uint32_t* pairs, double* sums) {
+                                     uint32_t* pairs) {
   const Vec zeros = Vec::broadcast(0.0f);
-  const __m512i high_half = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
-  for (int64_t lane = 0; lane < lanes; lane += Vec::kWidth) {
-    Vec sum = zeros;
-    for (int64_t row = 0; row < padded_depth; row += 2) {
+  for (int64_t row = 0; row < padded_depth; row += 2)
+    for (int64_t lane = 0; lane < lanes; lane += Vec::kWidth) {
       const Vec low = row < depth ? Vec::load(from + row * lanes + lane) : zeros;
       const Vec high = row + 1 < depth ? Vec::load(from + (row + 1) * lanes + lane) : zeros;
-      const __m512i pair = interleave(round_to_bfloat16(low), round_to_bfloat16(high));
-      _mm512_storeu_si512(pairs + row / 2 * lanes + lane, pair);
-      const Vec rounded_low = {_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16))};
-      const Vec rounded_high = {_mm512_castsi512_ps(_mm512_and_si512(pair, high_half))};
-      sum = sum + (rounded_low + rounded_high);
+      store(pairs + row / 2 * lanes + lane, round_to_pairs(low, high));
     }
-    if (sums == nullptr) continue;
-    alignas(64) float lane_sums[Vec::kWidth];
-    store(lane_sums, sum);
-    for (int offset = 0; offset < Vec::kWidth; ++offset) sums[lane + offset] += lane_sums[offset];
-  }
 }
 
 // Rows (count, width) of bfloat16 to (padded width, padded_count), zeros in the padding; both paddings are multiples of
@@ -272,7 +273,11 @@ static void pair_product(const uint16_t* a, int64_t a_stride, const uint32_t* b,
 struct TileUnit {
   explicit TileUnit(bool) {}
 };
-SIGHTLINE_INLINE void round_to_pairs(const float*, int64_t, int64_t, int64_t, uint32_t*, double*) {}
+struct Pairs {};
+SIGHTLINE_INLINE void store(uint32_t*, Pairs) {}
+SIGHTLINE_INLINE Pairs round_to_pairs(Vec, Vec) { return {}; }
+SIGHTLINE_INLINE Vec add_pairs(Vec sum, Pairs) { return sum; }
+SIGHTLINE_INLINE void round_to_pairs(const float*, int64_t, int64_t, int64_t, uint32_t*) {}
 SIGHTLINE_INLINE void transpose_bfloat16(const uint16_t*, int64_t, int64_t, int64_t, uint16_t*, int64_t) {}
 SIGHTLINE_INLINE void move_transposed(float*, int64_t, int64_t, float*) {}
 template <bool kAccumulate>

@@ -29,8 +29,8 @@ namespace sightline::SIGHTLINE_ISA_NS {
 constexpr int kChunkRows = 64;
 // Rows of a triangular product that share their number of columns.
 constexpr int kTriangleRows = 16;
-// Scores are summed in short chains: in a sequence of a few rows a gradient of the query is little more than one of them,
-// and a chain as long as the width has twice the error of the dot product that it is compared with.
+// Scores are summed in short chains: in a sequence of a few rows a gradient of the query is little more than one of
+// them, and a chain as long as the width has twice the error of the dot product that it is compared with.
 constexpr int64_t kScoreDepth = 16;
 constexpr float kLift = 20.0f;
 static_assert(kChunkRows % kTriangleRows == 0 && kTriangleRows % Vec::kWidth == 0);

@@ -93,21 +93,28 @@ static void finish_scores(const AttentionProblem& problem, const RowTile& rows, 
   }
 }
 
+SIGHTLINE_INLINE bool has_masked_entries(const RowTile& rows, const KeyTile& keys) {
+  return !keys.all_take_part || keys.first < rows.max_first || keys.first + keys.count - 1 > rows.min_last;
+}
+
+// Whether a score is more than a product with its two factors.
+SIGHTLINE_INLINE bool has_extras(const AttentionProblem& problem) {
+  return problem.attn_mask.kind != MaskKind::kNone || problem.alibi_slopes != nullptr || problem.softcap > 0.0f;
+}
+
 // Products to scores, in place: factors, bias, masks. `largest` receives the largest score per lane.
 [[maybe_unused]] static void finish_tile(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
                                          float* bias_scratch, float* tile, float* largest) {
   const bool has_mask = problem.attn_mask.kind != MaskKind::kNone;
   if (has_mask) load_bias(problem, rows, keys, bias_scratch);
   const float* bias = has_mask ? bias_scratch : nullptr;
-  const bool extras = has_mask || problem.alibi_slopes != nullptr || problem.softcap > 0.0f;
-  const bool masked = !keys.all_take_part || keys.first < rows.max_first || keys.first + keys.count - 1 > rows.min_last;
-  if (masked) {
-    if (extras)
+  if (has_masked_entries(rows, keys)) {
+    if (has_extras(problem))
       finish_scores<true, true>(problem, rows, keys, bias, tile, largest);
     else
       finish_scores<true, false>(problem, rows, keys, bias, tile, largest);
   } else {
-    if (extras)
+    if (has_extras(problem))
       finish_scores<false, true>(problem, rows, keys, bias, tile, largest);
     else
       finish_scores<false, false>(problem, rows, keys, bias, tile, largest);

@@ -123,14 +123,17 @@ static void reweigh(const AttentionProblem& problem, RowState& state, int keys, 
   }
 }
 
-// Between the two sweeps: mean, peak and the flat-row rule.
+// Between the two sweeps: mean, peak and the flat-row rule. `with_short` says by which polynomials the weights were
+// made: in a row that is nearly flat the peak must have the same error as they.
 template <class Weight>
-static void find_peaks(const AttentionProblem& problem, RowState& state) {
+static void find_peaks(const AttentionProblem& problem, RowState& state, bool with_short) {
   for (int lane = 0; lane < state.rows.lanes; ++lane) {
     const float visible = state.rows.visible_keys[lane];
     const bool exempt = visible <= static_cast<float>(problem.reweight.exempt_rows) || problem.reweight.offset == 0.0f;
     const float shift = state.shift[lane];
-    const Vec top = Weight::forward(Vec::broadcast(state.largest[lane] - (Weight::kShifted ? shift : 0.0f)));
+    const Vec highest = Vec::broadcast(state.largest[lane] - (Weight::kShifted ? shift : 0.0f));
+    const Vec top =
+        with_short ? Weight::forward_short(highest * Vec::broadcast(core::kLog2E)) : Weight::forward(highest);
     const float largest_weight = sum_of_lanes(top) * (1.0f / Vec::kWidth);
     const float mean = exempt || visible == 0.0f
                            ? 0.0f

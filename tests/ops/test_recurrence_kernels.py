@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 
@@ -150,6 +151,21 @@ def test_a_long_sequence_goes_back_segment_by_segment():
     ):
         error = (whole[name] - gradient).norm() / gradient.norm()
         assert error < 3e-5, name
+
+
+@CAUSAL
+def test_documents_of_one_and_two_rows_give_what_they_give_alone(causal):
+    cuts = [0, 1, 3, 4, 70, 72, 73]
+    sizes = Sizes(batch=1, length=73)
+    packed = random_problem(sizes, causal=causal, cu_seqlens=torch.tensor(cuts, dtype=torch.int32))
+    gradients = {"output": random_gradients(packed)["output"]}
+    results = run(packed, "native", gradients)
+    for first, end in itertools.pairwise(cuts):
+        rows = slice(first, end)
+        alone = Problem(packed.query[:, :, rows], packed.key[:, :, rows], packed.value[:, :, rows], {"causal": causal})
+        expected = run(alone, "native", {"output": gradients["output"][:, :, rows]})
+        for name in ("output", "query", "key", "value"):
+            torch.testing.assert_close(results[name][:, :, rows], expected[name])
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

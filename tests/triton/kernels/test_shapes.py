@@ -43,8 +43,10 @@ LARGE = [size for size in SHAPES if max(size) >= 100]
 )
 def test_every_weighting_at_small_ragged_sizes(size: tuple[int, int], weighting: str, dtype: str) -> None:
     queries, keys = size
-    # Enough rows for the errors not to be a matter of luck.
-    sizes = Sizes(max(1, 12 // queries), 2, 1, queries, keys, 24, 20)
+    # Enough rows for the errors not to be a matter of luck: in 16 bits a nearly one-hot row of re-weighting loses much
+    # of its gradient to the rounding of the output, and takes many others to make up for it.
+    rows = 48 if "lssar" in weighting and dtype != "fp32" else 12
+    sizes = Sizes(max(1, rows // queries), 2, 1, queries, keys, 24, 20)
     causal = bool(torch.rand(()) < 0.5)
     assert_triton_is_close(random_problem(sizes, DTYPES[dtype], causal=causal), WEIGHTINGS[weighting])
 

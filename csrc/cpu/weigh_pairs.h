@@ -1,0 +1,94 @@
+// From scores to bfloat16 weights in pairs, for products of pairs (pair_product.h): weigh_tile.h's work in one pass,
+// with polynomials as exact as the rounding needs.
+#pragma once
+
+#include "cpu/pair_product.h"
+#include "cpu/weigh_tile.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+// What a tile holds: scores, or products that still lack the factors of their row and key.
+enum class TileHolds { kScores, kProducts };
+
+// Per 16 lanes of a tile of `keys.count` keys, two keys at a time: x = log2(e) (score - shift) to `weigh(x)`, and pairs
+// of what that returns to `pairs`, unless that is null, in a depth padded with zeros.
+template <class Weight, TileHolds kHolds, class Weigh>
+SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, const float* tile, int lane,
+                                   uint32_t* pairs, Vec& rounded_sum, Weigh weigh) {
+  static_assert(!Weight::kShifted || kHolds == TileHolds::kScores);
+  const int64_t lanes = state.rows.lanes;
+  const Vec log2_e = Vec::broadcast(core::kLog2E), zeros = Vec::broadcast(0.0f);
+  const Vec row_factor = Vec::load(state.rows.factor + lane) * log2_e;
+  Vec shift = Vec::load(state.shift + lane);
+  shift = select(equal(shift, Vec::broadcast(-INFINITY)), zeros, shift);
+  const auto weight_of = [&](int key) {
+    const Vec entry = Vec::load(tile + key * lanes + lane);
+    if (kHolds == TileHolds::kProducts) return weigh(entry * (row_factor * Vec::broadcast(keys.factor[key])));
+    // In this order: log2(e) times a score may overflow.
+    return weigh((Weight::kShifted ? entry - shift : entry) * log2_e);
+  };
+  const auto keep = [&](int key, Vec low, Vec high) {
+    if (pairs == nullptr) return;
+    const Pairs rounded = round_to_pairs(low, high);
+    rounded_sum = add_pairs(rounded_sum, rounded);
+    store(pairs + key / 2 * lanes + lane, rounded);
+  };
+  int key = 0;
+  for (; key + 2 <= keys.count; key += 2) {
+    const Vec low = weight_of(key);
+    keep(key, low, weight_of(key + 1));
+  }
+  if (key < keys.count) {
+    keep(key, weight_of(key), zeros);
+    key += 2;
+  }
+  for (; key < core::round_up(keys.count, kPairDepth); key += 2) keep(key, zeros, zeros);
+}
+
+SIGHTLINE_INLINE void add_lanes(double* sums, Vec values) {
+  alignas(64) float lanes[Vec::kWidth];
+  store(lanes, values);
+  for (int offset = 0; offset < Vec::kWidth; ++offset) sums[offset] += lanes[offset];
+}
+
+// As weigh() of weigh_tile.h. With kTrackLargest it finds the largest score too, which only products still lack.
+template <class Weight, TileHolds kHolds, bool kTrackLargest>
+static void weigh_pairs(RowState& state, const KeyTile& keys, const float* tile, uint32_t* pairs) {
+  for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
+    Vec sum = Vec::broadcast(0.0f), rounded_sum = sum, largest = Vec::broadcast(-INFINITY);
+    map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x) {
+      if (kTrackLargest) largest = maximum(x, largest);
+      const Vec weight = Weight::forward_short(x);
+      sum = sum + weight;
+      return weight;
+    });
+    add_lanes(state.normalizer + lane, sum);
+    add_lanes(state.rounded_sum + lane, rounded_sum);
+    if (kTrackLargest)
+      store(state.largest + lane, maximum(largest * Vec::broadcast(core::kLn2), Vec::load(state.largest + lane)));
+  }
+}
+
+// As reweigh() of weigh_tile.h, without responses.
+template <class Weight, TileHolds kHolds>
+static void reweigh_pairs(const AttentionProblem& problem, RowState& state, const KeyTile& keys, const float* tile,
+                          uint32_t* pairs) {
+  const Vec zeros = Vec::broadcast(0.0f);
+  for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
+    const Vec mean = Vec::load(state.mean + lane);
+    const Vec inverse_peak = Vec::load(state.inverse_peak + lane);
+    const Mask flat = equal(Vec::load(state.flat + lane), Vec::broadcast(1.0f));
+    Vec sum = zeros, rounded_sum = zeros;
+    map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x) {
+      const Vec weight = Weight::forward_short(x);
+      const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
+      const Vec sharp = select(flat, weight, core::power(excess, problem.reweight.power));
+      sum = sum + sharp;
+      return sharp;
+    });
+    add_lanes(state.weight_sum + lane, sum);
+    add_lanes(state.rounded_sum + lane, rounded_sum);
+  }
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS
