@@ -119,6 +119,10 @@ PYBIND11_MODULE(_bench, module) {
   module.def("exp2", [](const std::string& isa, const FloatArray& x) { return apply(x, table_of(isa).exp2); });
   module.def("log2_one_plus",
              [](const std::string& isa, const FloatArray& x) { return apply(x, table_of(isa).log2_one_plus); });
+  module.def("exp2_short",
+             [](const std::string& isa, const FloatArray& x) { return apply(x, table_of(isa).exp2_short); });
+  module.def("log2_one_plus_short",
+             [](const std::string& isa, const FloatArray& x) { return apply(x, table_of(isa).log2_one_plus_short); });
   module.def("tanh", [](const std::string& isa, const FloatArray& x) { return apply(x, table_of(isa).tanh); });
   module.def("power", [](const std::string& isa, const FloatArray& x, float exponent) {
     return apply(x,

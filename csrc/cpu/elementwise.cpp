@@ -27,6 +27,14 @@ void log2_one_plus_array(const float* x, float* result, int64_t count) {
   apply(x, result, count, [](Vec value) { return core::log2_one_plus(value); });
 }
 
+void exp2_short_array(const float* x, float* result, int64_t count) {
+  apply(x, result, count, [](Vec value) { return core::exp2_short(value); });
+}
+
+void log2_one_plus_short_array(const float* x, float* result, int64_t count) {
+  apply(x, result, count, [](Vec value) { return core::log2_one_plus_short(value); });
+}
+
 void tanh_array(const float* x, float* result, int64_t count) {
   apply(x, result, count, [](Vec value) { return core::tanh(value); });
 }

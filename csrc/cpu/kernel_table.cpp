@@ -11,13 +11,16 @@ void recurrence_forward(const RecurrenceProblem&, const Parallel&);
 void recurrence_backward(const RecurrenceProblem&, const RecurrenceGradients&, const Parallel&);
 void exp2_array(const float*, float*, int64_t);
 void log2_one_plus_array(const float*, float*, int64_t);
+void exp2_short_array(const float*, float*, int64_t);
+void log2_one_plus_short_array(const float*, float*, int64_t);
 void tanh_array(const float*, float*, int64_t);
 void softplus_array(const float*, float*, float*, int64_t);
 void power_array(const float*, float, float*, int64_t);
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    kIsaName,   attention_forward,   attention_backward, recurrence_forward, recurrence_backward,
-    exp2_array, log2_one_plus_array, tanh_array,         softplus_array,     power_array};
+    kIsaName,       attention_forward,   attention_backward, recurrence_forward,        recurrence_backward,
+    exp2_array,     log2_one_plus_array, exp2_short_array,   log2_one_plus_short_array, tanh_array,
+    softplus_array, power_array};
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

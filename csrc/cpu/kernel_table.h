@@ -17,6 +17,8 @@ struct KernelTable {
   // One function over an array, for the accuracy sweeps of the bench module: result[i] = f(x[i]).
   void (*exp2)(const float* x, float* result, int64_t count);
   void (*log2_one_plus)(const float* x, float* result, int64_t count);
+  void (*exp2_short)(const float* x, float* result, int64_t count);
+  void (*log2_one_plus_short)(const float* x, float* result, int64_t count);
   void (*tanh)(const float* x, float* result, int64_t count);
   void (*softplus)(const float* x, float* result, float* derivative, int64_t count);
   void (*power)(const float* x, float exponent, float* result, int64_t count);

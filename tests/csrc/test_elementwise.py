@@ -65,6 +65,21 @@ def test_log2_one_plus_is_within_2_6_ulp_on_0_to_1(bench: ModuleType, isa: str) 
     assert error_in_ulp(bench.log2_one_plus(isa, x), expected) < 2.6
 
 
+def test_short_exp2_has_a_relative_error_of_2e_7_and_none_at_whole_numbers(bench: ModuleType, isa: str) -> None:
+    x = sweep(-126, 6, above=-126, below=127)
+    assert relative_error(bench.exp2_short(isa, x), np.exp2(x.astype(np.float64))).max() < 2e-7
+    whole = np.arange(-126, 128).astype(np.float32)
+    assert np.array_equal(bench.exp2_short(isa, whole), np.ldexp(np.float32(1), whole.astype(np.int32)))
+    assert (bench.exp2_short(isa, np.array([-126.5, -1e4, -1e30, -np.inf], np.float32)) == 0).all()
+
+
+def test_short_log2_one_plus_has_a_relative_error_of_4e_7_and_none_at_1(bench: ModuleType, isa: str) -> None:
+    x = sweep(-126, 0, above=2**-126, below=1)
+    expected = np.log1p(x.astype(np.float64)) / np.log(2)
+    assert relative_error(bench.log2_one_plus_short(isa, x), expected).max() < 4e-7
+    assert np.array_equal(bench.log2_one_plus_short(isa, np.array([0, 1], np.float32)), [0, 1])
+
+
 def test_tanh_is_within_2_8_ulp_everywhere(bench: ModuleType, isa: str) -> None:
     x = sweep(-126, 100)
     assert error_in_ulp(bench.tanh(isa, x), np.tanh(x.astype(np.float64))) < 2.8
@@ -120,7 +135,10 @@ def test_power_zero_is_one(bench: ModuleType, isa: str) -> None:
     assert (bench.power(isa, sweep(-126, 0, above=0, below=1), 0) == 1).all()
 
 
-@pytest.mark.parametrize("function", ["exp2", "log2_one_plus", "tanh", "softplus", "power 15", "power 2.5"])
+@pytest.mark.parametrize(
+    "function",
+    ["exp2", "log2_one_plus", "exp2_short", "log2_one_plus_short", "tanh", "softplus", "power 15", "power 2.5"],
+)
 def test_nan_stays_nan(bench: ModuleType, isa: str, function: str) -> None:
     name, *exponent = function.split()
     # Not a multiple of any vector width, so that a rest is computed too.
