@@ -43,7 +43,7 @@ def size_without_cancellation(exact: Problem, weighting: Any, name: str, gradien
         divisor = log_of_divisor(replace(exact, options={**exact.options, name: leaf}), weighting)
         rounded = run(exact, weighting, "reference")["output"] * (0 if grad_output is None else grad_output)
         draws = []
-        for _ in range(3):
+        for _ in range(8):
             sign = torch.randint(2, (batch, heads, queries)) * 2 - 1
             signed = [None if gradient is None else gradient * sign[..., None] for gradient in gradients[:1]]
             signed += [None if grad_log_normalizer is None else grad_log_normalizer * sign]

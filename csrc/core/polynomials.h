@@ -1,9 +1,9 @@
 // exp2, log2(1 + y), log2 and tanh as short polynomials on the FMA units, for any vector type V.
 //
 // V is a type with arithmetic operators and these free functions found by its namespace: fma, maximum, select, less,
-// equal, round_to_integer, times_power_of_two, split_exponent, absolute; V::broadcast(float). On a GPU it is
-// scalar.h's. The coefficients are minimax in relative error (tools/fit_polynomials.py); tests/csrc/test_elementwise.py
-// sweeps the whole range per instruction set.
+// equal, reciprocal, round_to_integer, times_power_of_two, split_exponent, absolute; V::broadcast(float). On a GPU it
+// is scalar.h's. The coefficients are minimax in relative error (tools/fit_polynomials.py);
+// tests/csrc/test_elementwise.py sweeps the whole range per instruction set.
 #pragma once
 
 #include "core/macros.h"

@@ -19,6 +19,7 @@ SIGHTLINE_INLINE Scalar operator+(Scalar a, Scalar b) { return {a.value + b.valu
 SIGHTLINE_INLINE Scalar operator-(Scalar a, Scalar b) { return {a.value - b.value}; }
 SIGHTLINE_INLINE Scalar operator*(Scalar a, Scalar b) { return {a.value * b.value}; }
 SIGHTLINE_INLINE Scalar operator/(Scalar a, Scalar b) { return {a.value / b.value}; }
+SIGHTLINE_INLINE Scalar reciprocal(Scalar x) { return {1.0f / x.value}; }
 SIGHTLINE_INLINE Scalar fma(Scalar a, Scalar b, Scalar c) { return {fmaf(a.value, b.value, c.value)}; }
 SIGHTLINE_INLINE Scalar select(bool condition, Scalar yes, Scalar no) { return condition ? yes : no; }
 SIGHTLINE_INLINE bool less(Scalar a, Scalar b) { return a.value < b.value; }

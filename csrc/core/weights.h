@@ -3,7 +3,7 @@
 //
 // forward(score): phi(score). A masked score is -inf and gets exactly 0.
 // forward_short: the same by the short polynomials, of log2(e) times the score.
-// forward_and_derivative: both from one exp2.
+// forward_and_derivative: both from one exp2; _short likewise.
 // A weight function whose values need a shift by the row maximum says so with kShifted; kLogUnit is the logarithm of
 // the unit in which its values come.
 #pragma once
@@ -33,6 +33,10 @@ struct Exponential {
   SIGHTLINE_INLINE V forward_and_derivative(V score, V& derivative) {
     return derivative = forward(score);
   }
+  template <class V>
+  SIGHTLINE_INLINE V forward_and_derivative_short(V x, V& derivative) {
+    return derivative = exp2_short(x);
+  }
 };
 
 // log(1 + e^s) in units of ln 2: max(x, 0) + log2(1 + 2^-|x|), x = s log2(e). The unit cancels in every weight, and a
@@ -55,9 +59,24 @@ struct SoftPlus {
   SIGHTLINE_INLINE V forward_and_derivative(V score, V& derivative) {
     const V zero = V::broadcast(0.0f);
     const V decay = exp2_of_product(absolute(score), V::broadcast(-kLog2E));
-    derivative =
-        select(less(score, zero), decay, V::broadcast(1.0f)) * V::broadcast(kLog2E) / (V::broadcast(1.0f) + decay);
+    derivative = logistic(score, decay);
     return fma(maximum(zero, score), V::broadcast(kLog2E), log2_one_plus(decay));
+  }
+  template <class V>
+  SIGHTLINE_INLINE V forward_and_derivative_short(V x, V& derivative) {
+    const V zero = V::broadcast(0.0f);
+    const V decay = exp2_short(zero - absolute(x));
+    derivative = logistic(x, decay);
+    return maximum(zero, x) + log2_one_plus_short(decay);
+  }
+
+ private:
+  // In units of ln 2; `decay` is e^-|score|.
+  template <class V>
+  SIGHTLINE_INLINE V logistic(V score, V decay) {
+    const V log2_e = V::broadcast(kLog2E);
+    const V above = select(less(score, V::broadcast(0.0f)), decay * log2_e, log2_e);
+    return above * reciprocal(V::broadcast(1.0f) + decay);
   }
 };
 

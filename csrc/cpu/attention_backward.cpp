@@ -7,10 +7,12 @@
 // result does not depend on the number of threads.
 //
 // dS is kept without the row's factor c_i / |q_i|: the copy of Q that meets it carries the factor instead, and the
-// gradient of a scale of 0 stays defined. The gradient of a broadcast attn_mask adds up over heads or batch entries:
-// units that share a mask entry run one after the other in one group.
+// gradient of a scale of 0 stays defined. bfloat16 goes through products of pairs where the machine has them
+// (backward_pairs.h), but for row tiles with non-finite numbers. The gradient of a broadcast attn_mask adds up over
+// heads or batch entries: units that share a mask entry run one after the other in one group.
 #include <cmath>
 
+#include "cpu/backward_pairs.h"
 #include "cpu/differentiate_tile.h"
 #include "cpu/kernel_table.h"
 #include "cpu/workspace.h"
@@ -35,10 +37,14 @@ struct Plan {
   float* partial_queries;  // (splits, B * Hk, rows, D) or null when there is one split
   double* partial_scales;  // (splits, B, H) or null
   double* partial_sinks;   // (B, H) or null
+  bool pairs;              // products of pairs, for row tiles that are finite
+  bool in_one_pass;        // from products of pairs to rounded score gradients
 };
 
 struct BackwardScratch {
-  explicit BackwardScratch(const Plan& plan) : memory(layout(plan, nullptr)) { layout(plan, memory.get()); }
+  explicit BackwardScratch(const Plan& plan) : tile_unit(plan.pairs), memory(layout(plan, nullptr)) {
+    layout(plan, memory.get());
+  }
 
   int64_t layout(const Plan& plan, char* base) {
     const AttentionProblem& problem = *plan.problem;
@@ -62,17 +68,20 @@ struct BackwardScratch {
     value_totals = arena.take<float>(total_keys * plan.padded_value_width);
     rows = arena.take<RowTile>(1);
     row_gradients = arena.take<RowGradients>(1);
+    if (plan.pairs) pairs.carve(arena, problem, split_keys);
     return arena.used();
   }
 
+  TileUnit tile_unit;
   Allocation memory;
+  PairOperands pairs{};
   float *queries = nullptr, *transposed_queries = nullptr, *output_gradients = nullptr;
   float *transposed_output_gradients = nullptr, *row = nullptr, *scores = nullptr, *score_gradients = nullptr;
   float *bias = nullptr, *query_gradients = nullptr, *keys = nullptr, *values = nullptr, *key_gradients = nullptr;
   float *value_gradients = nullptr, *key_totals = nullptr, *value_totals = nullptr;
   RowTile* rows = nullptr;
   RowGradients* row_gradients = nullptr;
-  bool finite = true;
+  bool finite = true, finite_values = true;
 };
 
 SIGHTLINE_INLINE const void* row_of(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t row) {
@@ -99,7 +108,9 @@ void load_keys(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_
       widen(row_of(problem.value, problem.dtype, batch, key_head, first + j), problem.dtype, value,
             problem.value_width);
       scratch.finite &= is_finite(key, problem.head_width);
+      scratch.finite_values &= is_finite(value, problem.value_width);
     }
+    if (plan.pairs) load_pair_keys(problem, batch, key_head, first, local / kKeyTile, scratch.pairs);
   }
   const int64_t split_keys = plan.tiles_per_split * kKeyTile;
   zero(scratch.key_gradients, split_keys * plan.key_width);
@@ -123,31 +134,40 @@ void finish_chunk(const Plan& plan, BackwardScratch& scratch) {
   move_sums(scratch.value_gradients, scratch.value_totals, keys * plan.padded_value_width);
 }
 
-// Output gradients of the row tile in both layouts, and what the saved tensors say of its rows.
-void load_row_gradients(const Plan& plan, BackwardScratch& scratch) {
+// Output gradients of the row tile in both layouts, and what the saved tensors say of its rows. Whether the tile goes
+// through products of pairs.
+bool load_row_gradients(const Plan& plan, BackwardScratch& scratch) {
   const AttentionProblem& problem = *plan.problem;
   const AttentionGradients& gradients = *plan.gradients;
   const RowTile& rows = *scratch.rows;
-  *scratch.row_gradients = RowGradients{};  // lanes past the last row: all zero
+  RowGradients& state = *scratch.row_gradients;
+  state = RowGradients{};  // lanes past the last row: all zero
+  bool pairs = plan.pairs && scratch.finite_values;
   for (int lane = 0; lane < rows.lanes; ++lane) {
     float* gradient = scratch.output_gradients + lane * plan.padded_value_width;
     zero(gradient, plan.padded_value_width);
-    if (lane < rows.rows) {
-      const int64_t head = rows.head[lane], query = rows.query[lane];
-      widen(row_of(gradients.grad_output, problem.dtype, rows.batch, head, query), problem.dtype, gradient,
-            problem.value_width);
-      widen(row_of(problem.output, problem.dtype, rows.batch, head, query), problem.dtype, scratch.row,
-            problem.value_width);
-      scratch.finite &= is_finite(gradient, problem.value_width);
-      const int64_t row_index = (rows.batch * problem.heads + head) * problem.queries + query;
-      const float log_gradient =
-          gradients.grad_log_normalizer == nullptr ? 0.0f : gradients.grad_log_normalizer[row_index];
-      set_row_gradient(problem, rows, lane, gradient, dot_in_order(gradient, scratch.row, problem.value_width),
-                       log_gradient, *scratch.row_gradients);
-    }
-    for (int64_t d = 0; d < problem.value_width; ++d)
-      scratch.transposed_output_gradients[d * rows.lanes + lane] = gradient[d];
+    if (lane >= rows.rows) continue;
+    const int64_t head = rows.head[lane], query = rows.query[lane];
+    widen(row_of(gradients.grad_output, problem.dtype, rows.batch, head, query), problem.dtype, gradient,
+          problem.value_width);
+    widen(row_of(problem.output, problem.dtype, rows.batch, head, query), problem.dtype, scratch.row,
+          problem.value_width);
+    scratch.finite &= is_finite(gradient, problem.value_width) &&
+                      is_finite(scratch.queries + lane * plan.key_width, problem.head_width);
+    const int64_t row_index = (rows.batch * problem.heads + head) * problem.queries + query;
+    const float log_gradient =
+        gradients.grad_log_normalizer == nullptr ? 0.0f : gradients.grad_log_normalizer[row_index];
+    set_row_gradient(problem, rows, lane, gradient, dot_in_order(gradient, scratch.row, problem.value_width),
+                     log_gradient, state);
+    pairs &= is_finite(state, lane);
   }
+  transpose_rows(scratch.output_gradients, plan.padded_value_width, rows.lanes, problem.value_width,
+                 scratch.transposed_output_gradients);
+  if (!pairs || !scratch.finite) return false;
+  load_pair_rows(problem, rows, scratch.queries, scratch.transposed_queries, scratch.output_gradients,
+                 scratch.transposed_output_gradients, scratch.pairs);
+  multiply_with_outputs(problem, rows, scratch.pairs, state.delta);
+  return true;
 }
 
 // A key of infinite or undefined norm has a factor of 0 or NaN; rows that do not see it keep their 0.
@@ -247,10 +267,33 @@ void write_key_gradients(const Plan& plan, BackwardScratch& scratch, int64_t bat
   }
 }
 
+// Products to rounded weights and score gradients.
+template <class Weight>
+void differentiate_pair_tile(const AttentionProblem& problem, const BackwardScratch& scratch, const KeyTile& keys) {
+  const RowTile& rows = *scratch.rows;
+  const auto run = [&](auto differentiate) {
+    differentiate(problem, rows, *scratch.row_gradients, keys, scratch.scores, scratch.score_gradients, scratch.pairs);
+  };
+  const bool reweighted = problem.reweight.power > 0.0f;
+  if (has_masked_entries(rows, keys)) {
+    alignas(64) float largest[kRowTile];
+    finish_tile(problem, rows, keys, scratch.bias, scratch.scores, largest);
+    if (reweighted)
+      run(differentiate_to_pairs<Weight, true, TileHolds::kScores>);
+    else
+      run(differentiate_to_pairs<Weight, false, TileHolds::kScores>);
+  } else {
+    if (reweighted)
+      run(differentiate_to_pairs<Weight, true, TileHolds::kProducts>);
+    else
+      run(differentiate_to_pairs<Weight, false, TileHolds::kProducts>);
+  }
+}
+
 template <class Weight>
 void differentiate_unit(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_t key_head, int64_t split) {
   const AttentionProblem& problem = *plan.problem;
-  scratch.finite = true;
+  scratch.finite = scratch.finite_values = true;
   load_keys(plan, scratch, batch, key_head, split);
   const bool keys_finite = scratch.finite;
   for (int64_t begin = 0; begin < plan.rows; begin += kRowTile) {
@@ -258,13 +301,10 @@ void differentiate_unit(const Plan& plan, BackwardScratch& scratch, int64_t batc
     set_up_rows(problem, batch, key_head, begin, static_cast<int>(core::smaller(kRowTile, plan.rows - begin)), rows,
                 scratch.queries, plan.key_width, scratch.transposed_queries);
     scratch.finite = keys_finite;
-    load_row_gradients(plan, scratch);
-    for (int lane = 0; lane < rows.rows; ++lane) {
-      float* query = scratch.queries + lane * plan.key_width;
-      scratch.finite &= is_finite(query, problem.head_width);
-      for (int64_t d = 0; d < problem.head_width; ++d) query[d] *= rows.factor[lane];
-    }
-    zero(scratch.query_gradients, rows.rows * plan.key_width);
+    const bool pairs = load_row_gradients(plan, scratch);
+    for (int lane = 0; lane < rows.rows; ++lane)
+      scale_row(scratch.queries + lane * plan.key_width, rows.factor[lane], plan.key_width);
+    zero(scratch.query_gradients, rows.lanes * plan.key_width);
     int64_t local = 0;
     for (int64_t tile = split; tile < plan.key_tiles; tile += plan.splits, local += kKeyTile) {
       KeyTile keys;
@@ -277,9 +317,22 @@ void differentiate_unit(const Plan& plan, BackwardScratch& scratch, int64_t batc
       keys.value_stride = problem.value_width;
       set_up_key_factors(problem, batch, keys);
       alignas(64) float largest[kRowTile];
-      compute_scores(problem, rows, keys, scratch.transposed_queries, scratch.bias, scratch.scores, largest);
-      product<false>({keys.values, keys.value_stride, 1}, scratch.transposed_output_gradients, rows.lanes,
-                     scratch.score_gradients, rows.lanes, keys.count, rows.lanes, problem.value_width);
+      float* key_gradients = scratch.key_gradients + local * plan.key_width;
+      float* value_gradients = scratch.value_gradients + local * plan.padded_value_width;
+      if (pairs) {
+        multiply_with_keys(scratch.pairs, local / kKeyTile, keys.count, rows.lanes, scratch.scores,
+                           scratch.score_gradients);
+        if (plan.in_one_pass) {
+          differentiate_pair_tile<Weight>(problem, scratch, keys);
+          add_pair_gradients(scratch.pairs, local / kKeyTile, keys.count, rows.lanes, value_gradients, key_gradients);
+          continue;
+        }
+        finish_tile(problem, rows, keys, scratch.bias, scratch.scores, largest);
+      } else {
+        compute_scores(problem, rows, keys, scratch.transposed_queries, scratch.bias, scratch.scores, largest);
+        product<false>({keys.values, keys.value_stride, 1}, scratch.transposed_output_gradients, rows.lanes,
+                       scratch.score_gradients, rows.lanes, keys.count, rows.lanes, problem.value_width);
+      }
       if (problem.reweight.power > 0.0f)
         differentiate<Weight, true>(problem, rows, *scratch.row_gradients, keys, scratch.scores,
                                     scratch.score_gradients);
@@ -292,15 +345,20 @@ void differentiate_unit(const Plan& plan, BackwardScratch& scratch, int64_t batc
       if (gradients.grad_mask_sums != nullptr)
         add_mask_gradients(gradients.grad_mask_sums, gradients.grad_mask_strides, rows, keys, scratch.score_gradients);
       if (problem.normalize_qk) scale_by_key_factors(rows, keys, scratch.score_gradients);
+      if (pairs) {
+        round_score_gradients(rows, keys, scratch.scores, scratch.score_gradients, scratch.pairs);
+        add_pair_gradients(scratch.pairs, local / kKeyTile, keys.count, rows.lanes, value_gradients, key_gradients);
+        continue;
+      }
       accumulate_product(scratch.finite, {scratch.scores, rows.lanes, 1}, scratch.output_gradients,
-                         plan.padded_value_width, scratch.value_gradients + local * plan.padded_value_width,
-                         plan.padded_value_width, keys.count, plan.padded_value_width, rows.rows);
+                         plan.padded_value_width, value_gradients, plan.padded_value_width, keys.count,
+                         plan.padded_value_width, rows.rows);
       accumulate_product(scratch.finite, {scratch.score_gradients, rows.lanes, 1}, scratch.queries, plan.key_width,
-                         scratch.key_gradients + local * plan.key_width, plan.key_width, keys.count, plan.key_width,
-                         rows.rows);
+                         key_gradients, plan.key_width, keys.count, plan.key_width, rows.rows);
       accumulate_product(scratch.finite, {scratch.score_gradients, 1, rows.lanes}, keys.keys, plan.key_width,
                          scratch.query_gradients, plan.key_width, rows.rows, plan.key_width, keys.count);
     }
+    if (pairs) move_transposed(scratch.pairs.query_gradients, plan.key_width, rows.lanes, scratch.query_gradients);
     finish_row_tile(plan, scratch, batch, key_head, begin, split);
     const bool chunk_ends = (begin / kRowTile + 1) % (kChunkRows / kRowTile) == 0 || begin + kRowTile >= plan.rows;
     if (scratch.key_totals != nullptr && chunk_ends) finish_chunk(plan, scratch);
@@ -347,6 +405,8 @@ void attention_backward(const AttentionProblem& problem, const AttentionGradient
   plan.key_width = core::round_up(problem.head_width, Vec::kWidth);
   plan.padded_value_width = core::round_up(problem.value_width, Vec::kWidth);
   plan.key_tiles = (problem.keys + kKeyTile - 1) / kKeyTile;
+  plan.pairs = kHasPairProducts && problem.dtype == DType::kBFloat16;
+  plan.in_one_pass = !has_extras(problem) && !problem.dropout;
 
   const bool sums_mask = gradients.grad_mask_sums != nullptr;
   const bool mask_shared_by_keys = sums_mask && gradients.grad_mask_strides[3] == 0;

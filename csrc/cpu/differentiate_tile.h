@@ -52,6 +52,19 @@ struct RowGradients {
   state.coupling[lane] = offset / visible * row_sum - state.log_gradient[lane] * inverse;
 }
 
+SIGHTLINE_INLINE bool is_finite(const RowGradients& state, int lane) {
+  const float entries[] = {state.shift[lane],
+                           state.inverse_normalizer[lane],
+                           state.delta[lane],
+                           state.log_gradient[lane],
+                           state.mean[lane],
+                           state.inverse_peak[lane],
+                           state.response_factor[lane],
+                           state.coupling[lane],
+                           state.inverse_weight_sum[lane]};
+  return is_finite(entries, sizeof entries / sizeof entries[0]);
+}
+
 // Scores become weights (for dV), the products <do, v> score gradients (for dK and dQ), both in place.
 template <class Weight, bool kReweight>
 static void differentiate(const AttentionProblem& problem, const RowTile& rows, const RowGradients& state,

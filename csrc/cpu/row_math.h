@@ -46,6 +46,19 @@ SIGHTLINE_INLINE float dot_in_order(const float* a, const float* b, int64_t coun
   return total;
 }
 
+// to (width, rows) = from (rows, width); `rows` is a multiple of the vector width.
+[[maybe_unused]] static void transpose_rows(const float* from, int64_t from_stride, int64_t rows, int64_t width,
+                                            float* to) {
+  for (int64_t row = 0; row < rows; row += Vec::kWidth) {
+    int64_t column = 0;
+    for (; column + Vec::kWidth <= width; column += Vec::kWidth)
+      transpose_block(from + row * from_stride + column, from_stride, to + column * rows + row, rows);
+    for (; column < width; ++column)
+      for (int64_t lane = row; lane < row + Vec::kWidth; ++lane)
+        to[column * rows + lane] = from[lane * from_stride + column];
+  }
+}
+
 SIGHTLINE_INLINE bool is_finite(const float* values, int64_t count) {
   // Zero times anything finite is zero, times NaN or infinity NaN.
   Vec probe = Vec::broadcast(0.0f);

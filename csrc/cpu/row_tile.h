@@ -137,8 +137,8 @@ SIGHTLINE_INLINE float mask_bias(const char* element, MaskKind kind) {
     tile.unit_factor[lane] = length * tile.inverse_norm[lane];
     tile.factor[lane] = problem.scales[head] * tile.unit_factor[lane];
     tile.slope[lane] = problem.alibi_slopes != nullptr ? problem.alibi_slopes[head] : 0.0f;
-    for (int64_t d = 0; d < problem.head_width; ++d) transposed[d * tile.lanes + lane] = row[d];
   }
+  transpose_rows(queries, query_stride, tile.lanes, problem.head_width, transposed);
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -10,6 +10,9 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
+// What a tile holds: scores, or products that still lack the factors of their row and key.
+enum class TileHolds { kScores, kProducts };
+
 struct KeyTile {
   int64_t first;  // index of the first key
   int count;

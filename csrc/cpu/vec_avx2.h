@@ -47,6 +47,7 @@ SIGHTLINE_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.value, b.
 SIGHTLINE_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.value, b.value)}; }
 SIGHTLINE_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.value, b.value)}; }
 SIGHTLINE_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.value, b.value)}; }
+SIGHTLINE_INLINE Vec reciprocal(Vec x) { return Vec::broadcast(1.0f) / x; }
 SIGHTLINE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.value, b.value, c.value)}; }
 SIGHTLINE_INLINE Vec select(Mask mask, Vec yes, Vec no) { return {_mm256_blendv_ps(no.value, yes.value, mask.bits)}; }
 SIGHTLINE_INLINE Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.value, b.value, _CMP_LT_OQ)}; }

@@ -49,6 +49,11 @@ SIGHTLINE_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.value, b.
 SIGHTLINE_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.value, b.value)}; }
 SIGHTLINE_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.value, b.value)}; }
 SIGHTLINE_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.value, b.value)}; }
+// 1 / x within 2 ulp, for x far from the ends of the range.
+SIGHTLINE_INLINE Vec reciprocal(Vec x) {
+  const __m512 first = _mm512_rcp14_ps(x.value);
+  return {_mm512_fmadd_ps(_mm512_fnmadd_ps(x.value, first, _mm512_set1_ps(1.0f)), first, first)};
+}
 SIGHTLINE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.value, b.value, c.value)}; }
 SIGHTLINE_INLINE Vec select(Mask mask, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(mask.bits, no.value, yes.value)};

@@ -57,6 +57,7 @@ SIGHTLINE_INLINE Vec operator+(Vec a, Vec b) { return {a.value + b.value}; }
 SIGHTLINE_INLINE Vec operator-(Vec a, Vec b) { return {a.value - b.value}; }
 SIGHTLINE_INLINE Vec operator*(Vec a, Vec b) { return {a.value * b.value}; }
 SIGHTLINE_INLINE Vec operator/(Vec a, Vec b) { return {a.value / b.value}; }
+SIGHTLINE_INLINE Vec reciprocal(Vec x) { return Vec::broadcast(1.0f) / x; }
 SIGHTLINE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.value * b.value + c.value}; }
 SIGHTLINE_INLINE Vec select(Mask mask, Vec yes, Vec no) {
   return {reinterpret_cast<Float4>((mask.bits & reinterpret_cast<Int4>(yes.value)) |

@@ -7,9 +7,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// What a tile holds: scores, or products that still lack the factors of their row and key.
-enum class TileHolds { kScores, kProducts };
-
 // Per 16 lanes of a tile of `keys.count` keys, two keys at a time: x = log2(e) (score - shift) to `weigh(x)`, and pairs
 // of what that returns to `pairs`, unless that is null, in a depth padded with zeros.
 template <class Weight, TileHolds kHolds, class Weigh>
