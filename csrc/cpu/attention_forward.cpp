@@ -9,8 +9,7 @@
 // of 2048 keys and chunks are added up, which keeps the error flat in N.
 //
 // bfloat16 goes through products of pairs where the machine has them (pair_product.h): weights are rounded to bfloat16
-// and the output is divided by the sum of the rounded ones. Dropout and the saved responses of re-weighting keep to
-// fp32.
+// and the output is divided by the sum of the rounded ones. Dropout keeps to fp32.
 //
 // Re-weighting sweeps twice: the first finds Z and the largest score, the second recomputes the scores and weighs.
 //
@@ -36,7 +35,7 @@ struct Plan {
   bool pairs;         // products of pairs, for units that are finite
 
   explicit Plan(const AttentionProblem& of) : problem(&of), rows(of.heads / of.key_heads * of.queries) {
-    pairs = kHasPairProducts && of.dtype == DType::kBFloat16 && of.saved_values == nullptr && !of.dropout;
+    pairs = kHasPairProducts && of.dtype == DType::kBFloat16 && !of.dropout;
     // More rows per unit read K and V less often; fewer keep all threads busy on short sequences.
     unit_rows = kRowTile * (rows <= 512 ? 1 : rows <= 2048 ? 2 : kMaxTilesPerUnit);
     units = (rows + unit_rows - 1) / unit_rows;
@@ -65,6 +64,7 @@ struct ForwardScratch {
     values = arena.take<float>(kKeyTile * padded_width);
     padded_depth = core::round_up(problem.head_width, kPairDepth);
     weight_pairs = arena.take<uint32_t>(plan.pairs ? tile_rows * kKeyTile / 2 : 0);
+    response_pairs = arena.take<uint32_t>(plan.pairs && saves_response ? tile_rows * kKeyTile / 2 : 0);
     key_bits = arena.take<uint16_t>(plan.pairs ? kKeyTile * padded_depth : 0);
     value_columns = arena.take<uint16_t>(plan.pairs ? padded_width * kKeyTile : 0);
     const int64_t tile_values = tile_rows * padded_width;
@@ -92,7 +92,7 @@ struct ForwardScratch {
   RowState* states = nullptr;
   float *queries = nullptr, *scores = nullptr, *responses = nullptr, *bias = nullptr, *keys = nullptr,
         *values = nullptr;
-  uint32_t* weight_pairs = nullptr;
+  uint32_t *weight_pairs = nullptr, *response_pairs = nullptr;
   uint16_t *key_bits = nullptr, *value_columns = nullptr;
 };
 
@@ -144,7 +144,7 @@ void finish_chunks(const AttentionProblem& problem, const ForwardScratch& scratc
     RowState& state = states[tile];
     finish_chunk(scratch, state.values, state.chunk_values, state, pairs);
     if (problem.saved_values != nullptr)
-      finish_chunk(scratch, state.response_values, state.chunk_response_values, state, false);
+      finish_chunk(scratch, state.response_values, state.chunk_response_values, state, pairs);
     for (int lane = 0; lane < state.rows.lanes; ++lane) state.chunk_decay[lane] = 1.0f;
   }
 }
@@ -221,8 +221,10 @@ void weigh_pair_tile(const AttentionProblem& problem, const ForwardScratch& scra
   uint32_t* pairs = kFirstSweep ? nullptr : scratch.weight_pairs;
   if (!kReweight || kFirstSweep)
     weigh_pairs<Weight, kHolds, kHolds == TileHolds::kProducts>(state, keys, scratch.scores, pairs);
+  else if (problem.saved_values == nullptr)
+    reweigh_pairs<Weight, kHolds, false>(problem, state, keys, scratch.scores, pairs, nullptr);
   else
-    reweigh_pairs<Weight, kHolds>(problem, state, keys, scratch.scores, pairs);
+    reweigh_pairs<Weight, kHolds, true>(problem, state, keys, scratch.scores, pairs, scratch.responses);
 }
 
 // process_tile with products of pairs.
@@ -242,9 +244,15 @@ void process_pair_tile(const AttentionProblem& problem, ForwardScratch& scratch,
   } else if constexpr (!Weight::kShifted) {
     weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kProducts>(problem, scratch, keys, state);
   }
-  if (!kFirstSweep)
-    pair_product<true>(keys.value_columns, kKeyTile, scratch.weight_pairs, state.chunk_values, scratch.padded_width,
-                       state.rows.lanes, core::round_up(keys.count, kPairDepth));
+  if (kFirstSweep) return;
+  const int64_t depth = core::round_up(keys.count, kPairDepth);
+  const auto add_values = [&](const uint32_t* pairs, float* sums) {
+    pair_product<true>(keys.value_columns, kKeyTile, pairs, sums, scratch.padded_width, state.rows.lanes, depth);
+  };
+  add_values(scratch.weight_pairs, state.chunk_values);
+  if (problem.saved_values == nullptr) return;
+  round_responses(state, keys.count, scratch.responses, scratch.response_pairs);
+  add_values(scratch.response_pairs, state.chunk_response_values);
 }
 
 // One tile of scores of one tile of rows: weights into the normaliser (first sweep) or into the output.
@@ -332,7 +340,7 @@ bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowSta
         saved[kSavedMean] = state.mean[lane];
         saved[kSavedPeak] = flat ? 1.0f : 1.0f / state.inverse_peak[lane];
         saved[kSavedWeightSum] = flat ? 0.0f : static_cast<float>(divisor);
-        saved[kSavedResponse] = flat || divisor == 0.0 ? 0.0f : static_cast<float>(state.response[lane] / divisor);
+        saved[kSavedResponse] = flat || applied == 0.0 ? 0.0f : static_cast<float>(state.response[lane] / applied);
       }
     }
     if (problem.saved_values != nullptr) {

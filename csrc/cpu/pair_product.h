@@ -62,6 +62,7 @@ struct Pairs {
   __m512i bits;
 };
 
+SIGHTLINE_INLINE Pairs load_pairs(const uint32_t* from) { return {_mm512_loadu_si512(from)}; }
 SIGHTLINE_INLINE void store(uint32_t* to, Pairs pairs) { _mm512_storeu_si512(to, pairs.bits); }
 
 SIGHTLINE_INLINE Pairs round_to_pairs(Vec low, Vec high) {
@@ -274,6 +275,7 @@ struct TileUnit {
   explicit TileUnit(bool) {}
 };
 struct Pairs {};
+SIGHTLINE_INLINE Pairs load_pairs(const uint32_t*) { return {}; }
 SIGHTLINE_INLINE void store(uint32_t*, Pairs) {}
 SIGHTLINE_INLINE Pairs round_to_pairs(Vec, Vec) { return {}; }
 SIGHTLINE_INLINE Vec add_pairs(Vec sum, Pairs) { return sum; }

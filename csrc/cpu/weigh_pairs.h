@@ -7,8 +7,8 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// Per 16 lanes of a tile of `keys.count` keys, two keys at a time: x = log2(e) (score - shift) to `weigh(x)`, and pairs
-// of what that returns to `pairs`, unless that is null, in a depth padded with zeros.
+// Per 16 lanes of a tile of `keys.count` keys, two keys at a time: x = log2(e) (score - shift) to `weigh(x, key)`, and
+// pairs of what that returns to `pairs`, unless that is null, in a depth padded with zeros.
 template <class Weight, TileHolds kHolds, class Weigh>
 SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, const float* tile, int lane,
                                    uint32_t* pairs, Vec& rounded_sum, Weigh weigh) {
@@ -20,9 +20,9 @@ SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, c
   shift = select(equal(shift, Vec::broadcast(-INFINITY)), zeros, shift);
   const auto weight_of = [&](int key) {
     const Vec entry = Vec::load(tile + key * lanes + lane);
-    if (kHolds == TileHolds::kProducts) return weigh(entry * (row_factor * Vec::broadcast(keys.factor[key])));
+    if (kHolds == TileHolds::kProducts) return weigh(entry * (row_factor * Vec::broadcast(keys.factor[key])), key);
     // In this order: log2(e) times a score may overflow.
-    return weigh((Weight::kShifted ? entry - shift : entry) * log2_e);
+    return weigh((Weight::kShifted ? entry - shift : entry) * log2_e, key);
   };
   const auto keep = [&](int key, Vec low, Vec high) {
     if (pairs == nullptr) return;
@@ -53,7 +53,7 @@ template <class Weight, TileHolds kHolds, bool kTrackLargest>
 static void weigh_pairs(RowState& state, const KeyTile& keys, const float* tile, uint32_t* pairs) {
   for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
     Vec sum = Vec::broadcast(0.0f), rounded_sum = sum, largest = Vec::broadcast(-INFINITY);
-    map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x) {
+    map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x, int) {
       if (kTrackLargest) largest = maximum(x, largest);
       const Vec weight = Weight::forward_short(x);
       sum = sum + weight;
@@ -66,25 +66,41 @@ static void weigh_pairs(RowState& state, const KeyTile& keys, const float* tile,
   }
 }
 
-// As reweigh() of weigh_tile.h, without responses.
-template <class Weight, TileHolds kHolds>
+// As reweigh() of weigh_tile.h. `responses`, where they are saved, receive (r / m)^(p - 1) as they are.
+template <class Weight, TileHolds kHolds, bool kSaves>
 static void reweigh_pairs(const AttentionProblem& problem, RowState& state, const KeyTile& keys, const float* tile,
-                          uint32_t* pairs) {
+                          uint32_t* pairs, float* responses) {
   const Vec zeros = Vec::broadcast(0.0f);
+  const float power = problem.reweight.power;
   for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
     const Vec mean = Vec::load(state.mean + lane);
     const Vec inverse_peak = Vec::load(state.inverse_peak + lane);
     const Mask flat = equal(Vec::load(state.flat + lane), Vec::broadcast(1.0f));
     Vec sum = zeros, rounded_sum = zeros;
-    map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x) {
+    map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x, int key) {
       const Vec weight = Weight::forward_short(x);
       const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
-      const Vec sharp = select(flat, weight, core::power(excess, problem.reweight.power));
+      Vec response = core::power(excess, power - 1.0f);
+      // 0^0 at p = 1: a key at or below the mean has no response.
+      if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
+      if (kSaves) store(responses + key * state.rows.lanes + lane, response);
+      const Vec sharp = select(flat, weight, response * excess);
       sum = sum + sharp;
       return sharp;
     });
     add_lanes(state.weight_sum + lane, sum);
     add_lanes(state.rounded_sum + lane, rounded_sum);
+  }
+}
+
+// Responses (keys, lanes) to pairs. Their sum is that of the rounded ones, as their product with V is.
+[[maybe_unused]] static void round_responses(RowState& state, int keys, const float* responses, uint32_t* pairs) {
+  const int64_t lanes = state.rows.lanes, depth = core::round_up(keys, kPairDepth);
+  round_to_pairs(responses, keys, depth, lanes, pairs);
+  for (int64_t lane = 0; lane < lanes; lane += Vec::kWidth) {
+    Vec sum = Vec::broadcast(0.0f);
+    for (int64_t row = 0; row < depth / 2; ++row) sum = add_pairs(sum, load_pairs(pairs + row * lanes + lane));
+    add_lanes(state.response + lane, sum);
   }
 }
 
