@@ -6,6 +6,7 @@
 // races between threads of a block that a missing barrier leaves, since fibers never run at the same time in between.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstring>
@@ -100,14 +101,16 @@ class Machine {
   void meet(Meeting meeting) {
     Fiber& fiber = *fibers_[static_cast<size_t>(current_)];
     fiber.meeting = meeting;
-    swapcontext(&fiber.context, &scheduler_);
+    if (_setjmp(fiber.pause) == 0) _longjmp(scheduler_, 1);
   }
 
  private:
   static constexpr size_t kRoomBytes = kExchangeBytes * kWarpThreads;
 
   struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // to start it
+    jmp_buf pause;       // to go on with it: swapcontext() would ask the kernel for the signal mask every time
+    bool started = false;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     Meeting meeting = Meeting::kNone;
     int parity = 0;
@@ -130,6 +133,7 @@ class Machine {
       Fiber& fiber = *fibers_[static_cast<size_t>(thread)];
       fiber.meeting = Meeting::kNone;
       fiber.parity = 0;
+      fiber.started = false;
       fiber.copies.clear();
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -139,6 +143,14 @@ class Machine {
     }
   }
 
+  // Runs a fiber to its next meeting.
+  void resume(Fiber& fiber) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.started) _longjmp(fiber.pause, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+  }
+
   // Lets every lane of a warp run to its next meeting. False once they wait for the block or have ended.
   bool turn(int warp) {
     const int first = warp * kWarpThreads;
@@ -146,7 +158,7 @@ class Machine {
     if (before == Meeting::kBlockBarrier || before == Meeting::kEnd) return false;
     for (int lane = 0; lane < kWarpThreads; ++lane) {
       current_ = first + lane;
-      swapcontext(&scheduler_, &fibers_[static_cast<size_t>(current_)]->context);
+      resume(*fibers_[static_cast<size_t>(current_)]);
     }
     const Meeting after = fibers_[static_cast<size_t>(first)]->meeting;
     for (int lane = 1; lane < kWarpThreads; ++lane)
@@ -170,7 +182,7 @@ class Machine {
   int current_ = 0, threads_ = 0;
   void (*call_)(const void*) = nullptr;
   const void* context_ = nullptr;
-  ucontext_t scheduler_{};
+  jmp_buf scheduler_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<char> rooms_;
   std::string complaint_;
