@@ -1,6 +1,6 @@
 // Weighted attention, forward (MATH.md sections 1 and 2).
 //
-// Work: one unit is up to 256 query rows of one key head (all its query heads numbered through, see row_tile.h); units
+// Work: one unit is up to 512 query rows of one key head (all its query heads numbered through, see row_tile.h); units
 // are handed to threads longest first. A unit walks the key tiles that any of its rows sees: scores (lanes are rows,
 // see product.h), weights in place, weights times V. K and V are used where they lie when they are fp32, else widened
 // tile by tile, so that extra memory does not grow with N.
@@ -24,7 +24,12 @@
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
 
-constexpr int kMaxTilesPerUnit = 4;
+// More rows per unit read K and V less often, and load or transpose them less often where they are not used as they
+// lie; a unit's state should stay in a second-level cache, and there should be units enough for all threads to end
+// together.
+constexpr int64_t kMaxTilesPerUnit = 8;
+constexpr int64_t kUnitStateBytes = 512 * 1024;
+constexpr int64_t kUnitsPerThread = 4;
 constexpr int64_t kChunkKeys = 2048;
 // How the query rows of a key head are cut into units.
 struct Plan {
@@ -34,10 +39,13 @@ struct Plan {
   int64_t units;      // per key head
   bool pairs;         // products of pairs, for units that are finite
 
-  explicit Plan(const AttentionProblem& of) : problem(&of), rows(of.heads / of.key_heads * of.queries) {
+  Plan(const AttentionProblem& of, int64_t threads) : problem(&of), rows(of.heads / of.key_heads * of.queries) {
     pairs = kHasPairProducts && of.dtype == DType::kBFloat16 && !of.dropout;
-    // More rows per unit read K and V less often; fewer keep all threads busy on short sequences.
-    unit_rows = kRowTile * (rows <= 512 ? 1 : rows <= 2048 ? 2 : kMaxTilesPerUnit);
+    const int64_t tile_bytes = kRowTile * static_cast<int64_t>(sizeof(float)) * (of.head_width + 2 * of.value_width);
+    int64_t tiles = core::smaller(kMaxTilesPerUnit, core::larger(1, kUnitStateBytes / tile_bytes));
+    const int64_t all_tiles = (rows + kRowTile - 1) / kRowTile * of.batch * of.key_heads;
+    tiles = core::smaller(tiles, core::larger(1, all_tiles / (kUnitsPerThread * threads)));
+    unit_rows = kRowTile * tiles;
     units = (rows + unit_rows - 1) / unit_rows;
   }
 };
@@ -395,7 +403,7 @@ bool attend_unit(const AttentionProblem& problem, const Unit& unit, ForwardScrat
 void attention_forward(const AttentionProblem& problem, const Parallel& parallel) {
   const int64_t key_heads = problem.batch * problem.key_heads;
   if (problem.queries == 0 || key_heads == 0) return;
-  const Plan plan(problem);
+  const Plan plan(problem, parallel.threads);
   for_each_unit<ForwardScratch>(
       parallel, plan.units * key_heads, plan, [&plan, key_heads](int64_t index, ForwardScratch& scratch) {
         const AttentionProblem& task = *plan.problem;
