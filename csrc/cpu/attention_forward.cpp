@@ -11,7 +11,8 @@
 // bfloat16 goes through products of pairs where the machine has them (pair_product.h): weights are rounded to bfloat16
 // and the output is divided by the sum of the rounded ones. Dropout keeps to fp32.
 //
-// Re-weighting sweeps twice: the first finds Z and the largest score, the second recomputes the scores and weighs.
+// Re-weighting sweeps twice: the first finds Z and the largest score, the second weighs. Softplus weights of the first
+// are kept for the second where they fit a second-level cache, else the scores are computed again.
 //
 // Non-finite numbers: the products run at full speed and let 0 * NaN through. Only a unit with rows that are not finite
 // is computed again, for these, with products that skip zero weights, so finite data pays nothing.
@@ -30,6 +31,7 @@ namespace {
 constexpr int64_t kMaxTilesPerUnit = 8;
 constexpr int64_t kUnitStateBytes = 512 * 1024;
 constexpr int64_t kUnitsPerThread = 4;
+constexpr int64_t kKeptBytes = 2048 * 1024;
 constexpr int64_t kChunkKeys = 2048;
 // How the query rows of a key head are cut into units.
 struct Plan {
@@ -38,6 +40,7 @@ struct Plan {
   int64_t unit_rows;  // at most kMaxTilesPerUnit tiles
   int64_t units;      // per key head
   bool pairs;         // products of pairs, for units that are finite
+  bool keeps;         // weights from one sweep to the next, for units in which they fit
 
   Plan(const AttentionProblem& of, int64_t threads) : problem(&of), rows(of.heads / of.key_heads * of.queries) {
     pairs = kHasPairProducts && of.dtype == DType::kBFloat16 && !of.dropout;
@@ -45,8 +48,16 @@ struct Plan {
     int64_t tiles = core::smaller(kMaxTilesPerUnit, core::larger(1, kUnitStateBytes / tile_bytes));
     const int64_t all_tiles = (rows + kRowTile - 1) / kRowTile * of.batch * of.key_heads;
     tiles = core::smaller(tiles, core::larger(1, all_tiles / (kUnitsPerThread * threads)));
+    keeps = of.reweight.power > 0.0f && of.weight_function == WeightFunction::kSoftplus;
+    const int64_t kept_tiles = kKeptBytes / core::larger(kept_bytes(of.keys), 1);
+    if (keeps && kept_tiles > 0) tiles = core::smaller(tiles, kept_tiles);
     unit_rows = kRowTile * tiles;
     units = (rows + unit_rows - 1) / unit_rows;
+  }
+
+  // Of a tile of rows against this many keys.
+  static int64_t kept_bytes(int64_t keys) {
+    return core::round_up(keys, kKeyTile) * kRowTile * static_cast<int64_t>(sizeof(float));
   }
 };
 
@@ -67,6 +78,9 @@ struct ForwardScratch {
     queries = arena.take<float>(tile_rows * problem.head_width);
     scores = arena.take<float>(tile_rows * kKeyTile);
     responses = arena.take<float>(saves_response ? tile_rows * kKeyTile : 0);
+    kept = arena.take<float>(plan.keeps ? core::smaller(kKeptBytes, tiles * Plan::kept_bytes(problem.keys)) /
+                                              static_cast<int64_t>(sizeof(float))
+                                        : 0);
     bias = arena.take<float>(problem.attn_mask.kind != MaskKind::kNone ? tile_rows * kKeyTile : 0);
     keys = arena.take<float>(kKeyTile * problem.head_width);
     values = arena.take<float>(kKeyTile * padded_width);
@@ -98,7 +112,7 @@ struct ForwardScratch {
   Allocation memory;
   int64_t padded_width = 0, padded_depth = 0;
   RowState* states = nullptr;
-  float *queries = nullptr, *scores = nullptr, *responses = nullptr, *bias = nullptr, *keys = nullptr,
+  float *queries = nullptr, *scores = nullptr, *responses = nullptr, *kept = nullptr, *bias = nullptr, *keys = nullptr,
         *values = nullptr;
   uint32_t *weight_pairs = nullptr, *response_pairs = nullptr;
   uint16_t *key_bits = nullptr, *value_columns = nullptr;
@@ -108,6 +122,7 @@ struct Unit {
   int64_t batch, key_head, begin, end;  // rows [begin, end) of the key head
   bool finite;                          // false: products must skip zero weights
   bool pairs;
+  bool keeps;
 };
 
 void start_rows(const AttentionProblem& problem, const ForwardScratch& scratch, RowState& state) {
@@ -223,35 +238,53 @@ void track_largest(RowState& state, const float* tile_largest) {
     state.largest[lane] = tile_largest[lane] > state.largest[lane] ? tile_largest[lane] : state.largest[lane];
 }
 
+// Scores or products to pairs of weights, or in the first of two sweeps to what it gathers.
 template <class Weight, bool kReweight, bool kFirstSweep, TileHolds kHolds>
-void weigh_pair_tile(const AttentionProblem& problem, const ForwardScratch& scratch, const KeyTile& keys,
-                     RowState& state) {
-  uint32_t* pairs = kFirstSweep ? nullptr : scratch.weight_pairs;
-  if (!kReweight || kFirstSweep)
-    weigh_pairs<Weight, kHolds, kHolds == TileHolds::kProducts>(state, keys, scratch.scores, pairs);
-  else if (problem.saved_values == nullptr)
-    reweigh_pairs<Weight, kHolds, false>(problem, state, keys, scratch.scores, pairs, nullptr);
-  else
-    reweigh_pairs<Weight, kHolds, true>(problem, state, keys, scratch.scores, pairs, scratch.responses);
+void weigh_pair_tile(const AttentionProblem& problem, const ForwardScratch& scratch, const KeyTile& keys, bool keeps,
+                     float* tile, RowState& state) {
+  constexpr bool kTrackLargest = kHolds == TileHolds::kProducts;
+  if constexpr (!kReweight) {
+    weigh_pairs<Weight, kHolds, kTrackLargest, false>(state, keys, tile, scratch.weight_pairs);
+  } else if constexpr (kFirstSweep) {
+    if (keeps)
+      weigh_pairs<Weight, kHolds, kTrackLargest, true>(state, keys, tile, nullptr);
+    else
+      weigh_pairs<Weight, kHolds, kTrackLargest, false>(state, keys, tile, nullptr);
+  } else if (problem.saved_values == nullptr) {
+    reweigh_pairs<Weight, kHolds, false>(problem, state, keys, tile, scratch.weight_pairs, nullptr);
+  } else {
+    reweigh_pairs<Weight, kHolds, true>(problem, state, keys, tile, scratch.weight_pairs, scratch.responses);
+  }
 }
 
-// process_tile with products of pairs.
 template <class Weight, bool kReweight, bool kFirstSweep>
-void process_pair_tile(const AttentionProblem& problem, ForwardScratch& scratch, const KeyTile& keys, RowState& state) {
-  pair_product<false>(keys.key_bits, keys.key_bits_stride, state.query_pairs, scratch.scores,
+void find_pair_weights(const AttentionProblem& problem, const ForwardScratch& scratch, const KeyTile& keys, bool keeps,
+                       float* tile, RowState& state) {
+  if constexpr (kReweight && !kFirstSweep && !Weight::kShifted)
+    if (keeps)
+      return weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kWeights>(problem, scratch, keys, keeps, tile,
+                                                                                  state);
+  pair_product<false>(keys.key_bits, keys.key_bits_stride, state.query_pairs, tile,
                       core::round_up(keys.count, kPairRows), state.rows.lanes, scratch.padded_depth);
   // A shift has to be known before the first weight.
   if (Weight::kShifted || has_extras(problem) || has_masked_entries(state.rows, keys)) {
     alignas(64) float tile_largest[kRowTile];
-    finish_tile(problem, state.rows, keys, scratch.bias, scratch.scores, tile_largest);
+    finish_tile(problem, state.rows, keys, scratch.bias, tile, tile_largest);
     if (!kReweight || kFirstSweep) {
       track_largest(state, tile_largest);
       if (Weight::kShifted) raise_shift(state, tile_largest, scratch.padded_width, true);
     }
-    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kScores>(problem, scratch, keys, state);
+    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kScores>(problem, scratch, keys, keeps, tile, state);
   } else if constexpr (!Weight::kShifted) {
-    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kProducts>(problem, scratch, keys, state);
+    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kProducts>(problem, scratch, keys, keeps, tile, state);
   }
+}
+
+// process_tile with products of pairs.
+template <class Weight, bool kReweight, bool kFirstSweep>
+void process_pair_tile(const AttentionProblem& problem, ForwardScratch& scratch, const KeyTile& keys, bool keeps,
+                       float* tile, RowState& state) {
+  find_pair_weights<Weight, kReweight, kFirstSweep>(problem, scratch, keys, keeps, tile, state);
   if (kFirstSweep) return;
   const int64_t depth = core::round_up(keys.count, kPairDepth);
   const auto add_values = [&](const uint32_t* pairs, float* sums) {
@@ -263,25 +296,30 @@ void process_pair_tile(const AttentionProblem& problem, ForwardScratch& scratch,
   add_values(scratch.response_pairs, state.chunk_response_values);
 }
 
-// One tile of scores of one tile of rows: weights into the normaliser (first sweep) or into the output.
+// One tile of scores of one tile of rows: weights into the normaliser (first sweep) or into the output. `tile` has room
+// for the scores, and where the unit keeps its weights it is what the first sweep leaves to the second.
 template <class Weight, bool kReweight, bool kFirstSweep>
 void process_tile(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch, const KeyTile& keys,
-                  RowState& state) {
-  if (unit.pairs) return process_pair_tile<Weight, kReweight, kFirstSweep>(problem, scratch, keys, state);
+                  float* tile, RowState& state) {
+  if (unit.pairs)
+    return process_pair_tile<Weight, kReweight, kFirstSweep>(problem, scratch, keys, unit.keeps, tile, state);
+  const bool weighed = kReweight && !kFirstSweep && unit.keeps;
   alignas(64) float tile_largest[kRowTile];
-  compute_scores(problem, state.rows, keys, state.transposed_queries, scratch.bias, scratch.scores, tile_largest);
+  if (!weighed) compute_scores(problem, state.rows, keys, state.transposed_queries, scratch.bias, tile, tile_largest);
   if (!kReweight || kFirstSweep) {
     track_largest(state, tile_largest);
     if (Weight::kShifted) raise_shift(state, tile_largest, scratch.padded_width, false);
-    weigh<Weight, !kFirstSweep>(state, keys.count, scratch.scores);
+    if (kFirstSweep && !unit.keeps) return weigh<Weight, false>(state, keys.count, tile);
+    weigh<Weight, true>(state, keys.count, tile);
     if (kFirstSweep) return;
+  } else if (weighed) {
+    reweigh<Weight, TileHolds::kWeights>(problem, state, keys.count, tile, scratch.scores, scratch.responses);
   } else {
-    reweigh<Weight>(problem, state, keys.count, scratch.scores, scratch.responses);
+    reweigh<Weight, TileHolds::kScores>(problem, state, keys.count, tile, scratch.scores, scratch.responses);
   }
   if (problem.dropout) {
     drop_weights(problem, state.rows, keys, scratch.scores);
-    if (scratch.responses != nullptr && problem.saved_values != nullptr)
-      drop_weights(problem, state.rows, keys, scratch.responses);
+    if (problem.saved_values != nullptr) drop_weights(problem, state.rows, keys, scratch.responses);
   }
   accumulate_product(unit.finite, {scratch.scores, 1, state.rows.lanes}, keys.values, keys.value_stride,
                      state.chunk_values, scratch.padded_width, state.rows.rows, scratch.padded_width, keys.count);
@@ -291,20 +329,35 @@ void process_tile(const AttentionProblem& problem, const Unit& unit, ForwardScra
                        keys.count);
 }
 
+// The key tiles that any row of the unit may see: [first, end).
+struct KeyTiles {
+  int64_t first, end;
+
+  KeyTiles(const ForwardScratch& scratch, int tiles) {
+    int64_t first_key = INT32_MAX, last_key = -1;
+    for (int tile = 0; tile < tiles; ++tile) {
+      first_key = core::smaller(first_key, scratch.states[tile].rows.min_first);
+      last_key = core::larger(last_key, scratch.states[tile].rows.max_last);
+    }
+    first = first_key / kKeyTile;
+    end = last_key < first_key ? first : last_key / kKeyTile + 1;
+  }
+};
+
 template <class Weight, bool kReweight, bool kFirstSweep>
 void sweep(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch, int tiles) {
-  int64_t first = INT32_MAX, last = -1;
-  for (int tile = 0; tile < tiles; ++tile) {
-    first = core::smaller(first, scratch.states[tile].rows.min_first);
-    last = core::larger(last, scratch.states[tile].rows.max_last);
-  }
+  const KeyTiles range(scratch, tiles);
   KeyTile keys;
-  for (int64_t key = first / kKeyTile * kKeyTile; key <= last; key += kKeyTile) {
-    load_key_tile(problem, unit, scratch, key, !kFirstSweep, keys);
-    for (int tile = 0; tile < tiles; ++tile)
-      if (tile_is_visible_to_any(scratch.states[tile].rows, key, keys.count))
-        process_tile<Weight, kReweight, kFirstSweep>(problem, unit, scratch, keys, scratch.states[tile]);
-    if (!kFirstSweep && (key / kKeyTile + 1) % (kChunkKeys / kKeyTile) == 0)
+  for (int64_t key_tile = range.first; key_tile < range.end; ++key_tile) {
+    load_key_tile(problem, unit, scratch, key_tile * kKeyTile, !kFirstSweep, keys);
+    for (int tile = 0; tile < tiles; ++tile) {
+      RowState& state = scratch.states[tile];
+      if (!tile_is_visible_to_any(state.rows, keys.first, keys.count)) continue;
+      const int64_t place = (key_tile - range.first) * tiles + tile;
+      float* target = kReweight && unit.keeps ? scratch.kept + place * kKeyTile * kRowTile : scratch.scores;
+      process_tile<Weight, kReweight, kFirstSweep>(problem, unit, scratch, keys, target, state);
+    }
+    if (!kFirstSweep && (key_tile + 1) % (kChunkKeys / kKeyTile) == 0)
       finish_chunks(problem, scratch, scratch.states, tiles, unit.pairs);
   }
   if (!kFirstSweep) finish_chunks(problem, scratch, scratch.states, tiles, unit.pairs);
@@ -364,7 +417,7 @@ bool write_rows(const AttentionProblem& problem, ForwardScratch& scratch, RowSta
 }
 
 template <class Weight>
-bool attend(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+bool attend(const AttentionProblem& problem, Unit& unit, ForwardScratch& scratch) {
   const int tiles = static_cast<int>((unit.end - unit.begin + kRowTile - 1) / kRowTile);
   const bool reweighted = problem.reweight.power > 0.0f;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -379,6 +432,8 @@ bool attend(const AttentionProblem& problem, const Unit& unit, ForwardScratch& s
     for (int lane = 0; unit.finite && lane < state.rows.lanes; ++lane) state.done[lane] = false;
   }
   if (reweighted) {
+    const KeyTiles range(scratch, tiles);
+    unit.keeps &= tiles * Plan::kept_bytes((range.end - range.first) * kKeyTile) <= kKeptBytes;
     sweep<Weight, true, true>(problem, unit, scratch, tiles);
     for (int tile = 0; tile < tiles; ++tile) {
       find_peaks<Weight>(problem, scratch.states[tile], unit.pairs);
@@ -393,7 +448,7 @@ bool attend(const AttentionProblem& problem, const Unit& unit, ForwardScratch& s
   return finite;
 }
 
-bool attend_unit(const AttentionProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+bool attend_unit(const AttentionProblem& problem, Unit& unit, ForwardScratch& scratch) {
   return problem.weight_function == WeightFunction::kSoftmax ? attend<core::Exponential>(problem, unit, scratch)
                                                              : attend<core::SoftPlus>(problem, unit, scratch);
 }
@@ -414,7 +469,8 @@ void attention_forward(const AttentionProblem& problem, const Parallel& parallel
                   block * plan.unit_rows,
                   core::smaller(plan.rows, (block + 1) * plan.unit_rows),
                   true,
-                  plan.pairs};
+                  plan.pairs,
+                  plan.keeps};
         if (attend_unit(task, unit, scratch)) return;
         unit.finite = unit.pairs = false;
         attend_unit(task, unit, scratch);

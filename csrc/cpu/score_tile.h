@@ -10,8 +10,8 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// What a tile holds: scores, or products that still lack the factors of their row and key.
-enum class TileHolds { kScores, kProducts };
+// What a tile holds: scores, products that still lack the factors of their row and key, or weights.
+enum class TileHolds { kScores, kProducts, kWeights };
 
 struct KeyTile {
   int64_t first;  // index of the first key

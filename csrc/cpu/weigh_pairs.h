@@ -21,6 +21,7 @@ SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, c
   const auto weight_of = [&](int key) {
     const Vec entry = Vec::load(tile + key * lanes + lane);
     if (kHolds == TileHolds::kProducts) return weigh(entry * (row_factor * Vec::broadcast(keys.factor[key])), key);
+    if (kHolds == TileHolds::kWeights) return weigh(entry, key);
     // In this order: log2(e) times a score may overflow.
     return weigh((Weight::kShifted ? entry - shift : entry) * log2_e, key);
   };
@@ -48,14 +49,16 @@ SIGHTLINE_INLINE void add_lanes(double* sums, Vec values) {
   for (int offset = 0; offset < Vec::kWidth; ++offset) sums[offset] += lanes[offset];
 }
 
-// As weigh() of weigh_tile.h. With kTrackLargest it finds the largest score too, which only products still lack.
-template <class Weight, TileHolds kHolds, bool kTrackLargest>
-static void weigh_pairs(RowState& state, const KeyTile& keys, const float* tile, uint32_t* pairs) {
+// As weigh() of weigh_tile.h. With kTrackLargest it finds the largest score too, which only products still lack; with
+// kKeep the weights stay in the tile.
+template <class Weight, TileHolds kHolds, bool kTrackLargest, bool kKeep>
+static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint32_t* pairs) {
   for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
     Vec sum = Vec::broadcast(0.0f), rounded_sum = sum, largest = Vec::broadcast(-INFINITY);
-    map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x, int) {
+    map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x, int key) {
       if (kTrackLargest) largest = maximum(x, largest);
       const Vec weight = Weight::forward_short(x);
+      if (kKeep) store(tile + key * state.rows.lanes + lane, weight);
       sum = sum + weight;
       return weight;
     });
@@ -78,7 +81,7 @@ static void reweigh_pairs(const AttentionProblem& problem, RowState& state, cons
     const Mask flat = equal(Vec::load(state.flat + lane), Vec::broadcast(1.0f));
     Vec sum = zeros, rounded_sum = zeros;
     map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x, int key) {
-      const Vec weight = Weight::forward_short(x);
+      const Vec weight = kHolds == TileHolds::kWeights ? x : Weight::forward_short(x);
       const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
       Vec response = core::power(excess, power - 1.0f);
       // 0^0 at p = 1: a key at or below the mean has no response.

@@ -81,9 +81,11 @@ static void weigh(RowState& state, int keys, float* tile) {
   }
 }
 
-// Scores to re-weighted weights w = (r / m)^p, in place, and (r / m)^(p - 1) where the response is saved.
-template <class Weight>
-static void reweigh(const AttentionProblem& problem, RowState& state, int keys, float* tile, float* responses) {
+// Scores or weights of the first sweep to re-weighted ones w = (r / m)^p in `weights`, and (r / m)^(p - 1) in
+// `responses` where they are saved.
+template <class Weight, TileHolds kHolds>
+static void reweigh(const AttentionProblem& problem, RowState& state, int keys, const float* tile, float* weights,
+                    float* responses) {
   const int lanes = state.rows.lanes;
   const Vec zeros = Vec::broadcast(0.0f);
   const float power = problem.reweight.power;
@@ -96,9 +98,9 @@ static void reweigh(const AttentionProblem& problem, RowState& state, int keys, 
     Vec sum = zeros;
     Vec response_sum = zeros;
     for (int j = 0; j < keys; ++j) {
-      float* entry = tile + j * lanes + lane;
-      const Vec score = Vec::load(entry);
-      const Vec weight = Weight::forward(Weight::kShifted ? score - shift : score);
+      const Vec entry = Vec::load(tile + j * lanes + lane);
+      const Vec weight =
+          kHolds == TileHolds::kWeights ? entry : Weight::forward(Weight::kShifted ? entry - shift : entry);
       const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
       Vec response = core::power(excess, power - 1.0f);
       // 0^0 at p = 1: a key at or below the mean has no response.
@@ -110,7 +112,7 @@ static void reweigh(const AttentionProblem& problem, RowState& state, int keys, 
       Vec sharp = response * excess;  // the same bits with and without saving
       sharp = select(flat, weight, sharp);
       sum = sum + sharp;
-      store(entry, sharp);
+      store(weights + j * lanes + lane, sharp);
     }
     alignas(64) float sums[Vec::kWidth];
     alignas(64) float response_sums[Vec::kWidth];
