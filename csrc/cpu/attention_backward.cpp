@@ -12,163 +12,11 @@
 // heads or batch entries: units that share a mask entry run one after the other in one group.
 #include <cmath>
 
-#include "cpu/backward_pairs.h"
-#include "cpu/differentiate_tile.h"
+#include "cpu/backward_unit.h"
 #include "cpu/kernel_table.h"
-#include "cpu/workspace.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
-
-// Enough units for this many threads when there are few heads; more would cost a partial dQ each.
-constexpr int64_t kWantedUnits = 8;
-// dK and dV are summed over this many rows, and these sums added up: the error must not grow with the number of rows.
-constexpr int64_t kChunkRows = 2048;
-
-struct Plan {
-  const AttentionProblem* problem;
-  const AttentionGradients* gradients;
-  int64_t splits;
-  int64_t rows;       // of one key head: G * M
-  int64_t key_width;  // D padded to vectors
-  int64_t padded_value_width;
-  int64_t key_tiles;
-  int64_t tiles_per_split;
-  float* partial_queries;  // (splits, B * Hk, rows, D) or null when there is one split
-  double* partial_scales;  // (splits, B, H) or null
-  double* partial_sinks;   // (B, H) or null
-  bool pairs;              // products of pairs, for row tiles that are finite
-  bool in_one_pass;        // from products of pairs to rounded score gradients
-};
-
-struct BackwardScratch {
-  explicit BackwardScratch(const Plan& plan) : tile_unit(plan.pairs), memory(layout(plan, nullptr)) {
-    layout(plan, memory.get());
-  }
-
-  int64_t layout(const Plan& plan, char* base) {
-    const AttentionProblem& problem = *plan.problem;
-    Arena arena(base);
-    const int64_t split_keys = plan.tiles_per_split * kKeyTile;
-    queries = arena.take<float>(kRowTile * plan.key_width);
-    transposed_queries = arena.take<float>(kRowTile * problem.head_width);
-    output_gradients = arena.take<float>(kRowTile * plan.padded_value_width);
-    transposed_output_gradients = arena.take<float>(kRowTile * problem.value_width);
-    row = arena.take<float>(core::larger(plan.key_width, plan.padded_value_width));
-    scores = arena.take<float>(kRowTile * kKeyTile);
-    score_gradients = arena.take<float>(kRowTile * kKeyTile);
-    bias = arena.take<float>(problem.attn_mask.kind != MaskKind::kNone ? kRowTile * kKeyTile : 0);
-    query_gradients = arena.take<float>(kRowTile * plan.key_width);
-    keys = arena.take<float>(split_keys * plan.key_width);
-    values = arena.take<float>(split_keys * problem.value_width);
-    key_gradients = arena.take<float>(split_keys * plan.key_width);
-    value_gradients = arena.take<float>(split_keys * plan.padded_value_width);
-    const int64_t total_keys = plan.rows > kChunkRows ? split_keys : 0;
-    key_totals = arena.take<float>(total_keys * plan.key_width);
-    value_totals = arena.take<float>(total_keys * plan.padded_value_width);
-    rows = arena.take<RowTile>(1);
-    row_gradients = arena.take<RowGradients>(1);
-    if (plan.pairs) pairs.carve(arena, problem, split_keys);
-    return arena.used();
-  }
-
-  TileUnit tile_unit;
-  Allocation memory;
-  PairOperands pairs{};
-  float *queries = nullptr, *transposed_queries = nullptr, *output_gradients = nullptr;
-  float *transposed_output_gradients = nullptr, *row = nullptr, *scores = nullptr, *score_gradients = nullptr;
-  float *bias = nullptr, *query_gradients = nullptr, *keys = nullptr, *values = nullptr, *key_gradients = nullptr;
-  float *value_gradients = nullptr, *key_totals = nullptr, *value_totals = nullptr;
-  RowTile* rows = nullptr;
-  RowGradients* row_gradients = nullptr;
-  bool finite = true, finite_values = true;
-};
-
-SIGHTLINE_INLINE const void* row_of(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t row) {
-  return advance(static_cast<const void*>(view.data),
-                 batch * view.batch_stride + head * view.head_stride + row * view.row_stride, dtype);
-}
-
-SIGHTLINE_INLINE void* writable_row_of(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t row) {
-  return advance(view.data, batch * view.batch_stride + head * view.head_stride + row * view.row_stride, dtype);
-}
-
-// Widens the split's keys and values, tile after tile, and clears their gradients.
-void load_keys(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_t key_head, int64_t split) {
-  const AttentionProblem& problem = *plan.problem;
-  int64_t local = 0;
-  for (int64_t tile = split; tile < plan.key_tiles; tile += plan.splits, local += kKeyTile) {
-    const int64_t first = tile * kKeyTile;
-    const int64_t count = core::smaller(kKeyTile, problem.keys - first);
-    for (int64_t j = 0; j < count; ++j) {
-      float* key = scratch.keys + (local + j) * plan.key_width;
-      float* value = scratch.values + (local + j) * problem.value_width;
-      widen(row_of(problem.key, problem.dtype, batch, key_head, first + j), problem.dtype, key, problem.head_width);
-      zero(key + problem.head_width, plan.key_width - problem.head_width);
-      widen(row_of(problem.value, problem.dtype, batch, key_head, first + j), problem.dtype, value,
-            problem.value_width);
-      scratch.finite &= is_finite(key, problem.head_width);
-      scratch.finite_values &= is_finite(value, problem.value_width);
-    }
-    if (plan.pairs) load_pair_keys(problem, batch, key_head, first, local / kKeyTile, scratch.pairs);
-  }
-  const int64_t split_keys = plan.tiles_per_split * kKeyTile;
-  zero(scratch.key_gradients, split_keys * plan.key_width);
-  zero(scratch.value_gradients, split_keys * plan.padded_value_width);
-  if (scratch.key_totals == nullptr) return;
-  zero(scratch.key_totals, split_keys * plan.key_width);
-  zero(scratch.value_totals, split_keys * plan.padded_value_width);
-}
-
-void move_sums(float* sums, float* totals, int64_t count) {
-  for (int64_t index = 0; index < count; ++index) {
-    totals[index] += sums[index];
-    sums[index] = 0.0f;
-  }
-}
-
-// Ends a chunk of rows: what it gathered for keys and values goes to the totals.
-void finish_chunk(const Plan& plan, BackwardScratch& scratch) {
-  const int64_t keys = plan.tiles_per_split * kKeyTile;
-  move_sums(scratch.key_gradients, scratch.key_totals, keys * plan.key_width);
-  move_sums(scratch.value_gradients, scratch.value_totals, keys * plan.padded_value_width);
-}
-
-// Output gradients of the row tile in both layouts, and what the saved tensors say of its rows. Whether the tile goes
-// through products of pairs.
-bool load_row_gradients(const Plan& plan, BackwardScratch& scratch) {
-  const AttentionProblem& problem = *plan.problem;
-  const AttentionGradients& gradients = *plan.gradients;
-  const RowTile& rows = *scratch.rows;
-  RowGradients& state = *scratch.row_gradients;
-  state = RowGradients{};  // lanes past the last row: all zero
-  bool pairs = plan.pairs && scratch.finite_values;
-  for (int lane = 0; lane < rows.lanes; ++lane) {
-    float* gradient = scratch.output_gradients + lane * plan.padded_value_width;
-    zero(gradient, plan.padded_value_width);
-    if (lane >= rows.rows) continue;
-    const int64_t head = rows.head[lane], query = rows.query[lane];
-    widen(row_of(gradients.grad_output, problem.dtype, rows.batch, head, query), problem.dtype, gradient,
-          problem.value_width);
-    widen(row_of(problem.output, problem.dtype, rows.batch, head, query), problem.dtype, scratch.row,
-          problem.value_width);
-    scratch.finite &= is_finite(gradient, problem.value_width) &&
-                      is_finite(scratch.queries + lane * plan.key_width, problem.head_width);
-    const int64_t row_index = (rows.batch * problem.heads + head) * problem.queries + query;
-    const float log_gradient =
-        gradients.grad_log_normalizer == nullptr ? 0.0f : gradients.grad_log_normalizer[row_index];
-    set_row_gradient(problem, rows, lane, gradient, dot_in_order(gradient, scratch.row, problem.value_width),
-                     log_gradient, state);
-    pairs &= is_finite(state, lane);
-  }
-  transpose_rows(scratch.output_gradients, plan.padded_value_width, rows.lanes, problem.value_width,
-                 scratch.transposed_output_gradients);
-  if (!pairs || !scratch.finite) return false;
-  load_pair_rows(problem, rows, scratch.queries, scratch.transposed_queries, scratch.output_gradients,
-                 scratch.transposed_output_gradients, scratch.pairs);
-  multiply_with_outputs(problem, rows, scratch.pairs, state.delta);
-  return true;
-}
 
 // A key of infinite or undefined norm has a factor of 0 or NaN; rows that do not see it keep their 0.
 void scale_by_key_factors(const RowTile& rows, const KeyTile& keys, float* score_gradients) {
@@ -198,8 +46,8 @@ SIGHTLINE_INLINE void project_out(float* gradient, const float* vector, float in
 }
 
 // A finished fp32 row of dQ (the factor of the row not yet applied): factor, projection, rounding.
-void write_query_gradient(const Plan& plan, int64_t batch, int64_t head, int64_t query, float* gradient,
-                          const float* vector, float factor, float inverse_norm, bool floored) {
+void write_query_gradient(const AttentionBackwardPlan& plan, int64_t batch, int64_t head, int64_t query,
+                          float* gradient, const float* vector, float factor, float inverse_norm, bool floored) {
   const AttentionProblem& problem = *plan.problem;
   // No gradient stays none, whatever the vector holds.
   if (floored) zero(gradient, problem.head_width);
@@ -211,8 +59,8 @@ void write_query_gradient(const Plan& plan, int64_t batch, int64_t head, int64_t
          problem.head_width);
 }
 
-void finish_row_tile(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_t key_head, int64_t begin,
-                     int64_t split) {
+void finish_row_tile(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, int64_t batch,
+                     int64_t key_head, int64_t begin, int64_t split) {
   const AttentionProblem& problem = *plan.problem;
   const RowTile& rows = *scratch.rows;
   const RowGradients& state = *scratch.row_gradients;
@@ -240,7 +88,8 @@ void finish_row_tile(const Plan& plan, BackwardScratch& scratch, int64_t batch, 
   }
 }
 
-void write_key_gradients(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_t key_head, int64_t split) {
+void write_key_gradients(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, int64_t batch,
+                         int64_t key_head, int64_t split) {
   const AttentionProblem& problem = *plan.problem;
   float* key_gradients = scratch.key_totals != nullptr ? scratch.key_totals : scratch.key_gradients;
   const float* value_gradients = scratch.key_totals != nullptr ? scratch.value_totals : scratch.value_gradients;
@@ -269,7 +118,8 @@ void write_key_gradients(const Plan& plan, BackwardScratch& scratch, int64_t bat
 
 // Products to rounded weights and score gradients.
 template <class Weight>
-void differentiate_pair_tile(const AttentionProblem& problem, const BackwardScratch& scratch, const KeyTile& keys) {
+void differentiate_pair_tile(const AttentionProblem& problem, const AttentionBackwardScratch& scratch,
+                             const KeyTile& keys) {
   const RowTile& rows = *scratch.rows;
   const auto run = [&](auto differentiate) {
     differentiate(problem, rows, *scratch.row_gradients, keys, scratch.scores, scratch.score_gradients, scratch.pairs);
@@ -291,7 +141,8 @@ void differentiate_pair_tile(const AttentionProblem& problem, const BackwardScra
 }
 
 template <class Weight>
-void differentiate_unit(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_t key_head, int64_t split) {
+void differentiate_unit(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, int64_t batch,
+                        int64_t key_head, int64_t split) {
   const AttentionProblem& problem = *plan.problem;
   scratch.finite = scratch.finite_values = true;
   load_keys(plan, scratch, batch, key_head, split);
@@ -367,7 +218,8 @@ void differentiate_unit(const Plan& plan, BackwardScratch& scratch, int64_t batc
 }
 
 // Adds the partial dQ of all splits in order, then factor, projection and rounding. One unit is one (batch, key head).
-void reduce_query_gradients(const Plan& plan, BackwardScratch& scratch, int64_t batch, int64_t key_head) {
+void reduce_query_gradients(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, int64_t batch,
+                            int64_t key_head) {
   const AttentionProblem& problem = *plan.problem;
   for (int64_t begin = 0; begin < plan.rows; begin += kRowTile) {
     RowTile& rows = *scratch.rows;
@@ -398,7 +250,7 @@ void attention_backward(const AttentionProblem& problem, const AttentionGradient
                         const Parallel& parallel) {
   const int64_t key_heads = problem.batch * problem.key_heads;
   const int64_t heads = problem.batch * problem.heads;
-  Plan plan{};
+  AttentionBackwardPlan plan{};
   plan.problem = &problem;
   plan.gradients = &gradients;
   plan.rows = problem.heads / problem.key_heads * problem.queries;
@@ -434,25 +286,26 @@ void attention_backward(const AttentionProblem& problem, const AttentionGradient
     for (int64_t index = 0; index < heads; ++index) plan.partial_sinks[index] = 0.0;
   }
 
-  for_each_unit<BackwardScratch>(parallel, plan.splits * groups.batches * groups.key_heads, plan,
-                                 [&plan, groups](int64_t index, BackwardScratch& scratch) {
-                                   const AttentionProblem& task = *plan.problem;
-                                   const int64_t split = index % plan.splits;
-                                   const int64_t group = index / plan.splits;
-                                   const int64_t group_batch = group / groups.key_heads,
-                                                 group_head = group % groups.key_heads;
-                                   for (int64_t batch = group_batch; batch < task.batch; batch += groups.batches)
-                                     for (int64_t head = group_head; head < task.key_heads; head += groups.key_heads) {
-                                       if (task.weight_function == WeightFunction::kSoftmax)
-                                         differentiate_unit<core::Exponential>(plan, scratch, batch, head, split);
-                                       else
-                                         differentiate_unit<core::SoftPlus>(plan, scratch, batch, head, split);
-                                     }
-                                 });
+  for_each_unit<AttentionBackwardScratch>(
+      parallel, plan.splits * groups.batches * groups.key_heads, plan,
+      [&plan, groups](int64_t index, AttentionBackwardScratch& scratch) {
+        const AttentionProblem& task = *plan.problem;
+        const int64_t split = index % plan.splits;
+        const int64_t group = index / plan.splits;
+        const int64_t group_batch = group / groups.key_heads, group_head = group % groups.key_heads;
+        for (int64_t batch = group_batch; batch < task.batch; batch += groups.batches)
+          for (int64_t head = group_head; head < task.key_heads; head += groups.key_heads) {
+            if (task.weight_function == WeightFunction::kSoftmax)
+              differentiate_unit<core::Exponential>(plan, scratch, batch, head, split);
+            else
+              differentiate_unit<core::SoftPlus>(plan, scratch, batch, head, split);
+          }
+      });
   if (partial && has_rows)
-    for_each_unit<BackwardScratch>(parallel, key_heads, plan, [&plan](int64_t index, BackwardScratch& scratch) {
-      reduce_query_gradients(plan, scratch, index / plan.problem->key_heads, index % plan.problem->key_heads);
-    });
+    for_each_unit<AttentionBackwardScratch>(
+        parallel, key_heads, plan, [&plan](int64_t index, AttentionBackwardScratch& scratch) {
+          reduce_query_gradients(plan, scratch, index / plan.problem->key_heads, index % plan.problem->key_heads);
+        });
 
   for (int64_t head = 0; head < problem.heads; ++head) {
     double scale_sum = 0.0, sink_sum = 0.0;

@@ -182,7 +182,7 @@ static void differentiate_to_pairs(const AttentionProblem& problem, const RowTil
   const Vec zeros = Vec::broadcast(0.0f), log2_e = Vec::broadcast(core::kLog2E);
   const float power = problem.reweight.power;
   for (int64_t lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
-    const Vec row_factor = Vec::load(rows.factor + lane) * log2_e;
+    const Vec row_factor = Vec::load(rows.factor + lane);
     const Vec shift = Vec::load(state.shift + lane) * log2_e;
     const Vec inverse_normalizer = Vec::load(state.inverse_normalizer + lane);
     const Vec delta = Vec::load(state.delta + lane);
@@ -195,7 +195,7 @@ static void differentiate_to_pairs(const AttentionProblem& problem, const RowTil
       const Vec entry = Vec::load(tile + key * rows.lanes + lane);
       const Vec value_product = Vec::load(value_products + key * rows.lanes + lane);
       const Vec key_factor = Vec::broadcast(keys.factor[key]);
-      Vec x = entry * (kHolds == TileHolds::kProducts ? row_factor * key_factor : log2_e);
+      Vec x = (kHolds == TileHolds::kProducts ? entry * (row_factor * key_factor) : entry) * log2_e;
       if (Weight::kShifted) x = x - shift;
       Vec slope;
       const Vec weight = Weight::forward_and_derivative_short(x, slope);

@@ -53,15 +53,6 @@ SIGHTLINE_INLINE Sequence find_sequence(const RecurrenceProblem& problem, int64_
   return {index, 0, problem.cuts[index], problem.cuts[index + 1]};
 }
 
-SIGHTLINE_INLINE const void* row_of(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t row) {
-  return advance(static_cast<const void*>(view.data),
-                 batch * view.batch_stride + head * view.head_stride + row * view.row_stride, dtype);
-}
-
-SIGHTLINE_INLINE void* writable_row_of(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t row) {
-  return advance(view.data, batch * view.batch_stride + head * view.head_stride + row * view.row_stride, dtype);
-}
-
 // `rows` rows of `width` numbers as fp32, the rest of each row `padding` zeros.
 [[maybe_unused]] static void load_rows(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t first,
                                        int64_t column, int rows, int64_t width, float* to, int64_t stride) {

@@ -14,6 +14,16 @@ namespace sightline::SIGHTLINE_ISA_NS {
 // its length.
 constexpr int64_t kDepthChunk = 128;
 
+// Row (batch, head, row) of a tensor of heads.
+SIGHTLINE_INLINE const void* row_of(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t row) {
+  return advance(static_cast<const void*>(view.data),
+                 batch * view.batch_stride + head * view.head_stride + row * view.row_stride, dtype);
+}
+
+SIGHTLINE_INLINE void* writable_row_of(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t row) {
+  return advance(view.data, batch * view.batch_stride + head * view.head_stride + row * view.row_stride, dtype);
+}
+
 SIGHTLINE_INLINE void zero(float* values, int64_t count) {
   for (int64_t index = 0; index < count; ++index) values[index] = 0.0f;
 }

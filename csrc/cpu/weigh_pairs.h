@@ -15,12 +15,14 @@ SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, c
   static_assert(!Weight::kShifted || kHolds == TileHolds::kScores);
   const int64_t lanes = state.rows.lanes;
   const Vec log2_e = Vec::broadcast(core::kLog2E), zeros = Vec::broadcast(0.0f);
-  const Vec row_factor = Vec::load(state.rows.factor + lane) * log2_e;
+  const Vec row_factor = Vec::load(state.rows.factor + lane);
   Vec shift = Vec::load(state.shift + lane);
   shift = select(equal(shift, Vec::broadcast(-INFINITY)), zeros, shift);
   const auto weight_of = [&](int key) {
     const Vec entry = Vec::load(tile + key * lanes + lane);
-    if (kHolds == TileHolds::kProducts) return weigh(entry * (row_factor * Vec::broadcast(keys.factor[key])), key);
+    // Multiplied as finish_scores() does it: a row's bits must not depend on the tiles in which it is masked.
+    if (kHolds == TileHolds::kProducts)
+      return weigh(entry * (row_factor * Vec::broadcast(keys.factor[key])) * log2_e, key);
     if (kHolds == TileHolds::kWeights) return weigh(entry, key);
     // In this order: log2(e) times a score may overflow.
     return weigh((Weight::kShifted ? entry - shift : entry) * log2_e, key);
