@@ -191,7 +191,15 @@ def assert_results_are_close(
         assert results.keys() == reference.keys()
         for name, result in results.items():
             assert result.dtype == in_dtype[name].dtype, name
-        return {name: Comparison(result, reference[name], in_dtype[name]) for name, result in results.items()}
+        return {
+            name: Comparison(
+                result,
+                reference[name],
+                in_dtype[name],
+                _size_without_cancellation(problem, name, gradients) if one_key_dominates else None,
+            )
+            for name, result in results.items()
+        }
 
     def compare_again(name: str, turn: int) -> Comparison:
         order = torch.Generator(device=problem.query.device).manual_seed(turn)
@@ -205,7 +213,6 @@ def assert_results_are_close(
             name=name if name in gradients else f"gradient of {name}",
             dtype=problem.query.dtype,
             gradient=name not in gradients,
-            magnitude=_size_without_cancellation(problem, name, gradients) if one_key_dominates else None,
             redraw=partial(compare_again, name),
         )
     return {name: comparison.actual for name, comparison in comparisons.items()}
