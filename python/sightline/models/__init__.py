@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from sightline.models.lightnet import LightNetForCausalLM, LightNetModel
+from sightline.models.lightnet_cache import RecurrenceCache
+from sightline.models.lightnet_config import LightNetConfig
 from sightline.models.llama import (
     SightlineLlamaConfig,
     SightlineLlamaForCausalLM,
@@ -19,7 +22,15 @@ AutoModel.register(SightlineLlamaConfig, SightlineLlamaModel)
 AutoModelForCausalLM.register(SightlineLlamaConfig, SightlineLlamaForCausalLM)
 AutoModelForSequenceClassification.register(SightlineLlamaConfig, SightlineLlamaForSequenceClassification)
 
+AutoConfig.register(LightNetConfig.model_type, LightNetConfig)
+AutoModel.register(LightNetConfig, LightNetModel)
+AutoModelForCausalLM.register(LightNetConfig, LightNetForCausalLM)
+
 __all__ = [
+    "LightNetConfig",
+    "LightNetForCausalLM",
+    "LightNetModel",
+    "RecurrenceCache",
     "SightlineLlamaConfig",
     "SightlineLlamaForCausalLM",
     "SightlineLlamaForSequenceClassification",
