@@ -8,7 +8,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["lightnet", "lightnet_cache", "lightnet_config"])
+@pytest.mark.parametrize(
+    "name", ["lightnet", "lightnet_cache", "lightnet_config", "lightnet_convert", "lightnet_image"]
+)
 def test_doctests(name):
     failures, tests = doctest.testmod(importlib.import_module(f"sightline.models.{name}"))
     assert tests > 0

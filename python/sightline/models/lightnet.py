@@ -38,6 +38,7 @@ class LightNetLayer(GradientCheckpointingLayer, LightNetBlock):
         self.attn.g_norm.eps = config.gate_norm_eps
         self.layer_idx = layer_idx
         # Parameters are drawn from the leaves up and once only, so that the leaf itself must say what it is.
+        projection: Any
         for projection in (self.attn.o_proj, self.mlp.down_proj):
             projection.writes_to_residual = True
 
@@ -54,7 +55,7 @@ class LightNetLayer(GradientCheckpointingLayer, LightNetBlock):
 class LightNetPreTrainedModel(PreTrainedModel):
     """What LightNet's models share: initialisation, saving and loading."""
 
-    config_class = LightNetConfig
+    config_class: Any = LightNetConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LightNetLayer"]  # noqa: RUF012 (a name and type that transformers reads)
@@ -64,7 +65,7 @@ class LightNetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if getattr(module, "writes_to_residual", False):
+        if isinstance(module, nn.Linear) and getattr(module, "writes_to_residual", False):
             init.normal_(module.weight, std=self.config.initializer_range * (2 * self.config.num_hidden_layers) ** -0.5)
         else:
             super()._init_weights(module)
