@@ -45,6 +45,8 @@ class LightNetAttention(nn.Module):
     torch.Size([2, 1, 64])
     """
 
+    GATES = tuple(_GATES)
+
     def __init__(
         self,
         embed_dim: int,

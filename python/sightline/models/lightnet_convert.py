@@ -1,0 +1,175 @@
+"""Checkpoints of flash-linear-attention's LightNet as `LightNetForCausalLM`.
+
+Facts of that layout (fla/layers/lightnet.py, fla/models/lightnet, version 0.6): the gate is swish, the norm in front of
+it covers all heads together with an eps of 1e-6 whatever the config says, the recurrence starts from Delta_0 = 0 and
+its output is multiplied by 1/sqrt(Dk), there are no positions, and blocks name their parameters as ours do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from sightline.models.lightnet import LightNetForCausalLM
+from sightline.models.lightnet_config import LightNetConfig
+
+_GATE_NORM_EPS = 1e-6
+_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_heads": None,
+    "expand_ratio": 128,
+    "hidden_ratio": 4,
+    "intermediate_size": None,
+    "gate_low_rank_dim": 128,
+    "norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "vocab_size": 32000,
+    "use_cache": True,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+# Options that change what is computed, each with the values that we have.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "use_short_conv": (False, None),
+    "attn": (None,),
+    "hidden_act": ("swish", "silu", None),
+    "attnres_block_size": (None,),
+    "use_l2warp": (False, None),
+    "model_type": ("lightnet",),
+}
+# Options that choose among ways to compute the same, or that nothing reads.
+_WITHOUT_EFFECT = {
+    "attn_mode",
+    "conv_size",
+    "max_position_embeddings",
+    "elementwise_affine",
+    "fuse_norm",
+    "fuse_swiglu",
+    "fuse_cross_entropy",
+    "fuse_linear_cross_entropy",
+    "auto_map",
+    "torch_dtype",
+}
+
+
+def convert_fla_lightnet(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Any:
+    """`LightNetForCausalLM` with the weights, and the logits, of a LightNet checkpoint of flash-linear-attention.
+
+    Args:
+        source: the folder of a checkpoint (config.json with *.safetensors or pytorch_model*.bin), or its state dict.
+        config: the checkpoint's config as a dict; needed with a state dict.
+
+    Returns:
+        the model in the dtype of the weights, in evaluation mode; `save_pretrained` keeps it as one of sightline's.
+
+    Raises:
+        FileNotFoundError: the folder has no config or no weights.
+        NotImplementedError: the checkpoint uses an option that `LightNetForCausalLM` lacks; the message names it.
+        ValueError: an option is unknown, or weights are missing, left over, or of another shape.
+
+    Source of the layout: flash-linear-attention 0.6; of the model: arXiv 2405.21022.
+
+    >>> weights = LightNetForCausalLM(LightNetConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1,
+    ...     num_attention_heads=2, norm_per_head=False, intermediate_size=256, gate_rank=3)).state_dict()
+    >>> weights["model.embeddings.weight"] = weights.pop("model.embed_tokens.weight")
+    >>> options = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "expand_ratio": 4, "gate_low_rank_dim": 3}
+    >>> convert_fla_lightnet(weights, options).config.gate
+    'swish'
+    """
+    if isinstance(source, (str, Path)):
+        folder = Path(source)
+        if config is None:
+            path = folder / "config.json"
+            if not path.is_file():
+                raise FileNotFoundError(f"source: expected a folder with config.json, got {folder}")
+            config = json.loads(path.read_text())
+        weights = _read_weights(folder)
+    else:
+        weights = dict(source)
+    if config is None:
+        raise ValueError("config: expected the checkpoint's config with a state dict, got None")
+    converted = _convert_config(config)
+    return _load(converted, weights, affine=config.get("elementwise_affine", True) is not False)
+
+
+def _convert_config(config: Mapping[str, Any]) -> LightNetConfig:
+    for name, values in _SUPPORTED.items():
+        if name in config and config[name] not in values:
+            raise NotImplementedError(
+                f"{name}: expected {values[0]!r}, which LightNetForCausalLM has; got {config[name]!r}"
+            )
+    general = set(PreTrainedConfig().to_dict()) | {"architectures", "transformers_version", "_name_or_path"}
+    unknown = sorted(set(config) - set(_DEFAULTS) - set(_SUPPORTED) - _WITHOUT_EFFECT - general)
+    if unknown:
+        raise ValueError(f"config: expected options of flash-linear-attention's LightNet, got {', '.join(unknown)}")
+    options = {name: config.get(name, default) for name, default in _DEFAULTS.items()}
+    hidden, heads, key_dim = options["hidden_size"], options["num_heads"], options["expand_ratio"]
+    if heads is None and key_dim is None:
+        raise ValueError("num_heads: expected num_heads or expand_ratio in the config, got neither")
+    heads = hidden // key_dim if heads is None else heads
+    key_dim = hidden // heads if key_dim is None else key_dim
+    inside = options["intermediate_size"]
+    if inside is None:
+        ratio = 4 if options["hidden_ratio"] is None else options["hidden_ratio"]
+        inside = -(-int(hidden * ratio * 2 / 3) // 256) * 256
+    same = ("hidden_size", "num_hidden_layers", "vocab_size", "initializer_range", "use_cache", "tie_word_embeddings")
+    tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return LightNetConfig(
+        **{name: options[name] for name in same + tokens},
+        num_attention_heads=heads,
+        key_dim=key_dim,
+        intermediate_size=inside,
+        gate_rank=options["gate_low_rank_dim"],
+        gate="swish",
+        norm_per_head=False,
+        position_encoding=None,
+        recurrence_scale=key_dim**-0.5,
+        rms_norm_eps=options["norm_eps"],
+        gate_norm_eps=_GATE_NORM_EPS,
+    )
+
+
+def _load(config: LightNetConfig, weights: dict[str, Tensor], affine: bool) -> Any:
+    weights = {name.replace("model.embeddings.", "model.embed_tokens."): tensor for name, tensor in weights.items()}
+    if not affine:
+        for layer in range(config.num_hidden_layers):
+            weights[f"model.layers.{layer}.attn.g_norm.weight"] = torch.ones(config.hidden_size)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    model: Any = LightNetForCausalLM(config)
+    expected = model.state_dict()
+    missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    if missing or extra:
+        raise ValueError(
+            f"source: expected the weights of the config's model, got {missing} missing and {extra} besides"
+        )
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise ValueError(f"{name}: expected shape {tuple(tensor.shape)}, got {tuple(weights[name].shape)}")
+    model = model.to(weights["model.embed_tokens.weight"].dtype)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    if safe := sorted(folder.glob("*.safetensors")):
+        from safetensors.torch import load_file
+
+        for path in safe:
+            weights.update(load_file(path))
+    elif pickled := sorted(folder.glob("pytorch_model*.bin")):
+        for path in pickled:
+            weights.update(torch.load(path, map_location="cpu", weights_only=True))
+    else:
+        raise FileNotFoundError(f"source: expected a folder with *.safetensors or pytorch_model*.bin, got {folder}")
+    return weights

@@ -1,0 +1,160 @@
+"""Checkpoints of flash-linear-attention's LightNet, against a forward written from the formulas in its own names."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from sightline.models import convert_fla_lightnet
+
+BASE = {"hidden_size": 24, "num_hidden_layers": 2, "vocab_size": 37, "gate_low_rank_dim": 5, "model_type": "lightnet"}
+CONFIGS = {
+    "expand_ratio": {**BASE, "expand_ratio": 8, "intermediate_size": 20},
+    "num_heads": {**BASE, "num_heads": 2, "expand_ratio": None, "hidden_ratio": 3, "norm_eps": 1e-2},
+    "wide_keys": {**BASE, "num_heads": 4, "expand_ratio": 10, "intermediate_size": 20, "tie_word_embeddings": True},
+    "plain_norm": {**BASE, "expand_ratio": 12, "intermediate_size": 20, "elementwise_affine": False},
+}
+INSIDE = {"expand_ratio": 20, "num_heads": 256, "wide_keys": 20, "plain_norm": 20}
+HEADS = {"expand_ratio": (3, 8), "num_heads": (2, 12), "wide_keys": (4, 10), "plain_norm": (2, 12)}
+
+
+def draw(case):
+    config, inside, (heads, key_dim) = CONFIGS[case], INSIDE[case], HEADS[case]
+    hidden, rank = config["hidden_size"], config["gate_low_rank_dim"]
+    shapes = {"model.embeddings.weight": (37, hidden), "model.norm.weight": (hidden,)}
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (37, hidden)
+    for layer in range(2):
+        own = {
+            "attn_norm": (hidden,),
+            "attn.q_proj": (heads * key_dim, hidden),
+            "attn.k_proj": (heads * key_dim, hidden),
+            "attn.v_proj": (hidden, hidden),
+            "attn.g_proj.0": (rank, hidden),
+            "attn.g_proj.1": (hidden, rank),
+            "attn.g_norm": (hidden,),
+            "attn.o_proj": (hidden, hidden),
+            "mlp_norm": (hidden,),
+            "mlp.gate_proj": (inside, hidden),
+            "mlp.up_proj": (inside, hidden),
+            "mlp.down_proj": (hidden, inside),
+        }
+        if config.get("elementwise_affine") is False:
+            del own["attn.g_norm"]
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in own.items()}
+    return {
+        name: 1 + 0.2 * torch.randn(shape) if len(shape) == 1 else torch.randn(shape) * shape[-1] ** -0.5
+        for name, shape in shapes.items()
+    }
+
+
+def by_formula(case, weights, input_ids):
+    """Logits (N, vocab) of one row in float64, a token after the other."""
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+    heads, key_dim = HEADS[case]
+    eps = CONFIGS[case].get("norm_eps", 1e-6)
+
+    def swish(x):
+        return x / (1 + torch.exp(-x))
+
+    def norm(x, weight, eps):
+        return x / torch.sqrt((x * x).mean() + eps) * weight
+
+    deltas, states = [0.0, 0.0], [0.0, 0.0]
+    logits = []
+    for token in input_ids.tolist():
+        x = weights["model.embeddings.weight"][token]
+        for layer in range(2):
+            own = {
+                name.removeprefix(f"model.layers.{layer}.").removesuffix(".weight"): tensor
+                for name, tensor in weights.items()
+            }
+            y = norm(x, own["attn_norm"], eps)
+            query = swish(own["attn.q_proj"] @ y).view(heads, key_dim)
+            key = torch.exp(own["attn.k_proj"] @ y).view(heads, key_dim)
+            value = (own["attn.v_proj"] @ y).view(heads, -1)
+            before, deltas[layer] = deltas[layer], deltas[layer] + key
+            decay, share = before / deltas[layer], key / deltas[layer]
+            decay = decay * torch.ones_like(key)
+            states[layer] = decay[:, :, None] * states[layer] + share[:, :, None] * value[:, None, :]
+            read = torch.einsum("hd,hdv->hv", query, states[layer]).flatten() / key_dim**0.5
+            gate = swish(own["attn.g_proj.1"] @ (own["attn.g_proj.0"] @ y))
+            x = x + own["attn.o_proj"] @ (norm(read, own.get("attn.g_norm", 1.0), 1e-6) * gate)
+            y = norm(x, own["mlp_norm"], eps)
+            x = x + own["mlp.down_proj"] @ (swish(own["mlp.gate_proj"] @ y) * (own["mlp.up_proj"] @ y))
+        head = weights.get("lm_head.weight", weights["model.embeddings.weight"])
+        logits.append(head @ norm(x, weights["model.norm.weight"], eps))
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_checkpoint_gives_its_logits(case):
+    weights, input_ids = draw(case), torch.randint(37, (1, 21))
+    model = convert_fla_lightnet(weights, CONFIGS[case])
+    expected = by_formula(case, weights, input_ids[0])
+    torch.testing.assert_close(model(input_ids).logits[0].double(), expected, rtol=1e-4, atol=1e-4)
+    double = convert_fla_lightnet({name: tensor.double() for name, tensor in weights.items()}, CONFIGS[case])
+    torch.testing.assert_close(double(input_ids).logits[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["one", "shards", "bin"])
+def test_a_folder_is_read_and_saved_as_ours(tmp_path, layout):
+    weights, config, input_ids = draw("expand_ratio"), CONFIGS["expand_ratio"], torch.randint(37, (1, 21))
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["LightNetForCausalLM"]}))
+    if layout == "bin":
+        torch.save(weights, source / "pytorch_model.bin")
+    else:
+        names = sorted(weights)
+        cut = len(names) // 2 if layout == "shards" else 0
+        for index, part in enumerate((names[:cut], names[cut:])):
+            if part:
+                save_file({name: weights[name] for name in part}, source / f"model-{index}.safetensors")
+    model = convert_fla_lightnet(source)
+    expected = by_formula("expand_ratio", weights, input_ids[0])
+    torch.testing.assert_close(model(input_ids).logits[0].double(), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "ours")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_short_conv", True),
+        ("attn", {"layers": [1], "num_heads": 2}),
+        ("hidden_act", "gelu"),
+        ("attnres_block_size", 2),
+        ("use_l2warp", True),
+        ("model_type", "gla"),
+    ],
+)
+def test_options_that_we_lack_are_refused_by_name(name, value):
+    config = {**CONFIGS["expand_ratio"], name: value}
+    with pytest.raises(NotImplementedError, match=f"^{name}: expected "):
+        convert_fla_lightnet(draw("expand_ratio"), config)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    weights, config = draw("expand_ratio"), CONFIGS["expand_ratio"]
+    with pytest.raises(ValueError, match=r"^config: expected options .* got feature_map"):
+        convert_fla_lightnet(weights, {**config, "feature_map": "relu"})
+    with pytest.raises(ValueError, match=r"^num_heads: expected num_heads or expand_ratio"):
+        convert_fla_lightnet(weights, {**config, "expand_ratio": None})
+    with pytest.raises(ValueError, match=r"^config: expected the checkpoint's config with a state dict"):
+        convert_fla_lightnet(weights)
+    name = "model.layers.1.attn.q_proj.weight"
+    with pytest.raises(ValueError, match="^" + re.escape(f"{name}: expected shape (24, 24), got (12, 24)")):
+        convert_fla_lightnet({**weights, name: torch.ones(12, 24)}, config)
+    with pytest.raises(ValueError, match=re.escape("['model.layers.0.attn.q_conv1d.weight'] besides")):
+        convert_fla_lightnet({**weights, "model.layers.0.attn.q_conv1d.weight": torch.ones(1)}, config)
+    with pytest.raises(FileNotFoundError, match=r"expected a folder with config\.json"):
+        convert_fla_lightnet(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"expected a folder with \*\.safetensors"):
+        convert_fla_lightnet(tmp_path, config)
