@@ -99,7 +99,7 @@ def train(name: str, model: Any, training: torch.Tensor, validation: torch.Tenso
 
 
 def main() -> None:
-    arguments = parser(__doc__.splitlines()[0], steps=400).parse_args()
+    arguments = parser(__doc__.splitlines()[0], steps=300).parse_args()
     torch.set_num_threads(arguments.threads)
     training, validation = corpus()
     runs = {
