@@ -20,8 +20,7 @@ import sightline as sl
 from sightline.hf import write_settings
 from sightline.models import LightNetConfig, LightNetForCausalLM, SightlineLlamaConfig, SightlineLlamaForCausalLM
 
-WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 128, 4, 4, 256, 8
-VALIDATION_BYTES = 16384
+WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 128, 4, 4, 256, 4
 CONTEXTS = (256, 512, 1024, 2048)
 
 
@@ -64,15 +63,15 @@ def models(seed: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def bits_per_byte(model: Any, validation: torch.Tensor, context: int) -> float:
-    """Mean over the same bytes at every context, cut into windows of that length."""
+def bits_per_byte(model: Any, windows: torch.Tensor, context: int) -> float:
+    """Mean over windows (count, bytes), cut into windows of this context."""
     model.eval()
-    windows = validation[:VALIDATION_BYTES].view(-1, context).long()
+    windows = windows.view(-1, context)
     total = sum(float(model(rows, labels=rows).loss) * len(rows) for rows in windows.split(max(1, 4096 // context)))
     return total / len(windows) / math.log(2)
 
 
-def train(name: str, model: Any, training: torch.Tensor, validation: torch.Tensor, steps: int, seed: int) -> dict:
+def train(name: str, model: Any, training: torch.Tensor, windows: torch.Tensor, steps: int, seed: int) -> dict:
     """Train, and return the curve and the scores."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -92,21 +91,32 @@ def train(name: str, model: Any, training: torch.Tensor, validation: torch.Tenso
         seconds += time.perf_counter() - began
         progress(f"{name}: step {step + 1}/{steps}, {loss.item() / math.log(2):.3f} bits per byte")
         if (step + 1) % max(1, steps // 5) == 0:
-            curve.append((step + 1, bits_per_byte(model, validation, CONTEXT)))
-    scores = {str(context): bits_per_byte(model, validation, context) for context in CONTEXTS}
+            curve.append((step + 1, bits_per_byte(model, windows, CONTEXT)))
+    scores = {str(context): bits_per_byte(model, windows, context) for context in CONTEXTS}
     finish_line(f"{name}: " + ", ".join(f"{score:.3f} at {context}" for context, score in scores.items()))
     return {"parameters": model.num_parameters(), "curve": curve, "bits_per_byte": scores, "seconds": seconds}
 
 
 def main() -> None:
-    arguments = parser(__doc__.splitlines()[0], steps=300).parse_args()
+    arguments = parser(__doc__.splitlines()[0], steps=800)
+    arguments.add_argument("--windows", type=int, default=16, help="windows of the longest context to validate on")
+    arguments = arguments.parse_args()
     torch.set_num_threads(arguments.threads)
     training, validation = corpus()
+    # Spread over all validation files.
+    longest = max(CONTEXTS)
+    begins = torch.linspace(0, len(validation) - longest, arguments.windows).long().tolist()
+    windows = torch.stack([validation[begin : begin + longest] for begin in begins]).long()
     runs = {
-        name: train(name, model, training, validation, arguments.steps, arguments.seed)
+        name: train(name, model, training, windows, arguments.steps, arguments.seed)
         for name, model in models(arguments.seed).items()
     }
-    sizes = {"training_bytes": len(training), "validation_bytes": VALIDATION_BYTES, "context": CONTEXT, "batch": BATCH}
+    sizes = {
+        "training_bytes": len(training),
+        "validation_bytes": windows.numel(),
+        "context": CONTEXT,
+        "batch": BATCH,
+    }
     result = {**environment(arguments), **sizes, "runs": runs}
 
     def draw(axes: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -14,9 +13,10 @@ from typing import Any
 
 import torch
 
-import sightline as sl
+from sightline.cli.environment import instruction_sets, processor_name, versions
 
 RESULTS = Path(__file__).parent / "results"
+_last_line = time.monotonic()
 
 
 def parser(description: str, steps: int) -> argparse.ArgumentParser:
@@ -30,9 +30,13 @@ def parser(description: str, steps: int) -> argparse.ArgumentParser:
 
 
 def progress(text: str) -> None:
-    """A line on standard error that the next one replaces, where a person is watching."""
+    """A line on standard error that the next one replaces; where nobody is watching, one every ten seconds."""
+    global _last_line
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    elif text and time.monotonic() - _last_line > 10:
+        print(text, file=sys.stderr, flush=True)
+        _last_line = time.monotonic()
 
 
 def finish_line(text: str) -> None:
@@ -55,9 +59,9 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(arguments).items() if name != "output"}
     return {
         "arguments": given,
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "sightline": sl.__version__,
+        "processor": processor_name(),
+        "instruction_set": instruction_sets()["chosen"],
+        "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
