@@ -18,6 +18,7 @@
 // is computed again, for these, with products that skip zero weights, so finite data pays nothing.
 #include <cmath>
 
+#include "cpu/attention_decode.h"
 #include "cpu/forward_unit.h"
 #include "cpu/kernel_table.h"
 
@@ -251,6 +252,7 @@ bool attend_unit(const AttentionProblem& problem, AttentionForwardUnit& unit, At
 void attention_forward(const AttentionProblem& problem, const Parallel& parallel) {
   const int64_t key_heads = problem.batch * problem.key_heads;
   if (problem.queries == 0 || key_heads == 0) return;
+  if (is_decoding(problem)) return attention_decode(problem, parallel);
   const AttentionForwardPlan plan(problem, parallel.threads);
   for_each_unit<AttentionForwardScratch>(
       parallel, plan.units * key_heads, plan, [&plan, key_heads](int64_t index, AttentionForwardScratch& scratch) {

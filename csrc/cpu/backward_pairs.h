@@ -203,8 +203,7 @@ static void differentiate_to_pairs(const AttentionProblem& problem, const RowTil
       gradient = (value_product - plain_delta) * inverse_normalizer;
       if (kReweight) {
         const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
-        Vec response = core::power(excess, power - 1.0f);
-        if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
+        const Vec response = response_of(excess, power);
         attention = select(flat, attention, response * excess * inverse_weight_sum);
         gradient = select(flat, gradient, response * response_factor * (value_product - delta) - coupling);
       }

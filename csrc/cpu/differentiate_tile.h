@@ -99,8 +99,7 @@ static void differentiate(const AttentionProblem& problem, const RowTile& rows, 
       Vec gradient = (value_product - delta + log_gradient) * inverse_normalizer;
       if (kReweight) {
         const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
-        Vec response = core::power(excess, power - 1.0f);
-        if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
+        const Vec response = response_of(excess, power);
         const Vec sharp = select(equal(response, zeros), zeros, response * response_factor * (value_product - delta));
         const Vec sharp_gradient = sharp - coupling;
         attention = select(flat, attention, response * excess * inverse_weight_sum);

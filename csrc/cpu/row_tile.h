@@ -80,63 +80,66 @@ SIGHTLINE_INLINE float mask_bias(const char* element, MaskKind kind) {
   return last - first + 1;
 }
 
+// Row `query` of head `head` as lane `lane` of the tile; `row` is the query, widened. Needs what set_up_tile sets.
+SIGHTLINE_INLINE void set_up_row(const AttentionProblem& problem, int64_t head, int64_t query, const float* row,
+                                 int lane, RowTile& tile) {
+  const core::KeyInterval interval = core::visible_interval(problem, tile.batch, query);
+  tile.head[lane] = head;
+  tile.query[lane] = query;
+  const int64_t first = core::larger(interval.first, 0);
+  const bool empty = interval.last < first;
+  tile.first[lane] = static_cast<int32_t>(empty ? 0 : first);
+  tile.last[lane] = static_cast<int32_t>(empty ? -1 : interval.last);
+  tile.position[lane] = static_cast<int32_t>(interval.position);
+  if (!empty) {  // a row that sees nothing must not widen the walk over the keys
+    tile.min_first = core::smaller(tile.min_first, tile.first[lane]);
+    tile.max_last = core::larger(tile.max_last, tile.last[lane]);
+  }
+  tile.max_first = core::larger(tile.max_first, tile.first[lane]);
+  tile.min_last = core::smaller(tile.min_last, tile.last[lane]);
+  tile.dropout_key[lane] =
+      problem.dropout
+          ? core::dropout_row_key(problem.dropout_seed, static_cast<uint32_t>(tile.batch * problem.heads + head),
+                                  static_cast<uint32_t>(query))
+          : 0;
+  const bool needs_count = problem.length_scale || problem.reweight.power > 0.0f;
+  const int64_t visible =
+      needs_count ? count_visible(problem, tile.batch, head, query, tile.first[lane], tile.last[lane]) : 0;
+  tile.visible_keys[lane] = static_cast<float>(visible);
+  tile.norm_floored[lane] = false;
+  tile.inverse_norm[lane] =
+      problem.normalize_qk ? inverse_of_norm(row, problem.head_width, &tile.norm_floored[lane]) : 1.0f;
+  const float length =
+      problem.length_scale ? (visible > 0 ? static_cast<float>(std::log(static_cast<double>(visible))) : 0.0f) : 1.0f;
+  tile.unit_factor[lane] = length * tile.inverse_norm[lane];
+  tile.factor[lane] = problem.scales[head] * tile.unit_factor[lane];
+  tile.slope[lane] = problem.alibi_slopes != nullptr ? problem.alibi_slopes[head] : 0.0f;
+}
+
+SIGHTLINE_INLINE void set_up_tile(int64_t batch, int rows, RowTile& tile) {
+  tile.batch = batch;
+  tile.rows = rows;
+  tile.lanes = static_cast<int>(core::round_up(rows, Vec::kWidth));
+  tile.min_first = tile.min_last = INT32_MAX;
+  tile.max_first = tile.max_last = INT32_MIN;
+}
+
 // Rows [begin, begin + rows) of one key head. `queries` receives them widened, row after row with this stride (the
 // padding of the stride and of the lanes zeroed), `transposed` the same as (D, lanes).
 [[maybe_unused]] static void set_up_rows(const AttentionProblem& problem, int64_t batch, int64_t key_head,
                                          int64_t begin, int rows, RowTile& tile, float* queries, int64_t query_stride,
                                          float* transposed) {
   const int64_t group = problem.heads / problem.key_heads;
-  const bool needs_count = problem.length_scale || problem.reweight.power > 0.0f;
-  tile.batch = batch;
-  tile.rows = rows;
-  tile.lanes = static_cast<int>(core::round_up(rows, Vec::kWidth));
-  tile.min_first = tile.min_last = INT32_MAX;
-  tile.max_first = tile.max_last = INT32_MIN;
+  set_up_tile(batch, rows, tile);
   for (int lane = 0; lane < tile.lanes; ++lane) {
     float* row = queries + lane * query_stride;
     const int64_t source = lane < rows ? begin + lane : begin;
     const int64_t head = key_head * group + source / problem.queries;
     const int64_t query = source % problem.queries;
-    if (lane < rows) {
-      widen(advance(problem.query.data,
-                    batch * problem.query.batch_stride + head * problem.query.head_stride +
-                        query * problem.query.row_stride,
-                    problem.dtype),
-            problem.dtype, row, problem.head_width);
-      for (int64_t d = problem.head_width; d < query_stride; ++d) row[d] = 0.0f;
-    } else {
-      for (int64_t d = 0; d < query_stride; ++d) row[d] = 0.0f;
-    }
-    const core::KeyInterval interval = core::visible_interval(problem, batch, query);
-    tile.head[lane] = head;
-    tile.query[lane] = query;
-    const int64_t first = core::larger(interval.first, 0);
-    const bool empty = interval.last < first;
-    tile.first[lane] = static_cast<int32_t>(empty ? 0 : first);
-    tile.last[lane] = static_cast<int32_t>(empty ? -1 : interval.last);
-    tile.position[lane] = static_cast<int32_t>(interval.position);
-    if (!empty) {  // a row that sees nothing must not widen the walk over the keys
-      tile.min_first = core::smaller(tile.min_first, tile.first[lane]);
-      tile.max_last = core::larger(tile.max_last, tile.last[lane]);
-    }
-    tile.max_first = core::larger(tile.max_first, tile.first[lane]);
-    tile.min_last = core::smaller(tile.min_last, tile.last[lane]);
-    tile.dropout_key[lane] =
-        problem.dropout
-            ? core::dropout_row_key(problem.dropout_seed, static_cast<uint32_t>(batch * problem.heads + head),
-                                    static_cast<uint32_t>(query))
-            : 0;
-    const int64_t visible =
-        needs_count ? count_visible(problem, batch, head, query, tile.first[lane], tile.last[lane]) : 0;
-    tile.visible_keys[lane] = static_cast<float>(visible);
-    tile.norm_floored[lane] = false;
-    tile.inverse_norm[lane] =
-        problem.normalize_qk ? inverse_of_norm(row, problem.head_width, &tile.norm_floored[lane]) : 1.0f;
-    const float length =
-        problem.length_scale ? (visible > 0 ? static_cast<float>(std::log(static_cast<double>(visible))) : 0.0f) : 1.0f;
-    tile.unit_factor[lane] = length * tile.inverse_norm[lane];
-    tile.factor[lane] = problem.scales[head] * tile.unit_factor[lane];
-    tile.slope[lane] = problem.alibi_slopes != nullptr ? problem.alibi_slopes[head] : 0.0f;
+    const int64_t live = lane < rows ? problem.head_width : 0;
+    if (lane < rows) widen(row_of(problem.query, problem.dtype, batch, head, query), problem.dtype, row, live);
+    for (int64_t d = live; d < query_stride; ++d) row[d] = 0.0f;
+    set_up_row(problem, head, query, row, lane, tile);
   }
   transpose_rows(queries, query_stride, tile.lanes, problem.head_width, transposed);
 }

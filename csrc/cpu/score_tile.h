@@ -133,6 +133,13 @@ SIGHTLINE_INLINE bool has_extras(const AttentionProblem& problem) {
   finish_tile(problem, rows, keys, bias_scratch, tile, largest);
 }
 
+// excess^(p - 1), with 0^0 = 0 at p = 1: a key at or below the mean has no response.
+SIGHTLINE_INLINE Vec response_of(Vec excess, float power) {
+  const Vec zeros = Vec::broadcast(0.0f);
+  const Vec response = core::power(excess, power - 1.0f);
+  return power == 1.0f ? select(equal(excess, zeros), zeros, response) : response;
+}
+
 // keep / (1 - p) of the entries (key, lane .. lane + width).
 SIGHTLINE_INLINE Vec dropout_factor(const AttentionProblem& problem, UintVec row_key, uint32_t key_key) {
   const UintVec bits = core::mix_bits(row_key ^ UintVec::broadcast(key_key), UintVec::broadcast(core::kMixFirst),

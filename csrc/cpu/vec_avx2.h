@@ -78,6 +78,16 @@ SIGHTLINE_INLINE float sum_of_lanes(Vec x) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+// Lane i: the sum of the lanes of sums[i].
+SIGHTLINE_INLINE Vec sums_of_lanes(const Vec (&sums)[8]) {
+  __m256 quads[2];
+  SIGHTLINE_UNROLL
+  for (int i = 0; i < 2; ++i)
+    quads[i] = _mm256_hadd_ps(_mm256_hadd_ps(sums[4 * i].value, sums[4 * i + 1].value),
+                              _mm256_hadd_ps(sums[4 * i + 2].value, sums[4 * i + 3].value));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+                        _mm256_permute2f128_ps(quads[0], quads[1], 0x31))};
+}
 // to (column, row) = from (row, column) on a block of kWidth x kWidth floats.
 SIGHTLINE_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   __m256 rows[8], pairs[8];
@@ -122,6 +132,12 @@ SIGHTLINE_INLINE Vec load_float16(const uint16_t* from) {
 SIGHTLINE_INLINE Vec load_bfloat16(const uint16_t* from) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+// Columns 0, 2, 4, ... and 1, 3, 5, ... of twice as many.
+SIGHTLINE_INLINE void load_bfloat16_pairs(const uint16_t* from, Vec& even, Vec& odd) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000))))};
 }
 SIGHTLINE_INLINE void store_float16(uint16_t* to, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to),

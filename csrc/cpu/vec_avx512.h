@@ -78,6 +78,26 @@ SIGHTLINE_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
   return {_mm512_getexp_ps(x.value)};
 }
 SIGHTLINE_INLINE float sum_of_lanes(Vec x) { return _mm512_reduce_add_ps(x.value); }
+// Lane i: the sum of the lanes of sums[i].
+SIGHTLINE_INLINE Vec sums_of_lanes(const Vec (&sums)[16]) {
+  __m512 pairs[8], quads[4];
+  SIGHTLINE_UNROLL
+  for (int i = 0; i < 8; ++i)
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[2 * i].value, sums[2 * i + 1].value),
+                             _mm512_unpackhi_ps(sums[2 * i].value, sums[2 * i + 1].value));
+  SIGHTLINE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m512d low = _mm512_castps_pd(pairs[2 * i]), high = _mm512_castps_pd(pairs[2 * i + 1]);
+    quads[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  }
+  // Each quarter of quads[i] has the sums of a quarter of sums[4 * i] to sums[4 * i + 3].
+  const __m512 first =
+      _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x44), _mm512_shuffle_f32x4(quads[0], quads[1], 0xee));
+  const __m512 second =
+      _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x44), _mm512_shuffle_f32x4(quads[2], quads[3], 0xee));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd))};
+}
 // to (column, row) = from (row, column) on a block of kWidth x kWidth floats.
 SIGHTLINE_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   __m512 rows[16], pairs[16];
@@ -126,6 +146,12 @@ SIGHTLINE_INLINE Vec load_float16(const uint16_t* from) {
 SIGHTLINE_INLINE Vec load_bfloat16(const uint16_t* from) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+// Columns 0, 2, 4, ... and 1, 3, 5, ... of twice as many.
+SIGHTLINE_INLINE void load_bfloat16_pairs(const uint16_t* from, Vec& even, Vec& odd) {
+  const __m512i bits = _mm512_loadu_si512(from);
+  even = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+  odd = {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))))};
 }
 SIGHTLINE_INLINE void store_float16(uint16_t* to, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),

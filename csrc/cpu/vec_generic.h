@@ -94,6 +94,12 @@ SIGHTLINE_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
   return {__builtin_convertvector((bits >> 23) - 127, Float4)};
 }
 SIGHTLINE_INLINE float sum_of_lanes(Vec x) { return (x.value[0] + x.value[1]) + (x.value[2] + x.value[3]); }
+// Lane i: the sum of the lanes of sums[i].
+SIGHTLINE_INLINE Vec sums_of_lanes(const Vec (&sums)[4]) {
+  Vec result;
+  for (int i = 0; i < 4; ++i) result.value[i] = sum_of_lanes(sums[i]);
+  return result;
+}
 // to (column, row) = from (row, column) on a block of kWidth x kWidth floats.
 SIGHTLINE_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   for (int column = 0; column < 4; ++column)
@@ -118,6 +124,13 @@ SIGHTLINE_INLINE Vec load_float16(const uint16_t* from) {
 SIGHTLINE_INLINE Vec load_bfloat16(const uint16_t* from) {
   return {Float4{core::bfloat16_to_float(from[0]), core::bfloat16_to_float(from[1]), core::bfloat16_to_float(from[2]),
                  core::bfloat16_to_float(from[3])}};
+}
+// Columns 0, 2, 4, 6 and 1, 3, 5, 7.
+SIGHTLINE_INLINE void load_bfloat16_pairs(const uint16_t* from, Vec& even, Vec& odd) {
+  for (int lane = 0; lane < 4; ++lane) {
+    even.value[lane] = core::bfloat16_to_float(from[2 * lane]);
+    odd.value[lane] = core::bfloat16_to_float(from[2 * lane + 1]);
+  }
 }
 SIGHTLINE_INLINE void store_float16(uint16_t* to, Vec x) {
   for (int lane = 0; lane < 4; ++lane) to[lane] = core::float_to_float16(x.value[lane]);

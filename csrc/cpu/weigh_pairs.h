@@ -85,9 +85,7 @@ static void reweigh_pairs(const AttentionProblem& problem, RowState& state, cons
     map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x, int key) {
       const Vec weight = kHolds == TileHolds::kWeights ? x : Weight::forward_short(x);
       const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
-      Vec response = core::power(excess, power - 1.0f);
-      // 0^0 at p = 1: a key at or below the mean has no response.
-      if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
+      const Vec response = response_of(excess, power);
       if (kSaves) store(responses + key * state.rows.lanes + lane, response);
       const Vec sharp = select(flat, weight, response * excess);
       sum = sum + sharp;

@@ -102,9 +102,7 @@ static void reweigh(const AttentionProblem& problem, RowState& state, int keys, 
       const Vec weight =
           kHolds == TileHolds::kWeights ? entry : Weight::forward(Weight::kShifted ? entry - shift : entry);
       const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
-      Vec response = core::power(excess, power - 1.0f);
-      // 0^0 at p = 1: a key at or below the mean has no response.
-      if (power == 1.0f) response = select(equal(excess, zeros), zeros, response);
+      const Vec response = response_of(excess, power);
       if (responses != nullptr) {
         response_sum = response_sum + response;
         store(responses + j * lanes + lane, response);
@@ -125,26 +123,37 @@ static void reweigh(const AttentionProblem& problem, RowState& state, int keys, 
   }
 }
 
-// Between the two sweeps: mean, peak and the flat-row rule. `with_short` says by which polynomials the weights were
-// made: in a row that is nearly flat the peak must have the same error as they.
+// What re-weighting knows of a row between its two sweeps.
+struct Peak {
+  float mean, inverse_peak;
+  bool flat;
+};
+
+// By the flat-row rule of section 2, from a row's largest score and its normaliser relative to `shift`. `with_short`
+// says by which polynomials the weights were made: in a row that is nearly flat the peak must have the same error as
+// they.
+template <class Weight>
+static Peak find_peak(const AttentionProblem& problem, float visible, float shift, float largest, double normalizer,
+                      bool with_short) {
+  const bool exempt = visible <= static_cast<float>(problem.reweight.exempt_rows) || problem.reweight.offset == 0.0f;
+  const Vec highest = Vec::broadcast(largest - (Weight::kShifted ? shift : 0.0f));
+  const Vec top = with_short ? Weight::forward_short(highest * Vec::broadcast(core::kLog2E)) : Weight::forward(highest);
+  const float largest_weight = sum_of_lanes(top) * (1.0f / Vec::kWidth);
+  const float mean =
+      exempt || visible == 0.0f ? 0.0f : static_cast<float>(problem.reweight.offset * normalizer / visible);
+  const float peak = largest_weight - mean;
+  const bool flat = (!exempt && !(peak > core::kFlatRow * largest_weight)) || !(peak > 0.0f);
+  return {mean, flat ? 0.0f : 1.0f / peak, flat};
+}
+
 template <class Weight>
 static void find_peaks(const AttentionProblem& problem, RowState& state, bool with_short) {
   for (int lane = 0; lane < state.rows.lanes; ++lane) {
-    const float visible = state.rows.visible_keys[lane];
-    const bool exempt = visible <= static_cast<float>(problem.reweight.exempt_rows) || problem.reweight.offset == 0.0f;
-    const float shift = state.shift[lane];
-    const Vec highest = Vec::broadcast(state.largest[lane] - (Weight::kShifted ? shift : 0.0f));
-    const Vec top =
-        with_short ? Weight::forward_short(highest * Vec::broadcast(core::kLog2E)) : Weight::forward(highest);
-    const float largest_weight = sum_of_lanes(top) * (1.0f / Vec::kWidth);
-    const float mean = exempt || visible == 0.0f
-                           ? 0.0f
-                           : static_cast<float>(problem.reweight.offset * state.normalizer[lane] / visible);
-    const float peak = largest_weight - mean;
-    const bool flat = (!exempt && !(peak > core::kFlatRow * largest_weight)) || !(peak > 0.0f);
-    state.mean[lane] = mean;
-    state.inverse_peak[lane] = flat ? 0.0f : 1.0f / peak;
-    state.flat[lane] = flat ? 1.0f : 0.0f;
+    const Peak peak = find_peak<Weight>(problem, state.rows.visible_keys[lane], state.shift[lane], state.largest[lane],
+                                        state.normalizer[lane], with_short);
+    state.mean[lane] = peak.mean;
+    state.inverse_peak[lane] = peak.inverse_peak;
+    state.flat[lane] = peak.flat ? 1.0f : 0.0f;
   }
 }
 

@@ -1,0 +1,399 @@
+// Weighted attention of few query rows per key head, forward only (MATH.md sections 1 and 2).
+//
+// What limits decoding is reading K and V. Work: one unit is a chunk of the keys of one key head, for all its query
+// rows; units are handed to the threads. A unit leaves the partial sums of its chunk, and these are added up in the
+// order of the chunks: results do not depend on the number of threads. Lanes are keys here.
+//
+// Re-weighting needs Z before the first weight: the first pass keeps the scores (softmax) or weights (softplus) of all
+// rows, O(N) numbers, so that K is read once, and a second pass reads V.
+//
+// Non-finite numbers: a chunk whose sums are not finite is added up again with products that skip zero weights.
+#include "cpu/attention_decode.h"
+
+#include <cmath>
+
+#include "cpu/decode_products.h"
+#include "cpu/weigh_tile.h"
+#include "cpu/workspace.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+namespace {
+
+// Beyond this many rows per key head the tiles of attention_forward are full enough.
+constexpr int64_t kMaxDecodeRows = 8;
+// Long enough to hide what a unit costs besides, short enough that one long head keeps all threads busy.
+constexpr int64_t kDecodeChunk = 2048;
+
+// What a row has gathered in one chunk.
+struct ChunkSums {
+  float largest;       // score
+  double normalizer;   // of weights, for softmax relative to `largest`
+  double weight_sum;   // of re-weighted ones
+  float visible_keys;  // n_i, of all chunks
+};
+
+// And in all chunks.
+struct RowSums {
+  float shift, largest;
+  double normalizer;
+  Peak peak;
+};
+
+struct DecodePlan {
+  const AttentionProblem* problem;
+  int rows;  // per key head
+  int64_t chunks, units, stride;
+
+  explicit DecodePlan(const AttentionProblem& of)
+      : problem(&of),
+        rows(static_cast<int>(of.heads / of.key_heads * of.queries)),
+        chunks((of.keys + kDecodeChunk - 1) / kDecodeChunk),
+        units(of.batch * of.key_heads * chunks),
+        stride(core::smaller(kDecodeChunk, core::round_up(of.keys, Vec::kWidth))) {}
+};
+
+// Shared by the threads; every unit writes its own part.
+struct DecodeResults {
+  explicit DecodeResults(const DecodePlan& plan) : memory(layout(plan, nullptr)) { layout(plan, memory.get()); }
+
+  int64_t layout(const DecodePlan& plan, char* base) {
+    const AttentionProblem& problem = *plan.problem;
+    const bool reweighted = problem.reweight.power > 0.0f;
+    const int64_t head_rows = problem.batch * problem.key_heads * plan.rows;
+    Arena arena(base);
+    sums = arena.take<ChunkSums>(plan.units * plan.rows);
+    values = arena.take<float>(plan.units * plan.rows * problem.value_width);
+    rows = arena.take<RowSums>(head_rows);
+    row_values = arena.take<float>(2 * problem.value_width);
+    kept = arena.take<float>(reweighted ? plan.units * plan.rows * plan.stride : 0);
+    return arena.used();
+  }
+
+  Allocation memory;
+  ChunkSums* sums = nullptr;    // (unit, row)
+  float* values = nullptr;      // (unit, row, Dv), columns in the order of arranged_place
+  RowSums* rows = nullptr;      // (batch, key head, row)
+  float* row_values = nullptr;  // (2, Dv)
+  float* kept = nullptr;        // (unit, row, stride)
+};
+
+struct DecodeScratch {
+  explicit DecodeScratch(const DecodePlan& plan) : memory(layout(plan, nullptr)) { layout(plan, memory.get()); }
+
+  int64_t layout(const DecodePlan& plan, char* base) {
+    const AttentionProblem& problem = *plan.problem;
+    Arena arena(base);
+    rows = arena.take<RowTile>(1);
+    query = arena.take<float>(problem.head_width);
+    queries = arena.take<float>(plan.rows * problem.head_width);
+    scores = arena.take<float>(problem.reweight.power > 0.0f ? 0 : plan.rows * plan.stride);
+    key_factors = arena.take<float>(problem.normalize_qk ? plan.stride : 0);
+    hidden = arena.take<float>(problem.key_mask != nullptr ? plan.stride : 0);
+    return arena.used();
+  }
+
+  Allocation memory;
+  RowTile* rows = nullptr;
+  float *query = nullptr, *queries = nullptr, *scores = nullptr, *key_factors = nullptr, *hidden = nullptr;
+};
+
+// The keys of a chunk that any row sees: [first, first + count).
+struct DecodeUnit {
+  int64_t index, batch, key_head, first, count;
+};
+
+// Who the rows are, and the queries in the order in which keys are read.
+DecodeUnit start_unit(const DecodePlan& plan, int64_t index, DecodeScratch& scratch) {
+  const AttentionProblem& problem = *plan.problem;
+  const int64_t head_index = index / plan.chunks;
+  const int64_t group = problem.heads / problem.key_heads;
+  DecodeUnit unit{index, head_index / problem.key_heads, head_index % problem.key_heads, 0, 0};
+  RowTile& rows = *scratch.rows;
+  set_up_tile(unit.batch, plan.rows, rows);
+  for (int row = 0; row < plan.rows; ++row) {
+    const int64_t head = unit.key_head * group + row / problem.queries;
+    const int64_t query = row % problem.queries;
+    widen(row_of(problem.query, problem.dtype, unit.batch, head, query), problem.dtype, scratch.query,
+          problem.head_width);
+    set_up_row(problem, head, query, scratch.query, row, rows);
+    float* arranged = scratch.queries + row * problem.head_width;
+    for (int64_t column = 0; column < problem.head_width; ++column)
+      arranged[arranged_place(problem.dtype, column)] = scratch.query[column];
+  }
+  const int64_t begin = index % plan.chunks * kDecodeChunk;
+  const int64_t first = core::larger(begin, rows.min_first);
+  const int64_t end = core::smaller(core::smaller(begin + kDecodeChunk, problem.keys), rows.max_last + 1);
+  unit.first = first < end ? first : begin;
+  unit.count = core::larger(0, end - first);
+  return unit;
+}
+
+WideRows rows_of(const AttentionProblem& problem, const HeadsView& view, int64_t width, const DecodeUnit& unit) {
+  return {row_of(view, problem.dtype, unit.batch, unit.key_head, unit.first), view.row_stride, width};
+}
+
+// Products to scores of one row, in place; returns the largest.
+template <bool kMasked, bool kExtras>
+float finish_row_scores(const AttentionProblem& problem, const DecodeScratch& scratch, const DecodeUnit& unit, int row,
+                        float* scores) {
+  alignas(64) static constexpr int32_t kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const RowTile& rows = *scratch.rows;
+  const Vec minus_infinity = Vec::broadcast(-INFINITY);
+  const Vec row_factor = Vec::broadcast(rows.factor[row]);
+  const Vec slope = Vec::broadcast(rows.slope[row]);
+  const IntVec lanes = IntVec::load(kLanes);
+  // Lane l is key + l: it is seen where key lies between first - l and last - l.
+  const IntVec first = IntVec::broadcast(rows.first[row]) - lanes;
+  const IntVec last = IntVec::broadcast(rows.last[row]) - lanes;
+  const IntVec position = IntVec::broadcast(rows.position[row]) - lanes;
+  Vec top = minus_infinity;
+  for (int64_t j = 0; j < unit.count; j += Vec::kWidth) {
+    const int32_t key = static_cast<int32_t>(unit.first + j);
+    const Vec factor = problem.normalize_qk ? row_factor * Vec::load(scratch.key_factors + j) : row_factor;
+    Vec score = Vec::load(scores + j) * factor;
+    if (kExtras) {
+      if (problem.alibi_slopes != nullptr)
+        score = score - slope * absolute(to_float(position - IntVec::broadcast(key)));
+      if (problem.softcap > 0.0f)
+        score = Vec::broadcast(problem.softcap) * core::tanh(score * Vec::broadcast(1.0f / problem.softcap));
+    }
+    if (kMasked) {
+      score = select(between(first, last, key), score, minus_infinity);
+      if (problem.key_mask != nullptr)
+        score = select(equal(Vec::load(scratch.hidden + j), Vec::broadcast(0.0f)), score, minus_infinity);
+    }
+    store(scores + j, score);
+    top = maximum(score, top);
+  }
+  alignas(64) float tops[Vec::kWidth];
+  store(tops, top);
+  float largest = tops[0];
+  for (int lane = 1; lane < Vec::kWidth; ++lane) largest = tops[lane] > largest ? tops[lane] : largest;
+  return largest;
+}
+
+// Scores of the unit's keys, (row, key), with -inf for what is hidden and for the rest of the last vector.
+template <DType kType>
+void compute_chunk_scores(const DecodePlan& plan, const DecodeUnit& unit, DecodeScratch& scratch, float* scores,
+                          ChunkSums* sums) {
+  const AttentionProblem& problem = *plan.problem;
+  const RowTile& rows = *scratch.rows;
+  key_products<kType>(rows_of(problem, problem.key, problem.head_width, unit), unit.count, scratch.queries,
+                      problem.head_width, plan.rows, scores, plan.stride, scratch.key_factors);
+  if (problem.normalize_qk)
+    for (int64_t j = 0; j < unit.count; j += Vec::kWidth) {
+      const Vec norm = square_root(Vec::load(scratch.key_factors + j));
+      store(scratch.key_factors + j,
+            Vec::broadcast(1.0f) / maximum(Vec::broadcast(core::kNormFloor), norm));  // NaN stays
+    }
+  bool all_take_part = true;
+  if (problem.key_mask != nullptr)
+    for (int64_t j = 0; j < unit.count; ++j) {
+      const bool takes_part =
+          problem.key_mask[unit.batch * problem.key_mask_strides[0] + (unit.first + j) * problem.key_mask_strides[1]] !=
+          0;
+      scratch.hidden[j] = takes_part ? 0.0f : 1.0f;
+      all_take_part &= takes_part;
+    }
+  const bool masked = !all_take_part || unit.count % Vec::kWidth != 0 || unit.first < rows.max_first ||
+                      unit.first + unit.count - 1 > rows.min_last;
+  const bool extras = problem.alibi_slopes != nullptr || problem.softcap > 0.0f;
+  const auto finish = masked ? (extras ? finish_row_scores<true, true> : finish_row_scores<true, false>)
+                             : (extras ? finish_row_scores<false, true> : finish_row_scores<false, false>);
+  for (int row = 0; row < plan.rows; ++row) {
+    sums[row].largest = finish(problem, scratch, unit, row, scores + row * plan.stride);
+    sums[row].visible_keys = rows.visible_keys[row];
+  }
+}
+
+// Scores to weights, in place; returns their sum. With kStore false the scores stay.
+template <class Weight, bool kStore>
+double weigh_row(float* scores, int64_t count, float largest) {
+  const Vec shift = Vec::broadcast(largest == -INFINITY ? 0.0f : largest);
+  Vec sum = Vec::broadcast(0.0f);
+  for (int64_t j = 0; j < count; j += Vec::kWidth) {
+    const Vec score = Vec::load(scores + j);
+    const Vec weight = Weight::forward(Weight::kShifted ? score - shift : score);
+    if (kStore) store(scores + j, weight);
+    sum = sum + weight;
+  }
+  return sum_of_lanes(sum);
+}
+
+// What the first pass kept to re-weighted weights, in place; returns their sum.
+template <class Weight>
+double reweigh_row(float power, const RowSums& row, float* kept, int64_t count) {
+  const Vec zeros = Vec::broadcast(0.0f);
+  const Vec shift = Vec::broadcast(row.shift == -INFINITY ? 0.0f : row.shift);
+  const Vec mean = Vec::broadcast(row.peak.mean), inverse_peak = Vec::broadcast(row.peak.inverse_peak);
+  Vec sum = zeros;
+  for (int64_t j = 0; j < count; j += Vec::kWidth) {
+    Vec weight = Vec::load(kept + j);
+    if (Weight::kShifted) weight = Weight::forward(weight - shift);
+    if (!row.peak.flat) {
+      const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
+      weight = response_of(excess, power) * excess;
+    }
+    store(kept + j, weight);
+    sum = sum + weight;
+  }
+  return sum_of_lanes(sum);
+}
+
+// The unit's weighted values.
+template <DType kType>
+void gather_values(const DecodePlan& plan, const DecodeUnit& unit, const float* weights, const DecodeResults& results) {
+  const int64_t width = plan.problem->value_width;
+  const WideRows values = rows_of(*plan.problem, plan.problem->value, width, unit);
+  float* sums = results.values + unit.index * plan.rows * width;
+  zero(sums, plan.rows * width);
+  add_values<kType>(values, unit.count, weights, plan.stride, plan.rows, true, sums, width);
+  if (is_finite(sums, plan.rows * width)) return;
+  zero(sums, plan.rows * width);
+  add_values<kType>(values, unit.count, weights, plan.stride, plan.rows, false, sums, width);
+}
+
+// The only pass of plain attention, the first of re-weighting.
+template <class Weight, DType kType>
+void attend_chunk(const DecodePlan& plan, int64_t index, DecodeScratch& scratch, const DecodeResults& results) {
+  const DecodeUnit unit = start_unit(plan, index, scratch);
+  const bool reweighted = plan.problem->reweight.power > 0.0f;
+  ChunkSums* sums = results.sums + index * plan.rows;
+  float* scores = reweighted ? results.kept + index * plan.rows * plan.stride : scratch.scores;
+  compute_chunk_scores<kType>(plan, unit, scratch, scores, sums);
+  for (int row = 0; row < plan.rows; ++row) {
+    float* entries = scores + row * plan.stride;
+    // The second pass takes softmax scores as they are: their shift is not known yet.
+    sums[row].normalizer = Weight::kShifted && reweighted
+                               ? weigh_row<Weight, false>(entries, unit.count, sums[row].largest)
+                               : weigh_row<Weight, true>(entries, unit.count, sums[row].largest);
+  }
+  if (!reweighted) gather_values<kType>(plan, unit, scores, results);
+}
+
+template <class Weight, DType kType>
+void reweigh_chunk(const DecodePlan& plan, int64_t index, DecodeScratch& scratch, const DecodeResults& results) {
+  const DecodeUnit unit = start_unit(plan, index, scratch);
+  float* kept = results.kept + index * plan.rows * plan.stride;
+  const RowSums* rows = results.rows + index / plan.chunks * plan.rows;
+  for (int row = 0; row < plan.rows; ++row)
+    results.sums[index * plan.rows + row].weight_sum =
+        reweigh_row<Weight>(plan.problem->reweight.power, rows[row], kept + row * plan.stride, unit.count);
+  gather_values<kType>(plan, unit, kept, results);
+}
+
+// What the row's shift makes of the weights of a chunk.
+template <class Weight>
+double decay_of(const ChunkSums& chunk, const RowSums& row) {
+  if (!Weight::kShifted || chunk.largest == row.shift) return 1.0;
+  return chunk.largest == -INFINITY ? 0.0 : std::exp(static_cast<double>(chunk.largest) - row.shift);
+}
+
+// Largest score, shift and normaliser of every row, its sink included.
+template <class Weight>
+void add_up_chunks(const DecodePlan& plan, const DecodeResults& results) {
+  const AttentionProblem& problem = *plan.problem;
+  const int64_t group = problem.heads / problem.key_heads;
+  for (int64_t head = 0; head < problem.batch * problem.key_heads; ++head)
+    for (int64_t r = 0; r < plan.rows; ++r) {
+      RowSums& row = results.rows[head * plan.rows + r];
+      const ChunkSums* chunks = results.sums + head * plan.chunks * plan.rows + r;
+      const float sink =
+          problem.sinks != nullptr ? problem.sinks[head % problem.key_heads * group + r / problem.queries] : -INFINITY;
+      row.largest = -INFINITY;
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
+        row.largest = std::fmax(chunks[chunk * plan.rows].largest, row.largest);
+      row.shift = Weight::kShifted ? std::fmax(sink, row.largest) : 0.0f;
+      row.normalizer = sink == -INFINITY   ? 0.0
+                       : sink == row.shift ? 1.0
+                                           : std::exp(static_cast<double>(sink) - row.shift);
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
+        row.normalizer += chunks[chunk * plan.rows].normalizer * decay_of<Weight>(chunks[chunk * plan.rows], row);
+      if (problem.reweight.power > 0.0f)
+        row.peak = find_peak<Weight>(problem, chunks[0].visible_keys, row.shift, row.largest, row.normalizer, false);
+    }
+}
+
+// Outputs and log normalisers.
+template <class Weight>
+void write_rows(const DecodePlan& plan, const DecodeResults& results) {
+  const AttentionProblem& problem = *plan.problem;
+  const bool reweighted = problem.reweight.power > 0.0f;
+  const int64_t group = problem.heads / problem.key_heads, width = problem.value_width;
+  float* values = results.row_values;
+  float* ordered = values + width;
+  for (int64_t head_row = 0; head_row < problem.batch * problem.key_heads * plan.rows; ++head_row) {
+    const RowSums& row = results.rows[head_row];
+    const int64_t key_head = head_row / plan.rows, r = head_row % plan.rows;
+    double weight_sum = 0.0;
+    zero(values, width);
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      const int64_t place = (key_head * plan.chunks + chunk) * plan.rows + r;
+      weight_sum += results.sums[place].weight_sum;
+      const float decay = reweighted ? 1.0f : static_cast<float>(decay_of<Weight>(results.sums[place], row));
+      // A decay of 0 forgets the chunk, NaN included.
+      if (decay == 0.0f) continue;
+      const float* added = results.values + place * width;
+      for (int64_t column = 0; column < width; column += Vec::kWidth)
+        store(values + column, fma(Vec::broadcast(decay), Vec::load(added + column), Vec::load(values + column)));
+    }
+    const double divisor = reweighted ? weight_sum : row.normalizer;
+    scale_row(values, divisor == 0.0 ? 0.0f : static_cast<float>(1.0 / divisor), width);
+    for (int64_t column = 0; column < width; ++column) ordered[column] = values[arranged_place(problem.dtype, column)];
+    const int64_t batch = key_head / problem.key_heads;
+    const int64_t head = key_head % problem.key_heads * group + r / problem.queries;
+    const int64_t query = r % problem.queries;
+    narrow(ordered, writable_row_of(problem.output, problem.dtype, batch, head, query), problem.dtype, width);
+    problem.log_normalizer[(batch * problem.heads + head) * problem.queries + query] =
+        row.normalizer == 0.0 ? -INFINITY : static_cast<float>(row.shift + std::log(row.normalizer) + Weight::kLogUnit);
+  }
+}
+
+template <class Weight, DType kType>
+void decode(const DecodePlan& plan, const Parallel& parallel) {
+  struct Shared {
+    const DecodePlan& plan;
+    DecodeResults results;
+  } shared{plan, DecodeResults(plan)};
+  for_each_unit<DecodeScratch>(parallel, plan.units, plan, [&shared](int64_t index, DecodeScratch& scratch) {
+    attend_chunk<Weight, kType>(shared.plan, index, scratch, shared.results);
+  });
+  add_up_chunks<Weight>(plan, shared.results);
+  if (plan.problem->reweight.power > 0.0f)
+    for_each_unit<DecodeScratch>(parallel, plan.units, plan, [&shared](int64_t index, DecodeScratch& scratch) {
+      reweigh_chunk<Weight, kType>(shared.plan, index, scratch, shared.results);
+    });
+  write_rows<Weight>(plan, shared.results);
+}
+
+template <class Weight>
+void decode_typed(const DecodePlan& plan, const Parallel& parallel) {
+  switch (plan.problem->dtype) {
+    case DType::kFloat32:
+      return decode<Weight, DType::kFloat32>(plan, parallel);
+    case DType::kFloat16:
+      return decode<Weight, DType::kFloat16>(plan, parallel);
+    case DType::kBFloat16:
+      return decode<Weight, DType::kBFloat16>(plan, parallel);
+  }
+}
+
+}  // namespace
+
+bool is_decoding(const AttentionProblem& problem) {
+  return problem.heads / problem.key_heads * problem.queries <= kMaxDecodeRows && problem.queries > 0 &&
+         problem.keys > 0 && problem.head_width > 0 && problem.head_width % kColumnGroup == 0 &&
+         problem.value_width > 0 && problem.value_width % kColumnGroup == 0 && problem.saved_rows == nullptr &&
+         problem.attn_mask.kind == MaskKind::kNone && !problem.dropout;
+}
+
+void attention_decode(const AttentionProblem& problem, const Parallel& parallel) {
+  if (problem.batch == 0) return;
+  const DecodePlan plan(problem);
+  if (problem.weight_function == WeightFunction::kSoftmax)
+    decode_typed<core::Exponential>(plan, parallel);
+  else
+    decode_typed<core::SoftPlus>(plan, parallel);
+}
+
+}  // namespace sightline::SIGHTLINE_ISA_NS
