@@ -206,38 +206,45 @@ void compute_chunk_scores(const DecodePlan& plan, const DecodeUnit& unit, Decode
   }
 }
 
-// Scores to weights, in place; returns their sum. With kStore false the scores stay.
+// Sums of so many vectors are formed apart and added up: one long chain would lose more.
+constexpr int64_t kSumVectors = 8;
+
+// Each entry of `row` to of(entry), in place with kStore; returns the sum of the results.
+template <bool kStore, class Function>
+SIGHTLINE_INLINE double replace_and_sum(float* row, int64_t count, Function of) {
+  Vec total = Vec::broadcast(0.0f);
+  for (int64_t start = 0; start < count; start += kSumVectors * Vec::kWidth) {
+    const int64_t end = core::smaller(count, start + kSumVectors * Vec::kWidth);
+    Vec sum = Vec::broadcast(0.0f);
+    for (int64_t j = start; j < end; j += Vec::kWidth) {
+      const Vec entry = of(Vec::load(row + j));
+      if (kStore) store(row + j, entry);
+      sum = sum + entry;
+    }
+    total = total + sum;
+  }
+  return sum_of_lanes(total);
+}
+
+// Scores to weights; with kStore false the scores stay.
 template <class Weight, bool kStore>
 double weigh_row(float* scores, int64_t count, float largest) {
   const Vec shift = Vec::broadcast(largest == -INFINITY ? 0.0f : largest);
-  Vec sum = Vec::broadcast(0.0f);
-  for (int64_t j = 0; j < count; j += Vec::kWidth) {
-    const Vec score = Vec::load(scores + j);
-    const Vec weight = Weight::forward(Weight::kShifted ? score - shift : score);
-    if (kStore) store(scores + j, weight);
-    sum = sum + weight;
-  }
-  return sum_of_lanes(sum);
+  return replace_and_sum<kStore>(
+      scores, count, [shift](Vec score) { return Weight::forward(Weight::kShifted ? score - shift : score); });
 }
 
-// What the first pass kept to re-weighted weights, in place; returns their sum.
+// What the first pass kept to re-weighted weights.
 template <class Weight>
 double reweigh_row(float power, const RowSums& row, float* kept, int64_t count) {
-  const Vec zeros = Vec::broadcast(0.0f);
   const Vec shift = Vec::broadcast(row.shift == -INFINITY ? 0.0f : row.shift);
   const Vec mean = Vec::broadcast(row.peak.mean), inverse_peak = Vec::broadcast(row.peak.inverse_peak);
-  Vec sum = zeros;
-  for (int64_t j = 0; j < count; j += Vec::kWidth) {
-    Vec weight = Vec::load(kept + j);
-    if (Weight::kShifted) weight = Weight::forward(weight - shift);
-    if (!row.peak.flat) {
-      const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
-      weight = response_of(excess, power) * excess;
-    }
-    store(kept + j, weight);
-    sum = sum + weight;
-  }
-  return sum_of_lanes(sum);
+  const auto weight_of = [shift](Vec entry) { return Weight::kShifted ? Weight::forward(entry - shift) : entry; };
+  if (row.peak.flat) return replace_and_sum<true>(kept, count, weight_of);
+  return replace_and_sum<true>(kept, count, [=](Vec entry) {
+    const Vec excess = maximum(Vec::broadcast(0.0f), weight_of(entry) - mean) * inverse_peak;
+    return response_of(excess, power) * excess;
+  });
 }
 
 // The unit's weighted values.

@@ -1,4 +1,4 @@
-// sightline::attention and sightline::attention_backward on the CPU: arguments in, kernels called, tensors out.
+// sightline::attention, attention_decode and attention_backward on the CPU: arguments in, kernels called, tensors out.
 //
 // Python has checked everything (python/sightline/_checks.py); what stays here is the backstop that keeps a wrong
 // call of the raw operator from touching memory it should not.
@@ -42,12 +42,12 @@ struct Options {
       STD_TORCH_CHECK(!*tensor || (*tensor)->is_cpu(), "options: expected CPU tensors, as query is one");
   }
 
-  void take_scalars(ArgumentReader& arguments) {
+  void take_scalars(ArgumentReader& arguments, bool with_dropout = true) {
     causal = arguments.take<bool>();
     window_left = arguments.take<int64_t>();
     window_right = arguments.take<int64_t>();
     scale = arguments.take<double>();
-    dropout_p = arguments.take<double>();
+    if (with_dropout) dropout_p = arguments.take<double>();
     weight_function = arguments.take<int64_t>();
     length_scale = arguments.take<bool>();
     normalize_qk = arguments.take<bool>();
@@ -255,6 +255,30 @@ void attention(StableIValue* stack, uint64_t, uint64_t) {
               unused(ScalarType::Long), unused(ScalarType::Float), unused(ScalarType::Long), unused(ScalarType::Float));
 }
 
+void attention_decode(StableIValue* stack, uint64_t, uint64_t) {
+  ArgumentReader arguments(stack);
+  const Tensor given_query = arguments.tensor(), given_key = arguments.tensor(), given_value = arguments.tensor();
+  Options options;
+  for (auto* tensor :
+       {&options.key_lengths, &options.key_mask, &options.alibi_slopes, &options.sinks, &options.scale_per_head})
+    *tensor = arguments.optional_tensor();
+  options.take_scalars(arguments, false);
+
+  const Tensor query = with_contiguous_rows(given_query, "query");
+  const Tensor key = with_contiguous_rows(given_key, "key");
+  const Tensor value = with_contiguous_rows(given_value, "value");
+  AttentionProblem problem;
+  set_up_sizes(query, key, value, problem);
+  set_up_options(options, problem);
+  const int64_t batch = problem.batch, heads = problem.heads, rows = problem.queries;
+  Tensor output = empty_heads(batch, heads, rows, problem.value_width, query.scalar_type());
+  Tensor log_normalizer = empty_contiguous({batch, heads, rows}, ScalarType::Float);
+  problem.output = writable_heads_view(output);
+  problem.log_normalizer = static_cast<float*>(log_normalizer.mutable_data_ptr());
+  kernels().attention_forward(problem, torch_threads(multiply_adds(problem)));
+  put_results(stack, output, log_normalizer);
+}
+
 void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   ArgumentReader arguments(stack);
   const Tensor given_grad_output = arguments.tensor();
@@ -346,6 +370,7 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
 
 void register_attention_cpu(torch::stable::detail::StableLibrary& library) {
   library.impl("attention", attention);
+  library.impl("attention_decode", attention_decode);
   library.impl("attention_backward", attention_backward);
 }
 

@@ -1,4 +1,4 @@
-// sightline::attention_decode: its schema, and the implementation on CUDA. A library of its own, libsightline_cuda.so,
+// sightline::attention_decode (its schema stands in library.cpp) on CUDA. A library of its own, libsightline_cuda.so,
 // that is loaded only where torch has a CUDA device.
 //
 // Python decides when this operator is used and has checked the arguments (python/sightline/ops/decode.py); what stays
@@ -173,16 +173,6 @@ void attention_decode(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 }  // namespace
-
-// Options mean what they mean in sightline::attention (library.cpp). Per-head tensors are float32.
-STABLE_TORCH_LIBRARY_FRAGMENT(sightline, library) {
-  library.def(
-      "attention_decode(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? key_mask, "
-      "Tensor? alibi_slopes, Tensor? sinks, Tensor? scale_per_head, bool causal, SymInt window_left, "
-      "SymInt window_right, float scale, int weight_function, bool length_scale, bool normalize_qk, float softcap, "
-      "float reweight_power, float reweight_offset, int reweight_exempt_rows) -> (Tensor output, "
-      "Tensor log_normalizer)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(sightline, CUDA, library) { library.impl("attention_decode", attention_decode); }
 

@@ -36,6 +36,13 @@ STABLE_TORCH_LIBRARY(sightline, library) {
               "int distance_window) -> (Tensor output, Tensor log_normalizer, Tensor saved_rows, "
               "Tensor saved_values, Tensor row_statistics, Tensor max_key, Tensor top_weights, Tensor top_keys, "
               "Tensor segment_mass)");
+  // The same for few query rows per key head, without derivatives. Per-head tensors are float32.
+  library.def(
+      "attention_decode(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? key_mask, "
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? scale_per_head, bool causal, SymInt window_left, "
+      "SymInt window_right, float scale, int weight_function, bool length_scale, bool normalize_qk, float softcap, "
+      "float reweight_power, float reweight_offset, int reweight_exempt_rows) -> (Tensor output, "
+      "Tensor log_normalizer)");
   library.def(
       "attention_backward(Tensor grad_output, Tensor? grad_log_normalizer, Tensor query, Tensor key, "
       "Tensor value, Tensor output, Tensor saved_rows, Tensor saved_values, " SIGHTLINE_OPTION_TENSORS

@@ -17,6 +17,7 @@ from sightline.ops import (
     decode_refusal,
     native_library,
     requested_backend,
+    takes_decode_shortcut,
 )
 from sightline.ops.autocast import autocast_dtype
 from sightline.weighting import Softmax, Softplus
@@ -138,6 +139,9 @@ def attention(
             others=(sinks, scale),
         )
     chosen = choose_backend(query, backend, value.shape[3], refusal)
+    if chosen == "native" and attn_mask is None and dropout_p == 0.0 and cu_seqlens_q is None:
+        if takes_decode_shortcut(query, key, value, key_lengths, key_mask, alibi_slopes, sinks, scale):
+            chosen = "decode"
     if chosen == "decode":
         output, log_normalizer = call_attention_decode(
             query,

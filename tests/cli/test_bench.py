@@ -63,7 +63,7 @@ def test_small_run_measures_every_row_and_draws_it(sightline, tmp_path):
 
 
 def test_decoding_is_measured_apart_from_prefill_and_drawn(sightline, tmp_path):
-    arguments = ("--lengths", "48,96", "--repetitions", "2", "--decode", "3", "--feed-forward", "40")
+    arguments = ("--lengths", "48,96", "--repetitions", "3", "--decode", "3", "--feed-forward", "40")
     result = sightline("bench", *SMALL, *arguments)
     assert result.returncode == 0, result.stderr
     document = load(tmp_path / "sightline-bench")
@@ -72,7 +72,7 @@ def test_decoding_is_measured_apart_from_prefill_and_drawn(sightline, tmp_path):
     for found in document["results"]:
         assert found["status"] == "measured"
         rate, seconds = (found["decode"][name]["median"] for name in ("tokens_per_second", "seconds_per_token"))
-        assert rate == pytest.approx(1 / seconds, rel=0.5)
+        assert rate == pytest.approx(1 / seconds, rel=1e-3)  # medians of an odd number
         assert rate > 0
     assert "decode, tokens/s" in result.stdout
     assert (tmp_path / "sightline-bench/bench.png").read_bytes().startswith(b"\x89PNG")
@@ -253,6 +253,8 @@ def test_ctrl_c_half_way_writes_what_was_measured(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that runs its commands in the background lets them ignore the signal, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         for line in process.stderr:

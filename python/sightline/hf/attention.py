@@ -167,7 +167,8 @@ def _weighting(
     module: nn.Module, scaling: float | None, softcap: float | None, has_sinks: bool, width: int
 ) -> Softmax | Softplus:
     """The weighting of this layer, with the model's softcap in it; read again whenever config.sightline changes."""
-    settings = getattr(module.config, "sightline", None)
+    # Not getattr: a config of transformers looks in many places for what it does not have, for every layer and token.
+    settings = None if module.config is None else vars(module.config).get("sightline")
     cached = getattr(module, _CACHED, None)
     if cached is not None and cached[0] == settings and cached[1] == softcap:
         return cached[2]

@@ -8,7 +8,7 @@ from sightline.ops.backends import (
     choose_recurrence_backend,
     requested_backend,
 )
-from sightline.ops.decode import call_attention_decode, decode_refusal
+from sightline.ops.decode import call_attention_decode, decode_refusal, takes_decode_shortcut
 from sightline.ops.library import available_isas, cuda_library, isa_name, native_library
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "isa_name",
     "native_library",
     "requested_backend",
+    "takes_decode_shortcut",
 ]
 
 if native_library().loaded:

@@ -1,6 +1,8 @@
-"""Decoding on CUDA, `sightline::attention_decode`: when it can be used, and the Python half of the operator.
+"""Decoding, `sightline::attention_decode`: when it can be used, and the Python half of the operator.
 
-The schema stands in csrc/torch/cuda_attention.cpp. It computes few query rows against many keys, without gradients.
+It computes few query rows against many keys, without gradients. On CUDA it is the one native kernel; on the CPU
+`sightline::attention` would call the same kernels, but half of the time of a short call goes into its many arguments
+and results.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
 
-from sightline.ops.library import cuda_architectures, cuda_library, runs_on
+from sightline.ops.library import cuda_architectures, cuda_library, native_library, runs_on
+from sightline.ops.rules import Kernels, is_plain_call, needs_node
 
 # A block of the kernel takes 16 rows of a key head; with more blocks the keys are read again for each.
 MOST_ROWS = 16
@@ -20,10 +23,34 @@ _MOST_BLOCKS = 65535
 _MOST_KEYS = 2**31 - 65
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+
+def _no_backward(*_: Any) -> tuple[Tensor, ...]:
+    raise NotImplementedError("sightline::attention_decode has no derivative")
+
+
 # Constants to torch.compile: tracing must not look at the file system.
 _LOADED = cuda_library().loaded
 _REASON = cuda_library().reason
 _ARCHITECTURES = tuple(cuda_architectures())
+
+
+if native_library().loaded:
+    _DECODE = torch.ops.sightline.attention_decode.default
+    _CPU_KERNEL = _C.DispatchKeySet(_C.DispatchKey.CPU)
+    _cpu_kernels = Kernels(("cpu",), lambda *arguments: _DECODE.redispatch(_CPU_KERNEL, *arguments), _no_backward)
+
+
+def takes_decode_shortcut(query: Tensor, key: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether a call of `sightline.attention` on the CPU without mask, dropout and documents may skip its operator.
+
+    tensors: value and options. True for few rows in a plain eager call that wants no derivative.
+    """
+    arguments = (query, key, *tensors)
+    return (
+        query.shape[1] * query.shape[2] <= MOST_ROWS * key.shape[1]
+        and is_plain_call(_cpu_kernels, arguments)
+        and not needs_node(arguments)
+    )
 
 
 def decode_refusal(
@@ -90,8 +117,12 @@ def call_attention_decode(
     *scalars: Any,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, M, Dv) and log normaliser (B, H, M). `scalars` as in the schema, from `causal` on."""
+    if query.device.type == "cpu":
+        return _cpu_kernels.forward(
+            query, key, value, key_lengths, key_mask, alibi_slopes, sinks, scale_per_head, *scalars
+        )
     per_head = (None if tensor is None else tensor.float() for tensor in (alibi_slopes, sinks, scale_per_head))
-    return torch.ops.sightline.attention_decode.default(query, key, value, key_lengths, key_mask, *per_head, *scalars)
+    return _DECODE(query, key, value, key_lengths, key_mask, *per_head, *scalars)
 
 
 def attention_decode_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -101,5 +132,5 @@ def attention_decode_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) ->
     return output, query.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
-if _LOADED:
+if native_library().loaded:
     torch.library.register_fake("sightline::attention_decode")(attention_decode_fake)
