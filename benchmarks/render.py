@@ -226,8 +226,33 @@ def recurrence_section(document: dict[str, Any]) -> list[str]:
     return lines
 
 
+def decoding_section(document: dict[str, Any]) -> list[str]:
+    """One run of decoding_ratio.py."""
+    bandwidth = document["read_gigabytes_per_second"]
+    lines = [f"## Decoding on {document['device']['name']}", "", *described(document)]
+    lines += [
+        "One query row to all keys, B = 1. Rates count keys and values once; a sum over memory reads "
+        f"{bandwidth:,.0f} GB/s.",
+        "",
+    ]
+    rows = []
+    for result in document["timings"]:
+        heads = f"H = {result['heads']} on {result['key_heads']}"
+        case = f"{result['dtype']}, {heads}, D = {result['head_dim']}, N = {result['length']:,}"
+        label = LABELS[result["implementation"]]
+        if result["error"]:
+            rows.append([case, label, f"failed: {result['error']}", "", "", ""])
+            continue
+        rate, share = f"{result['gigabytes_per_second']:,.1f}", f"{result['share_of_bandwidth']:.0%}"
+        rows.append([case, label, milliseconds(result["seconds"]), f"{result['ratio_to_sdpa']:.2f}", rate, share])
+    return lines + markdown_table(
+        ["case", "implementation", "ms (p10 - p90)", "x SDPA", "GB/s", "of bandwidth"], rows, 2
+    )
+
+
 SECTIONS = {
     "sightline-attention/1": attention_section,
+    "sightline-decoding/1": decoding_section,
     "sightline-bench/1": stack_section,
     summary.SCHEMA: gpu_section,
     "sightline-recurrence/1": recurrence_section,

@@ -139,9 +139,14 @@ def attention(
             others=(sinks, scale),
         )
     chosen = choose_backend(query, backend, value.shape[3], refusal)
-    if chosen == "native" and attn_mask is None and dropout_p == 0.0 and cu_seqlens_q is None:
-        if takes_decode_shortcut(query, key, value, key_lengths, key_mask, alibi_slopes, sinks, scale):
-            chosen = "decode"
+    if (
+        chosen == "native"
+        and attn_mask is None
+        and dropout_p == 0.0
+        and cu_seqlens_q is None
+        and takes_decode_shortcut(query, key, value, key_lengths, key_mask, alibi_slopes, sinks, scale)
+    ):
+        chosen = "decode"
     if chosen == "decode":
         output, log_normalizer = call_attention_decode(
             query,

@@ -157,3 +157,22 @@ def test_what_a_row_sees_reaches_it_alone(poisoned: str, weighting: Any) -> None
     reached[1, 2:, 1] = True
     assert output[reached].isnan().all()
     torch.testing.assert_close(output[~reached], clean[~reached])
+
+
+def test_the_operator_keeps_its_promises() -> None:
+    query, key, value = torch.randn(2, 8, 2, 32), torch.randn(2, 2, 40, 32), torch.randn(2, 2, 40, 64)
+    lengths, mask = torch.tensor([7, 40]), torch.rand(2, 40) < 0.7
+    per_head = (torch.rand(8), torch.rand(8), torch.rand(8))
+    arguments = (query, key, value, lengths, mask, *per_head, True, 30, -1, 1.0, 0, True, False, 5.0, 0.0, 1.0, 3)
+    operator = torch.ops.sightline.attention_decode.default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@main_weightings
+def test_the_shortcut_and_the_operator_of_many_arguments_agree(weighting: Any) -> None:
+    problem = random_problem(DECODING, torch.float32, causal=True)
+    shortcut = run(problem, weighting, "native")["output"]
+    with torch.profiler.profile() as profile:  # whoever watches sees the operator itself
+        watched = run(problem, weighting, "native")["output"]
+    assert any(event.key == "sightline::attention" for event in profile.key_averages())
+    assert torch.equal(shortcut, watched)

@@ -40,15 +40,16 @@ if native_library().loaded:
     _cpu_kernels = Kernels(("cpu",), lambda *arguments: _DECODE.redispatch(_CPU_KERNEL, *arguments), _no_backward)
 
 
-def takes_decode_shortcut(query: Tensor, key: Tensor, *tensors: Tensor | None) -> bool:
+def takes_decode_shortcut(query: Tensor, key: Tensor, *others: Any) -> bool:
     """Whether a call of `sightline.attention` on the CPU without mask, dropout and documents may skip its operator.
 
-    tensors: value and options. True for few rows in a plain eager call that wants no derivative.
+    others: value and options. True for few rows in a plain eager call that wants no derivative.
     """
-    arguments = (query, key, *tensors)
+    arguments = (query, key, *others)
+    # Sizes last: compilers would guard on them.
     return (
-        query.shape[1] * query.shape[2] <= MOST_ROWS * key.shape[1]
-        and is_plain_call(_cpu_kernels, arguments)
+        is_plain_call(_cpu_kernels, arguments)
+        and query.shape[1] * query.shape[2] <= MOST_ROWS * key.shape[1]
         and not needs_node(arguments)
     )
 
@@ -118,9 +119,10 @@ def call_attention_decode(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, M, Dv) and log normaliser (B, H, M). `scalars` as in the schema, from `causal` on."""
     if query.device.type == "cpu":
-        return _cpu_kernels.forward(
+        output, log_normalizer = _cpu_kernels.forward(
             query, key, value, key_lengths, key_mask, alibi_slopes, sinks, scale_per_head, *scalars
         )
+        return output, log_normalizer
     per_head = (None if tensor is None else tensor.float() for tensor in (alibi_slopes, sinks, scale_per_head))
     return _DECODE(query, key, value, key_lengths, key_mask, *per_head, *scalars)
 
