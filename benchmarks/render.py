@@ -250,10 +250,29 @@ def decoding_section(document: dict[str, Any]) -> list[str]:
     )
 
 
+def skipping_section(document: dict[str, Any]) -> list[str]:
+    """One run of skipping_ratio.py."""
+    lines = [f"## Tile skipping on {document['device']['name']}", "", *described(document)]
+    lines += [
+        f"LSSAR with p = {document['power']:g}: the share of visible 64 x 64 tiles in which no row has a weight that "
+        "counts, and its rate as a share of LSSA's on the same keys. Recorded keys are not causal, the others are.",
+        "",
+    ]
+    rows = []
+    for found in document["timings"]:
+        shape = f"H = {found['heads']}, D = {found['head_dim']}, N = {found['length']:,}"
+        times = (milliseconds(found["seconds"][name]) for name in ("lssa", "lssar"))
+        share, ratio = f"{found['skippable_share']:.0%}", f"{found['lssar_to_lssa']:.2f}"
+        rows.append([found["keys"], f"{found['dtype']}, {shape}", share, *times, ratio])
+    header = ["keys", "case", "tiles skipped", "LSSA, ms", "LSSAR, ms", "LSSAR / LSSA rate"]
+    return lines + markdown_table(header, rows, 2)
+
+
 SECTIONS = {
     "sightline-attention/1": attention_section,
     "sightline-decoding/1": decoding_section,
     "sightline-bench/1": stack_section,
+    "sightline-skipping/1": skipping_section,
     summary.SCHEMA: gpu_section,
     "sightline-recurrence/1": recurrence_section,
 }
