@@ -23,6 +23,7 @@ LABELS = {
     "softmax": "sightline Softmax",
     "lssa": "sightline LSSA",
     "lssar": "sightline LSSAR",
+    "zentorch": "zentorch",
 }
 INTRODUCTION = """\
 # Performance
@@ -60,25 +61,21 @@ def milliseconds(spread: dict[str, float]) -> str:
 def attention_section(document: dict[str, Any]) -> list[str]:
     """Ratios, memory, import time and overhead of one run of attention_ratio.py."""
     lines = [f"## Attention on {document['device']['name']}", "", *described(document)]
-    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for name, reason in document.get("left_out", {}).items():
+        lines += [f"Left out: {LABELS[name]} ({reason}).", ""]
+    tables: dict[tuple[str, bool, int], list[list[str]]] = {}
     for result in document["timings"]:
-        key = (result["pass"], result["dtype"], result["heads"], result["head_dim"], result["length"])
-        cases.setdefault(key, []).append(result)
-    for direction in dict.fromkeys(key[0] for key in cases):
-        lines += [f"### {direction.capitalize()}, causal, B = 1", ""]
-        rows = []
-        for (found, dtype, heads, width, length), results in cases.items():
-            if found != direction:
-                continue
-            for result in results:
-                case = f"{dtype}, H = {heads}, D = {width}, N = {length:,}"
-                label = LABELS[result["implementation"]]
-                if result["error"]:
-                    rows.append([case, label, f"failed: {result['error']}", "", "", ""])
-                    continue
-                share = f"{result['share_of_peak']:.0%}"
-                ratio = f"{result['ratio_to_sdpa']:.2f}"
-                rows.append([case, label, milliseconds(result["seconds"]), ratio, f"{result['gflops']:,.0f}", share])
+        table = (result["pass"], result.get("causal", True), result.get("batch", 1))
+        case = f"{result['dtype']}, H = {result['heads']}, D = {result['head_dim']}, N = {result['length']:,}"
+        row = [case, LABELS[result["implementation"]]]
+        if result["error"]:
+            row += [f"failed: {result['error']}", "", "", ""]
+        else:
+            row += [milliseconds(result["seconds"]), f"{result['ratio_to_sdpa']:.2f}"]
+            row += [f"{result['gflops']:,.0f}", f"{result['share_of_peak']:.0%}"]
+        tables.setdefault(table, []).append(row)
+    for (direction, causal, batch), rows in tables.items():
+        lines += [f"### {direction.capitalize()}, {'causal' if causal else 'over all keys'}, B = {batch}", ""]
         lines += markdown_table(["case", "implementation", "ms (p10 - p90)", "x SDPA", "GFLOP/s", "of peak"], rows, 2)
     if document["memory"]:
         first = document["memory"][0]
