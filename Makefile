@@ -69,6 +69,7 @@ demo: env ## the main job: attention, then whole models, over real text at 1K to
 
 bench: env ## measure sightline against its peers and regenerate docs/performance.md
 	$(BIN)/python benchmarks/attention_ratio.py
+	$(BIN)/python benchmarks/attention_options.py
 	$(BIN)/python benchmarks/recurrence_ratio.py
 	$(BIN)/python benchmarks/render.py
 

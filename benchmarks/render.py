@@ -223,11 +223,48 @@ def recurrence_section(document: dict[str, Any]) -> list[str]:
     return lines
 
 
+# Of each measurement of attention_options.py: its title, what its ratio is taken to, and the least that it should be.
+OPTION_TABLES = {
+    "options": ("Masks, ALiBi and grouped queries, D = {head_dim}, N = {length:,}", "x the plain call's rate", 0.85),
+    "widths": ("Other widths, N = {length:,}", "x the rate at D = {head_dim}", 0.75),
+    "window": ("A window of {window} keys, D = {head_dim}", "x the rate at the shorter length", None),
+    "threads": ("Threads, D = {head_dim}, N = {length:,}", "x one thread", 1.85),
+    "avx2": ("Both libraries held to AVX2, D = {head_dim}, N = {length:,}", "x SDPA", 1.2),
+}
+
+
+def options_section(document: dict[str, Any]) -> list[str]:
+    """One run of attention_options.py."""
+    lines = [f"## Options of attention on {document['device']['name']}", "", *described(document)]
+    for measurement, (title, ratio, bound) in OPTION_TABLES.items():
+        results = [result for result in document["timings"] if result["measurement"] == measurement]
+        if not results:
+            continue
+        rows = []
+        for result in results:
+            row = [
+                f"{result['dtype']}, {LABELS[result['weighting']]}",
+                LABELS.get(result["variant"], result["variant"]),
+            ]
+            if result["error"]:
+                row += [f"failed: {result['error']}", "", ""]
+            else:
+                relative = "" if result["relative_rate"] is None else f"{result['relative_rate']:.2f}"
+                row += [milliseconds(result["seconds"]), f"{result['gflops']:,.0f}", relative]
+            rows.append(row)
+        aim = "" if bound is None else f" (aim: at least {bound})"
+        header = ["case", "variant", "ms (p10 - p90)", "GFLOP/s", ratio.format(**results[0]) + aim]
+        title = title.format(**results[0])
+        lines += [f"### {title}, H = {results[0]['heads']}, causal forward pass", "", *markdown_table(header, rows, 2)]
+    return lines
+
+
 SECTIONS = {
     "sightline-attention/1": attention_section,
     "sightline-bench/1": stack_section,
     summary.SCHEMA: gpu_section,
     "sightline-recurrence/1": recurrence_section,
+    "sightline-options/1": options_section,
 }
 
 
