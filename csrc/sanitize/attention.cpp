@@ -16,7 +16,7 @@ struct Heads {
 // What a case draws from; lists hold the sizes at which tiles, vectors and pairs end, one below and one above.
 struct Choices {
   Deck<int64_t> queries{{0, 1, 2, 3, 15, 17, 31, 63, 64, 65, 130, 200}};
-  Deck<int64_t> keys{{0, 1, 2, 3, 15, 17, 33, 63, 64, 65, 130, 260}};
+  Deck<int64_t> keys{{0, 1, 2, 3, 15, 17, 48, 63, 64, 65, 128, 130, 260}};
   Deck<int64_t> widths{{1, 2, 3, 15, 16, 17, 32, 63, 64, 65, 130}};
   Deck<int64_t> value_widths{{1, 2, 3, 15, 16, 17, 48, 63, 64, 65, 130}};
   Deck<int64_t> batches{{0, 1, 1, 1, 2, 2, 3}};
@@ -27,6 +27,7 @@ struct Choices {
   Deck<MaskKind> masks{{MaskKind::kNone, MaskKind::kNone, MaskKind::kNone, MaskKind::kBool, MaskKind::kFloat32,
                         MaskKind::kFloat16, MaskKind::kBFloat16}};
   Deck<int> threads{{1, 3}};
+  Deck<bool> plain{{true, false, false, false}};
 };
 
 struct Sizes {
@@ -38,7 +39,8 @@ struct Sizes {
 // One call: the problem, and the memory that it points to.
 class AttentionCase {
  public:
-  AttentionCase(const Run& run, Choices& choices, const Sizes& sizes)
+  // Plain: without options that leave keys out or change scores, as most calls are.
+  AttentionCase(const Run& run, Choices& choices, const Sizes& sizes, bool plain)
       : run_(run),
         sizes_(sizes),
         threads_(choices.threads.draw(run.random)),
@@ -52,7 +54,8 @@ class AttentionCase {
         grad_value_(tensor(choices, sizes.heads.key, sizes.keys, sizes.value_width, Contents::kUnwritten)),
         log_normalizer_(rows()),
         scales_(sizes.heads.query),
-        per_head_(sizes.heads.query),
+        slopes_(sizes.heads.query),
+        sinks_(sizes.heads.query),
         grad_scales_(sizes.heads.query),
         grad_sinks_(sizes.heads.query) {
     problem_.batch = sizes.batch;
@@ -69,6 +72,8 @@ class AttentionCase {
     problem_.output = output_.view();
     problem_.log_normalizer = log_normalizer_.get();
     draw_weighting(choices);
+    if (plain) return;
+    draw_extras();
     draw_visibility();
     draw_mask(choices.masks.draw(run.random));
     draw_prefix();
@@ -146,7 +151,7 @@ class AttentionCase {
   int threads_;
   AttentionProblem problem_;
   HeadsTensor query_, key_, value_, output_, grad_output_, grad_query_, grad_key_, grad_value_;
-  Array<float> log_normalizer_, scales_, per_head_, grad_scales_, grad_sinks_;
+  Array<float> log_normalizer_, scales_, slopes_, sinks_, grad_scales_, grad_sinks_;
   std::optional<Array<int64_t>> key_lengths_;
   std::optional<Array<uint8_t>> key_mask_;
   std::optional<Array<int32_t>> prefix_, documents_q_, documents_k_;
@@ -169,13 +174,20 @@ class AttentionCase {
     problem_.length_scale = run_.chance(softplus ? 0.8 : 0.3);
     problem_.reweight.power = choices.powers.draw(run_.random);
     problem_.reweight.exempt_rows = run_.between(0, 3);
-    if (!softplus && run_.chance(0.2)) problem_.softcap = 5.0f;
     const float width = static_cast<float>(sizes_.width);
     scales_.fill(problem_.normalize_qk ? std::log(width + 1.0f) : 1.0f / std::sqrt(width));
     problem_.scales = scales_.get();
-    per_head_.randomize(run_.random, 0.3f);
-    if (run_.chance(0.25)) problem_.alibi_slopes = per_head_.get();
-    if (!softplus && problem_.reweight.power == 0.0f && run_.chance(0.4)) problem_.sinks = per_head_.get();
+    problem_.causal = run_.chance(0.5);
+  }
+
+  void draw_extras() {
+    const bool softmax = problem_.weight_function == WeightFunction::kSoftmax;
+    if (softmax && run_.chance(0.2)) problem_.softcap = 5.0f;
+    // Softplus scores of a row must not all lie below -80 (MATH.md section 1), at distances up to 1000.
+    slopes_.randomize(run_.random, 0.02f);
+    if (run_.chance(0.25)) problem_.alibi_slopes = slopes_.get();
+    sinks_.randomize(run_.random);
+    if (softmax && problem_.reweight.power == 0.0f && run_.chance(0.4)) problem_.sinks = sinks_.get();
     if (!run_.chance(0.15)) return;
     problem_.dropout = true;
     problem_.dropout_threshold = 0x40000000u;
@@ -184,7 +196,6 @@ class AttentionCase {
   }
 
   void draw_visibility() {
-    problem_.causal = run_.chance(0.5);
     const auto side = [&] { return run_.chance(0.7) ? -1 : run_.chance(0.3) ? 0 : run_.between(0, 100); };
     problem_.window_left = side();
     problem_.window_right = side();
@@ -247,7 +258,7 @@ class AttentionCase {
     problem_.attn_mask.data = mask_->get();
     for (int64_t index = 0; index < mask_count_; ++index) {
       const bool visible = run_.chance(0.8);
-      // 0 and minus infinity are zeros below their upper half in all three formats.
+      // Of 16 bits: 0, and minus infinity in either format.
       if (kind == MaskKind::kBool)
         reinterpret_cast<uint8_t*>(mask_->get())[index] = visible;
       else if (kind == MaskKind::kFloat32)
@@ -280,8 +291,8 @@ class AttentionCase {
   }
 };
 
-void run_case(const Run& run, Choices& choices, const Sizes& sizes) {
-  AttentionCase attention(run, choices, sizes);
+void run_case(const Run& run, Choices& choices, const Sizes& sizes, bool plain = false) {
+  AttentionCase attention(run, choices, sizes, plain);
   describe_case(attention.description());
   attention.run_forward();
   attention.run_backward();
@@ -295,7 +306,11 @@ void run_attention(const Run& run) {
     run_case(run, choices,
              {choices.batches.draw(run.random), choices.queries.draw(run.random), choices.keys.draw(run.random),
               choices.widths.draw(run.random), choices.value_widths.draw(run.random), choices.heads.draw(run.random),
-              choices.dtypes.draw(run.random)});
+              choices.dtypes.draw(run.random)},
+             choices.plain.draw(run.random));
+  // Sizes without a rest: kernels then read keys and values where they lie.
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16})
+    for (int repeat = 0; repeat < 4; ++repeat) run_case(run, choices, {2, 64, 128, 64, 64, {2, 1}, dtype}, true);
   // Longer than the chunks of keys and of rows, and more tiles of rows than a unit takes.
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     run_case(run, choices, {1, 3, 4097, 17, 5, {2, 1}, dtype});

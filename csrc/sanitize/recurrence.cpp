@@ -35,12 +35,13 @@ struct Sizes {
 
 class RecurrenceCase {
  public:
-  RecurrenceCase(const Run& run, Choices& choices, const Sizes& sizes)
+  // Plain: causal, one document, without a mask.
+  RecurrenceCase(const Run& run, Choices& choices, const Sizes& sizes, bool plain)
       : run_(run),
         sizes_(sizes),
         threads_(choices.threads.draw(run.random)),
         gain_dtype_(choices.gain_dtypes.draw(run.random)),
-        documents_(draw_documents()),
+        documents_(plain ? 0 : draw_documents()),
         query_(tensor(choices, sizes.heads.query, sizes.width, sizes.dtype, Contents::kNumbers)),
         key_(tensor(choices, sizes.heads.key, sizes.width, sizes.dtype, Contents::kNumbers,
                     choices.steepness.draw(run.random))),
@@ -67,7 +68,7 @@ class RecurrenceCase {
     problem_.key = key_.view();
     problem_.value = value_.view();
     problem_.output = output_.view();
-    problem_.causal = run.chance(0.6);
+    problem_.causal = plain || run.chance(0.6);
     problem_.scale = 0.7f;
     if (run.chance(0.4)) {
       problem_.key_gain = gain_.view();
@@ -77,7 +78,7 @@ class RecurrenceCase {
       problem_.cuts = cuts_->get();
       problem_.documents = documents_;
     }
-    draw_mask();
+    if (!plain) draw_mask();
     draw_states();
     if (sizes.batch * sizes.length > 0 && run.chance(0.1)) {
       finite_ = false;
@@ -200,8 +201,8 @@ class RecurrenceCase {
   }
 };
 
-void run_case(const Run& run, Choices& choices, const Sizes& sizes) {
-  RecurrenceCase recurrence(run, choices, sizes);
+void run_case(const Run& run, Choices& choices, const Sizes& sizes, bool plain = false) {
+  RecurrenceCase recurrence(run, choices, sizes, plain);
   describe_case(recurrence.description());
   recurrence.run_forward();
   recurrence.run_backward();
@@ -215,7 +216,7 @@ void run_recurrence(const Run& run) {
     run_case(run, choices,
              {choices.batches.draw(run.random), choices.lengths.draw(run.random), choices.widths.draw(run.random),
               choices.value_widths.draw(run.random), choices.heads.draw(run.random), choices.dtypes.draw(run.random)});
-  run_case(run, choices, {1, 16500, 3, 2, {1, 1}, DType::kFloat32});  // two segments of the backward pass
+  run_case(run, choices, {1, 16500, 3, 2, {1, 1}, DType::kFloat32}, true);  // two segments of the backward pass
 }
 
 }  // namespace sightline::sanitize
