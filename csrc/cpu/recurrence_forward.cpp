@@ -3,10 +3,12 @@
 // A unit of work is one key head of one sequence and a block of value columns: it walks the chunks of keys
 // (recurrence_chunk.h) with its columns of the state in the second-level cache. The columns of a state do not know of
 // each other, so however many blocks there are, the bits are the same; a head is cut into blocks only where there are
-// fewer heads than threads, because every block computes the keys' weights and scores for itself. Per chunk, for every
+// fewer heads than threads, because every block computes the keys' weights and scores for itself. Without order the
+// segments of a long sequence are units of their own (recurrence_segments.h). Per chunk, for every
 // query head of the group: outputs from the state, scores within the chunk, outputs from those; then the chunk joins
 // the state. A sequence of one row is one pass over the state instead (recurrence_step.h).
 #include "cpu/kernel_table.h"
+#include "cpu/recurrence_segments.h"
 #include "cpu/recurrence_split_chunk.h"
 #include "cpu/recurrence_step.h"
 
@@ -45,9 +47,9 @@ void run_causal(const RecurrenceProblem& problem, const Unit& unit, ForwardScrat
   }
 }
 
-// The state after a whole sequence; with kRounded weights of bfloat16 in a single part.
+// The state after all rows of the unit; with kRounded weights of bfloat16 in a single part.
 template <int kParts, int kValueParts, bool kRounded>
-void gather_sequence(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+void gather_rows(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
   for (int64_t first = unit.sequence.begin; first < unit.sequence.end; first += chunk.rows) {
     begin_chunk<false, kRounded>(problem, unit, first, scratch);
@@ -61,14 +63,19 @@ void gather_sequence(const RecurrenceProblem& problem, const Unit& unit, Forward
 }
 
 template <int kParts, int kValueParts>
-void run_without_order(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
-  const int64_t group = problem.heads / problem.key_heads;
-  KeyChunk& chunk = scratch.chunk;
+void gather(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   // Outputs of bfloat16 want no more than rounded weights divided by their own sum; a state does.
   if (kParts > 0 && kValueParts == 1 && problem.final_memory == nullptr)
-    gather_sequence<kParts, kValueParts, true>(problem, unit, scratch);
+    gather_rows<kParts, kValueParts, true>(problem, unit, scratch);
   else
-    gather_sequence<kParts, kValueParts, false>(problem, unit, scratch);
+    gather_rows<kParts, kValueParts, false>(problem, unit, scratch);
+}
+
+// The outputs of the unit's rows from the state of the whole sequence.
+template <int kParts, int kValueParts>
+void read_out(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+  const int64_t group = problem.heads / problem.key_heads;
+  KeyChunk& chunk = scratch.chunk;
   bool split = kParts > 0;
   for (int64_t d = 0; d < chunk.stride; ++d) {
     chunk.inverse[d] = scratch.normalizer.inverse(d);
@@ -92,9 +99,9 @@ void run_without_order(const RecurrenceProblem& problem, const Unit& unit, Forwa
   }
 }
 
-void run_unit(const Plan& plan, int64_t index, ForwardScratch& scratch) {
+Unit unit_of(const Plan& plan, int64_t head, int64_t block) {
   const RecurrenceProblem& problem = *plan.problem;
-  const int64_t head = index / plan.blocks, column = index % plan.blocks * plan.block;
+  const int64_t column = block * plan.block;
   Unit unit{find_sequence(problem, head / problem.key_heads),
             head % problem.key_heads,
             column,
@@ -103,21 +110,62 @@ void run_unit(const Plan& plan, int64_t index, ForwardScratch& scratch) {
             0};
   unit.width = padded(unit.columns);
   unit.stride = state_stride(unit.width);
-  if (unit.sequence.begin == unit.sequence.end) return pass_state_on(problem, unit);
-  start_state(problem, unit, scratch);
-  const auto run = [&](auto parts, auto value_parts) {
-    if (problem.causal)
-      run_causal<parts, value_parts>(problem, unit, scratch);
-    else
-      run_without_order<parts, value_parts>(problem, unit, scratch);
-  };
+  return unit;
+}
+
+// Calls run(factor parts, value parts) with the plan's.
+template <class Run>
+void with_parts(const Plan& plan, Run run) {
   if (plan.parts.values == 2)
     run(std::integral_constant<int, 2>(), std::integral_constant<int, 2>());
   else if (plan.parts.values == 1)
     run(std::integral_constant<int, 2>(), std::integral_constant<int, 1>());
   else
     run(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
+}
+
+void run_unit(const Plan& plan, int64_t index, ForwardScratch& scratch) {
+  const RecurrenceProblem& problem = *plan.problem;
+  const Unit unit = unit_of(plan, index / plan.blocks, index % plan.blocks);
+  if (unit.sequence.begin == unit.sequence.end) return pass_state_on(problem, unit);
+  start_state(problem, unit, scratch);
+  with_parts(plan, [&](auto parts, auto value_parts) {
+    if (problem.causal) return run_causal<parts, value_parts>(problem, unit, scratch);
+    gather<parts, value_parts>(problem, unit, scratch);
+    read_out<parts, value_parts>(problem, unit, scratch);
+  });
   write_state(problem, unit, scratch);
+}
+
+// A long sequence without order: every segment's state, those merged in order, every segment's outputs.
+void run_segments(const Plan& plan, const Parallel& parallel) {
+  const RecurrenceProblem& problem = *plan.problem;
+  const int64_t columns = problem.batch * problem.key_heads * plan.blocks;
+  const SegmentStates states(plan, columns);
+  const auto segment_of = [&](int64_t index) {
+    const int64_t column = index / plan.segments;
+    Unit unit = unit_of(plan, column / plan.blocks, column % plan.blocks);
+    unit.sequence.begin = index % plan.segments * plan.segment_rows;
+    unit.sequence.end = core::smaller(problem.length, unit.sequence.begin + plan.segment_rows);
+    return unit;
+  };
+  for_each_unit<ForwardScratch>(parallel, columns * plan.segments, plan, [&](int64_t index, ForwardScratch& scratch) {
+    const Unit unit = segment_of(index);
+    start_state(problem, unit, scratch);
+    with_parts(plan, [&](auto parts, auto value_parts) { gather<parts, value_parts>(problem, unit, scratch); });
+    states.put(index, scratch, unit.stride);
+  });
+  for_each_unit<NoScratch>(parallel, columns, plan, [&](int64_t column, NoScratch&) {
+    const int64_t first = column * plan.segments;
+    for (int64_t index = first + 1; index < first + plan.segments; ++index)
+      states.merge(first, index, segment_of(index).stride);
+  });
+  for_each_unit<ForwardScratch>(parallel, columns * plan.segments, plan, [&](int64_t index, ForwardScratch& scratch) {
+    const Unit unit = segment_of(index);
+    states.get(index / plan.segments * plan.segments, unit.stride, scratch);
+    with_parts(plan, [&](auto parts, auto value_parts) { read_out<parts, value_parts>(problem, unit, scratch); });
+    if (unit.sequence.begin == 0) write_state(problem, unit, scratch);
+  });
 }
 
 }  // namespace
@@ -131,6 +179,7 @@ void recurrence_forward(const RecurrenceProblem& problem, const Parallel& parall
     return;
   }
   const Plan plan(problem, parallel.threads);
+  if (plan.segments > 1) return run_segments(plan, parallel);
   for_each_unit<ForwardScratch>(parallel, problem.sequences() * problem.key_heads * plan.blocks, plan,
                                 [&plan](int64_t index, ForwardScratch& scratch) { run_unit(plan, index, scratch); });
 }

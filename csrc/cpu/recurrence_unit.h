@@ -8,17 +8,31 @@
 namespace sightline::SIGHTLINE_ISA_NS {
 
 constexpr int64_t kLargestBlock = 256;  // columns of a state that stay in the second-level cache at Dk = 512
+// Without order a long sequence is cut into segments, at most so many of all heads together, of at least so many rows:
+// the states of the segments, which are merged, then cost a few percent of their products.
+constexpr int64_t kSegmentUnits = 32;
+constexpr int64_t kSegmentRows = 2048;
 
 struct Plan {
   const RecurrenceProblem* problem;
   int64_t block;   // value columns of a unit
-  int64_t blocks;  // units of a head
+  int64_t blocks;  // of a head
+  // A function of the shape alone: the bits of a result depend on it.
+  int64_t segments = 1;
+  int64_t segment_rows;
   Parts parts;
 
-  Plan(const RecurrenceProblem& task, int threads) : problem(&task), parts(split_parts(task.dtype)) {
+  Plan(const RecurrenceProblem& task, int threads)
+      : problem(&task), segment_rows(task.length), parts(split_parts(task.dtype)) {
     const int64_t width = padded(task.value_width);
     const int64_t heads = core::larger(task.sequences() * task.key_heads, 1);
-    const int64_t wanted = core::larger((threads + heads - 1) / heads, (width + kLargestBlock - 1) / kLargestBlock);
+    if (!task.causal && task.cuts == nullptr && task.length > 0) {
+      const int64_t most = core::larger(core::smaller(kSegmentUnits / heads, task.length / kSegmentRows), 1);
+      segment_rows = core::round_up((task.length + most - 1) / most, kChunkRows);
+      segments = (task.length + segment_rows - 1) / segment_rows;
+    }
+    const int64_t units = heads * segments;
+    const int64_t wanted = core::larger((threads + units - 1) / units, (width + kLargestBlock - 1) / kLargestBlock);
     // A block of fewer than two vectors leaves the products to wait for their own sums.
     block = core::larger(padded((width + wanted - 1) / wanted), 2 * Vec::kWidth);
     blocks = (width + block - 1) / block;
@@ -69,7 +83,9 @@ struct Unit {
 };
 
 [[maybe_unused]] static void start_state(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
-  const float* given = problem.initial_log_normalizer;
+  // Segments after the first begin with nothing.
+  const bool first = unit.sequence.begin == find_sequence(problem, unit.sequence.index).begin;
+  const float* given = first ? problem.initial_log_normalizer : nullptr;
   scratch.normalizer.start(given == nullptr ? nullptr : given + unit.state_row(problem, 0), problem.key_width);
   for (int64_t d = 0; d < scratch.chunk.stride; ++d) {
     float* row = scratch.state + d * unit.stride;

@@ -156,6 +156,40 @@ def test_a_long_sequence_goes_back_segment_by_segment():
         assert error < 3e-5, name
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("option", ["plain", "everything"])
+@EVERY_DTYPE
+def test_a_long_sequence_without_order_is_gathered_segment_by_segment(dtype, option):
+    """Several times as long as the shortest segment (2048), with keys that climb from one to the next."""
+    sizes = Sizes(batch=1, heads=2, key_heads=1, length=6_500, width=6, value_width=20)
+    ramp = torch.arange(6_500.0)[:, None] * torch.tensor([0, 0, 0, 5e-3, 2e-2, -2e-2])
+    problem = random_problem(sizes, dtype, causal=False, ramp=ramp, **OPTIONS[option](sizes))
+    exact, in_dtype = outputs(problem.in_float64(), "reference"), outputs(problem, "reference")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results = outputs(problem, "native")
+            if threads == 1:
+                first = results
+            for name, tensor in results.items():
+                assert torch.equal(tensor, first[name]), name
+    finally:
+        torch.set_num_threads(before)
+    for name, tensor in first.items():
+        assert_close_to_reference(Comparison(tensor, exact[name], in_dtype[name]), name=name, dtype=dtype)
+
+
+def test_a_non_finite_value_of_a_late_segment_reaches_its_column_alone():
+    problem = random_problem(Sizes(batch=1, length=5_000), causal=False)
+    clean = outputs(problem, "native")["output"]
+    problem.value[0, 1, 4_000, 7] = math.nan
+    spoilt = outputs(problem, "native")["output"]
+    assert spoilt[:, 2:, :, 7].isnan().all()
+    spoilt[:, 2:, :, 7] = clean[:, 2:, :, 7]
+    assert torch.equal(spoilt, clean)
+
+
 @CAUSAL
 def test_documents_of_one_and_two_rows_give_what_they_give_alone(causal):
     cuts = [0, 1, 3, 4, 70, 72, 73]
