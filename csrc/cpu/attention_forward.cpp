@@ -12,8 +12,8 @@
 // and the output is divided by the sum of the rounded ones. Dropout keeps to fp32.
 //
 // Re-weighting sweeps twice: the first finds Z and the largest scores, the second weighs. Softplus weights of the first
-// are kept for the second where they fit a second-level cache, else the scores are computed again. The second leaves out
-// tiles in which no row has a weight that counts (tile skipping, MATH.md section 2).
+// are kept for the second where they fit a second-level cache, else the scores are computed again. The second leaves
+// out tiles in which no row has a weight that counts (tile skipping, MATH.md section 2).
 //
 // Non-finite numbers: the products run at full speed and let 0 * NaN through. Only a unit with rows that are not finite
 // is computed again, for these, with products that skip zero weights, so finite data pays nothing.
