@@ -71,6 +71,7 @@ bench: env ## measure sightline against its peers and regenerate docs/performanc
 	$(BIN)/python benchmarks/attention_ratio.py
 	$(BIN)/python benchmarks/decoding_ratio.py
 	$(BIN)/python benchmarks/skipping_ratio.py
+	$(BIN)/python benchmarks/transformers_ratio.py
 	$(BIN)/python benchmarks/attention_options.py
 	$(BIN)/python benchmarks/recurrence_ratio.py
 	$(BIN)/python benchmarks/render.py

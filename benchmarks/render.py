@@ -301,11 +301,35 @@ def options_section(document: dict[str, Any]) -> list[str]:
     return lines
 
 
+def transformers_section(document: dict[str, Any]) -> list[str]:
+    """One run of transformers_ratio.py."""
+    sizes = document["sizes"]
+    lines = [f"## A whole transformers model on {document['device']['name']}", "", *described(document)]
+    lines += [
+        f"A Llama with random weights, {document['dtype']}: width {sizes['hidden_size']}, feed-forward width "
+        f"{sizes['intermediate_size']}, {sizes['num_hidden_layers']} layers, {sizes['num_attention_heads']} query "
+        f"heads on {sizes['num_key_value_heads']} key heads, D = {sizes['head_dim']}. Decoding: per token, the cache is "
+        "transformers' own. Ratios to the same model with SDPA.",
+        "",
+    ]
+    rows = [
+        [
+            f"{found['part']}, N = {found['length']:,}",
+            LABELS[found["implementation"]],
+            milliseconds(found["seconds"]),
+            f"{found['ratio_to_sdpa']:.2f}",
+        ]
+        for found in document["timings"]
+    ]
+    return lines + markdown_table(["case", "attention", "ms (p10 - p90)", "x SDPA"], rows, 2)
+
+
 SECTIONS = {
     "sightline-attention/1": attention_section,
     "sightline-decoding/1": decoding_section,
     "sightline-bench/1": stack_section,
     "sightline-skipping/1": skipping_section,
+    "sightline-transformers/1": transformers_section,
     summary.SCHEMA: gpu_section,
     "sightline-recurrence/1": recurrence_section,
     "sightline-options/1": options_section,
