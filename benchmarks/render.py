@@ -308,8 +308,8 @@ def transformers_section(document: dict[str, Any]) -> list[str]:
     lines += [
         f"A Llama with random weights, {document['dtype']}: width {sizes['hidden_size']}, feed-forward width "
         f"{sizes['intermediate_size']}, {sizes['num_hidden_layers']} layers, {sizes['num_attention_heads']} query "
-        f"heads on {sizes['num_key_value_heads']} key heads, D = {sizes['head_dim']}. Decoding: per token, the cache is "
-        "transformers' own. Ratios to the same model with SDPA.",
+        f"heads on {sizes['num_key_value_heads']} key heads, D = {sizes['head_dim']}. Decoding: per token, the cache "
+        "is transformers' own. Ratios to the same model with SDPA.",
         "",
     ]
     rows = [
