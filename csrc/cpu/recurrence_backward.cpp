@@ -5,9 +5,10 @@
 // dv and the gain's gradient. No gradient of a gate is formed. Between the sweeps stand, for one segment of rows, the
 // chunks' normalisers and q dq per row and channel; a longer sequence takes its segments from the last to the first,
 // each from a state stored on a first walk, so that memory does not grow with the sequence but for one state per
-// segment.
+// segment. With order, chunks of 16-bit inputs go through the tile unit where there is one
+// (recurrence_split_backward.h).
 #include "cpu/kernel_table.h"
-#include "cpu/recurrence_gradients.h"
+#include "cpu/recurrence_split_backward.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
@@ -28,6 +29,12 @@ void add_chunk_to_transposed_state(const Head& head, bool finite, BackwardScratc
   accumulate_product(finite && is_finite(chunk.gained, chunk.rows * chunk.stride),
                      {scratch.values, 1, scratch.value_stride}, chunk.gained, chunk.stride, scratch.transposed_state,
                      chunk.stride, head.problem.value_width, chunk.stride, chunk.rows);
+}
+
+// Whether the chunk's products may go through the tile unit.
+[[maybe_unused]] bool suits_tile_unit(const BackwardScratch& scratch, bool finite_values) {
+  const KeyChunk& chunk = scratch.chunk;
+  return chunk.rows >= kLeastSplitRows && finite_values && is_finite(chunk.gained, chunk.rows * chunk.stride);
 }
 
 // Walks `begin` to `end` for the state alone.
@@ -68,7 +75,66 @@ void finish_query_gradients(const Head& head, int64_t query_head, int64_t first,
   }
 }
 
+// The sweep forward over a chunk: dq, and the state after it.
+void run_forward(const Head& head, int64_t first, bool finite_values, float* query_responses,
+                 BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const KeyChunk& chunk = scratch.chunk;
+  const bool finite_keys = is_finite(chunk.gained, chunk.rows * chunk.stride);
+  transpose(scratch.values, scratch.value_stride, scratch.transposed_values, kChunkRows, padded(chunk.rows),
+            scratch.value_stride);
+  head.for_each_query_head([&](int64_t query_head) {
+    load_grad_outputs(head, query_head, first, chunk.rows, scratch);
+    product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
+                   scratch.received, chunk.stride, chunk.rows, chunk.stride, problem.value_width);
+    lower_triangle_scores(scratch.grad_outputs, scratch.value_stride, scratch.transposed_values, scratch.responses,
+                          chunk.rows, problem.value_width);
+    lower_triangle_product(scratch.responses, chunk.gained, chunk.stride, scratch.received, chunk.stride, chunk.rows,
+                           chunk.stride, finite_keys);
+    finish_query_gradients(head, query_head, first, query_responses, scratch);
+  });
+  add_chunk_to_transposed_state(head, finite_values, scratch);
+}
+
+#if defined(__AMX_BF16__)
+// Up to a chunk of rows of a tensor, from `first` on and within begin to end.
+Prefetch rows_from(const Head& head, const HeadsView& view, int64_t of_head, int64_t first, int64_t begin, int64_t end,
+                   int64_t width) {
+  const DType dtype = head.problem.dtype;
+  const int64_t start = core::larger(first, begin), stop = core::smaller(first + kChunkRows, end);
+  if (start >= stop) return {};
+  return {row_of(view, dtype, head.sequence.batch, of_head, start), width * element_size(dtype),
+          view.row_stride * element_size(dtype), stop - start};
+}
+
+// run_forward() on the tile unit.
+template <int kParts, int kValueParts>
+void split_run_forward(const Head& head, int64_t first, int64_t end, float* query_responses, BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const SplitBackward<kParts, kValueParts> split(scratch);
+  const int64_t after = first + scratch.chunk.rows;
+  split.load_forward();
+  head.for_each_query_head([&](int64_t query_head) {
+    load_grad_outputs(head, query_head, first, scratch.chunk.rows, scratch);
+    Prefetches own{{rows_from(head, problem.query, query_head, first, first, after, problem.key_width),
+                    rows_from(head, head.gradients.grad_output, query_head, after, after, end, problem.value_width)},
+                   rows_from(head, head.gradients.grad_query, query_head, first, first, after, problem.key_width)};
+    split.multiply_state(own);
+    finish_query_gradients(head, query_head, first, query_responses, scratch);
+  });
+  Prefetches next{{rows_from(head, problem.key, head.key_head, after, after, end, problem.key_width),
+                   rows_from(head, problem.value, head.key_head, after, after, end, problem.value_width)},
+                  {}};
+  split.join_state(next);
+}
+#else
+// Never called: no dtype has parts.
+template <int kParts, int kValueParts>
+void split_run_forward(const Head&, int64_t, int64_t, float*, BackwardScratch&) {}
+#endif
+
 // The sweep forward over a segment; returns its number of chunks.
+template <int kParts, int kValueParts>
 int64_t sweep_forward(const Head& head, int64_t begin, int64_t end, BackwardScratch& scratch) {
   const RecurrenceProblem& problem = head.problem;
   KeyChunk& chunk = scratch.chunk;
@@ -79,22 +145,11 @@ int64_t sweep_forward(const Head& head, int64_t begin, int64_t end, BackwardScra
     scratch.chunk_start(chunks).copy_from(scratch.normalizer, problem.key_width);
     weigh_keys<true>(problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
     const bool finite_values = load_values(head, first, chunk.rows, scratch);
-    const bool finite_keys = is_finite(chunk.gained, chunk.rows * chunk.stride);
-    transpose(scratch.values, scratch.value_stride, scratch.transposed_values, kChunkRows, padded(chunk.rows),
-              scratch.value_stride);
     float* query_responses = scratch.query_responses + (first - begin) * chunk.stride;
-    for (int64_t query_head = head.key_head * head.group(); query_head < (head.key_head + 1) * head.group();
-         ++query_head) {
-      load_grad_outputs(head, query_head, first, chunk.rows, scratch);
-      product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
-                     scratch.received, chunk.stride, chunk.rows, chunk.stride, problem.value_width);
-      lower_triangle_scores(scratch.grad_outputs, scratch.value_stride, scratch.transposed_values, scratch.responses,
-                            chunk.rows, problem.value_width);
-      lower_triangle_product(scratch.responses, chunk.gained, chunk.stride, scratch.received, chunk.stride, chunk.rows,
-                             chunk.stride, finite_keys);
-      finish_query_gradients(head, query_head, first, query_responses, scratch);
-    }
-    add_chunk_to_transposed_state(head, finite_values, scratch);
+    if (kParts > 0 && suits_tile_unit(scratch, finite_values))
+      split_run_forward<kParts, kValueParts>(head, first, end, query_responses, scratch);
+    else
+      run_forward(head, first, finite_values, query_responses, scratch);
   }
   return chunks;
 }
@@ -122,7 +177,80 @@ void receive_from_later_rows(const Head& head, BackwardScratch& scratch) {
                  chunk.stride, chunk.rows, chunk.stride, head.problem.value_width);
 }
 
+// The keys' weights and the values transposed, as receive_from_head() reads them.
+void transpose_chunk(BackwardScratch& scratch) {
+  const KeyChunk& chunk = scratch.chunk;
+  transpose(chunk.gained, chunk.stride, scratch.transposed_keys, kChunkRows, padded(chunk.rows), chunk.stride);
+  transpose(scratch.values, scratch.value_stride, scratch.transposed_values, kChunkRows, padded(chunk.rows),
+            scratch.value_stride);
+}
+
+// What the rows of one query head add to dv, to G v within the chunk, and to G, from `queries` and `grad_outputs`.
+void receive_from_head(const Head& head, bool finite_queries, bool finite_outputs, BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const KeyChunk& chunk = scratch.chunk;
+  const int rows = chunk.rows;
+  lower_triangle_scores(scratch.queries, chunk.stride, scratch.transposed_keys, scratch.scores, rows,
+                        problem.key_width);
+  lower_triangle_scores(scratch.grad_outputs, scratch.value_stride, scratch.transposed_values, scratch.responses, rows,
+                        problem.value_width);
+  upper_triangle_product(scratch.scores, scratch.grad_outputs, scratch.value_stride, scratch.grad_values,
+                         scratch.value_stride, rows, scratch.value_stride, finite_outputs);
+  upper_triangle_product(scratch.responses, scratch.queries, chunk.stride, scratch.received_within, chunk.stride, rows,
+                         chunk.stride, finite_queries);
+  // From the last row to the first, as the recurrence has it: later rows weigh less, and small terms that are added
+  // first are not lost beside large ones.
+  const int64_t last = rows - 1;
+  accumulate_product(finite_outputs, {scratch.queries + last * chunk.stride, 1, -chunk.stride},
+                     scratch.grad_outputs + last * scratch.value_stride, -scratch.value_stride, scratch.state_gradient,
+                     scratch.value_stride, problem.key_width, scratch.value_stride, rows);
+}
+
+// The sweep back over a chunk whose keys and values are loaded: dv, G v and G.
+void run_back(const Head& head, int64_t first, BackwardScratch& scratch) {
+  const KeyChunk& chunk = scratch.chunk;
+  transpose_chunk(scratch);
+  receive_from_later_rows(head, scratch);
+  head.for_each_query_head([&](int64_t query_head) {
+    const bool finite_outputs = load_grad_outputs(head, query_head, first, chunk.rows, scratch);
+    const bool finite_queries =
+        load_scaled_queries(head, query_head, first, chunk.rows, chunk.inverse, chunk.stride, scratch);
+    receive_from_head(head, finite_queries, finite_outputs, scratch);
+  });
+}
+
+#if defined(__AMX_BF16__)
+// run_back() on the tile unit.
+template <int kParts, int kValueParts>
+void split_run_back(const Head& head, int64_t first, int64_t begin, BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const RecurrenceGradients& gradients = head.gradients;
+  const KeyChunk& chunk = scratch.chunk;
+  const int64_t before = first - kChunkRows, end = first + chunk.rows;
+  const SplitBackward<kParts, kValueParts> split(scratch);
+  Prefetches next{{rows_from(head, problem.key, head.key_head, before, begin, first, problem.key_width),
+                   rows_from(head, problem.value, head.key_head, before, begin, first, problem.value_width)},
+                  rows_from(head, gradients.grad_key, head.key_head, first, begin, end, problem.key_width)};
+  split.receive_from_later_rows(next);
+  head.for_each_query_head([&](int64_t query_head) {
+    Prefetches own{{rows_from(head, problem.query, query_head, before, begin, first, problem.key_width),
+                    rows_from(head, gradients.grad_output, query_head, before, begin, first, problem.value_width)},
+                   rows_from(head, gradients.grad_value, head.key_head, first, begin, end, problem.value_width)};
+    const bool finite_outputs = load_grad_outputs(head, query_head, first, chunk.rows, scratch);
+    const bool finite_queries =
+        load_scaled_queries(head, query_head, first, chunk.rows, chunk.inverse, chunk.stride, scratch);
+    if (finite_outputs && finite_queries) return split.receive_from_head(own);
+    transpose_chunk(scratch);
+    receive_from_head(head, finite_queries, finite_outputs, scratch);
+  });
+}
+#else
+template <int kParts, int kValueParts>
+void split_run_back(const Head&, int64_t, int64_t, BackwardScratch&) {}
+#endif
+
 // The sweep back over a segment that the sweep forward has just walked.
+template <int kParts, int kValueParts>
 void sweep_back(const Head& head, int64_t begin, int64_t end, int64_t chunks, BackwardScratch& scratch) {
   const RecurrenceProblem& problem = head.problem;
   KeyChunk& chunk = scratch.chunk;
@@ -134,36 +262,17 @@ void sweep_back(const Head& head, int64_t begin, int64_t end, int64_t chunks, Ba
     const Normalizer start = scratch.chunk_start(index);
     change_gradient_unit(scratch, start.shift);
     weigh_keys<true>(problem, head.sequence.batch, head.key_head, chunk, start);
-    load_values(head, first, rows, scratch);
-    transpose(chunk.gained, chunk.stride, scratch.transposed_keys, kChunkRows, padded(rows), chunk.stride);
-    transpose(scratch.values, scratch.value_stride, scratch.transposed_values, kChunkRows, padded(rows),
-              scratch.value_stride);
-    receive_from_later_rows(head, scratch);
+    const bool finite_values = load_values(head, first, rows, scratch);
     zero(scratch.received_within, rows * chunk.stride);
-    for (int64_t query_head = head.key_head * head.group(); query_head < (head.key_head + 1) * head.group();
-         ++query_head) {
-      const bool finite_outputs = load_grad_outputs(head, query_head, first, rows, scratch);
-      const bool finite_queries =
-          load_scaled_queries(head, query_head, first, rows, chunk.inverse, chunk.stride, scratch);
-      lower_triangle_scores(scratch.queries, chunk.stride, scratch.transposed_keys, scratch.scores, rows,
-                            problem.key_width);
-      lower_triangle_scores(scratch.grad_outputs, scratch.value_stride, scratch.transposed_values, scratch.responses,
-                            rows, problem.value_width);
-      upper_triangle_product(scratch.scores, scratch.grad_outputs, scratch.value_stride, scratch.grad_values,
-                             scratch.value_stride, rows, scratch.value_stride, finite_outputs);
-      upper_triangle_product(scratch.responses, scratch.queries, chunk.stride, scratch.received_within, chunk.stride,
-                             rows, chunk.stride, finite_queries);
-      // From the last row to the first, as the recurrence has it: later rows weigh less, and small terms that are added
-      // first are not lost beside large ones.
-      const int64_t last = rows - 1;
-      accumulate_product(finite_outputs, {scratch.queries + last * chunk.stride, 1, -chunk.stride},
-                         scratch.grad_outputs + last * scratch.value_stride, -scratch.value_stride,
-                         scratch.state_gradient, scratch.value_stride, problem.key_width, scratch.value_stride, rows);
-    }
+    if (kParts > 0 && suits_tile_unit(scratch, finite_values))
+      split_run_back<kParts, kValueParts>(head, first, begin, scratch);
+    else
+      run_back(head, first, scratch);
     write_key_gradients(head, scratch.query_responses + (first - begin) * chunk.stride, scratch);
   }
 }
 
+template <int kParts, int kValueParts>
 void run_causal(const Head& head, BackwardScratch& scratch) {
   const Sequence& sequence = head.sequence;
   const int64_t segments = (sequence.end - sequence.begin + kSegmentRows - 1) / kSegmentRows;
@@ -183,9 +292,9 @@ void run_causal(const Head& head, BackwardScratch& scratch) {
       __builtin_memcpy(scratch.transposed_state, scratch.segment_states + segment * state_size,
                        static_cast<size_t>(state_size) * sizeof(float));
     }
-    const int64_t chunks = sweep_forward(head, begin, end, scratch);
+    const int64_t chunks = sweep_forward<kParts, kValueParts>(head, begin, end, scratch);
     if (segment + 1 == segments) start_gradient(head, scratch);
-    sweep_back(head, begin, end, chunks, scratch);
+    sweep_back<kParts, kValueParts>(head, begin, end, chunks, scratch);
   }
   write_initial_gradients(head, scratch);
 }
@@ -260,7 +369,7 @@ void recurrence_backward(const RecurrenceProblem& problem, const RecurrenceGradi
         if (head.sequence.begin == head.sequence.end)
           pass_gradients_on(head);
         else if (task.causal)
-          run_causal(head, scratch);
+          with_parts(plan.parts, [&](auto parts, auto values) { run_causal<parts, values>(head, scratch); });
         else
           run_without_order(head, scratch);
       });

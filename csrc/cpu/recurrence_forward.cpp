@@ -113,23 +113,12 @@ Unit unit_of(const Plan& plan, int64_t head, int64_t block) {
   return unit;
 }
 
-// Calls run(factor parts, value parts) with the plan's.
-template <class Run>
-void with_parts(const Plan& plan, Run run) {
-  if (plan.parts.values == 2)
-    run(std::integral_constant<int, 2>(), std::integral_constant<int, 2>());
-  else if (plan.parts.values == 1)
-    run(std::integral_constant<int, 2>(), std::integral_constant<int, 1>());
-  else
-    run(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
-}
-
 void run_unit(const Plan& plan, int64_t index, ForwardScratch& scratch) {
   const RecurrenceProblem& problem = *plan.problem;
   const Unit unit = unit_of(plan, index / plan.blocks, index % plan.blocks);
   if (unit.sequence.begin == unit.sequence.end) return pass_state_on(problem, unit);
   start_state(problem, unit, scratch);
-  with_parts(plan, [&](auto parts, auto value_parts) {
+  with_parts(plan.parts, [&](auto parts, auto value_parts) {
     if (problem.causal) return run_causal<parts, value_parts>(problem, unit, scratch);
     gather<parts, value_parts>(problem, unit, scratch);
     read_out<parts, value_parts>(problem, unit, scratch);
@@ -152,7 +141,7 @@ void run_segments(const Plan& plan, const Parallel& parallel) {
   for_each_unit<ForwardScratch>(parallel, columns * plan.segments, plan, [&](int64_t index, ForwardScratch& scratch) {
     const Unit unit = segment_of(index);
     start_state(problem, unit, scratch);
-    with_parts(plan, [&](auto parts, auto value_parts) { gather<parts, value_parts>(problem, unit, scratch); });
+    with_parts(plan.parts, [&](auto parts, auto value_parts) { gather<parts, value_parts>(problem, unit, scratch); });
     states.put(index, scratch, unit.stride);
   });
   for_each_unit<NoScratch>(parallel, columns, plan, [&](int64_t column, NoScratch&) {
@@ -163,7 +152,7 @@ void run_segments(const Plan& plan, const Parallel& parallel) {
   for_each_unit<ForwardScratch>(parallel, columns * plan.segments, plan, [&](int64_t index, ForwardScratch& scratch) {
     const Unit unit = segment_of(index);
     states.get(index / plan.segments * plan.segments, unit.stride, scratch);
-    with_parts(plan, [&](auto parts, auto value_parts) { read_out<parts, value_parts>(problem, unit, scratch); });
+    with_parts(plan.parts, [&](auto parts, auto value_parts) { read_out<parts, value_parts>(problem, unit, scratch); });
     if (unit.sequence.begin == 0) write_state(problem, unit, scratch);
   });
 }

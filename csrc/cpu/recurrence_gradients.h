@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/recurrence_chunk.h"
+#include "cpu/recurrence_split.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
@@ -15,8 +16,10 @@ struct BackwardPlan {
   const RecurrenceGradients* gradients;
   int64_t longest;   // sequence
   int64_t segments;  // of the longest sequence
+  Parts parts;
 
-  BackwardPlan(const RecurrenceProblem& task, const RecurrenceGradients& wanted) : problem(&task), gradients(&wanted) {
+  BackwardPlan(const RecurrenceProblem& task, const RecurrenceGradients& wanted)
+      : problem(&task), gradients(&wanted), parts(split_parts(task.dtype)) {
     longest = 0;
     for (int64_t index = 0; index < task.sequences(); ++index) {
       const Sequence sequence = find_sequence(task, index);
@@ -35,6 +38,10 @@ struct Head {
 
   int64_t state_row(int64_t d) const { return (sequence.index * problem.key_heads + key_head) * problem.key_width + d; }
   int64_t group() const { return problem.heads / problem.key_heads; }
+  template <class Run>
+  void for_each_query_head(Run run) const {
+    for (int64_t query_head = key_head * group(); query_head < (key_head + 1) * group(); ++query_head) run(query_head);
+  }
   const float* initial_log_normalizer() const {
     return problem.initial_log_normalizer == nullptr ? nullptr : problem.initial_log_normalizer + state_row(0);
   }
@@ -44,10 +51,49 @@ struct Head {
   }
 };
 
+// The operands of a chunk's products on the tile unit (recurrence_split_backward.h), in parts of bfloat16: `rows` as
+// they lie, `columns` transposed, `pairs` of rows and `lanes` as the second factor.
+struct SplitGradients {
+  int64_t key_depth, value_depth;  // Dk and Dv, padded for products over them
+  uint16_t* key_rows;              // (parts, kChunkRows, key_depth): of the keys' weights, then of the queries
+  uint16_t* query_columns;         // (parts, padded Dk, kChunkRows)
+  uint32_t* query_pairs;           // (parts, padded Dk / 16, kChunkRows / 2, 16)
+  uint32_t* gained_pairs;          // likewise
+  uint32_t* gained_lanes;          // (parts, kChunkRows / 16, key_depth / 2, 16)
+  uint16_t* value_rows;            // (value parts, kChunkRows, value_depth)
+  uint16_t* value_columns;         // (value parts, padded Dv, kChunkRows)
+  uint32_t* value_lanes;           // (value parts, kChunkRows / 16, value_depth / 2, 16)
+  uint16_t* grad_rows;             // (value parts, kChunkRows, value_depth)
+  uint32_t* grad_pairs;            // (value parts, padded Dv / 16, kChunkRows / 2, 16)
+  uint32_t* state;                 // the state or G, either way round
+  uint16_t* triangle;              // (parts, kChunkRows, kChunkRows)
+
+  void carve(Arena& arena, Parts of, const RecurrenceProblem& problem) {
+    const int64_t keys = padded(problem.key_width), values = padded(problem.value_width), parts = of.factors;
+    key_depth = core::round_up(problem.key_width, kPairDepth);
+    value_depth = core::round_up(problem.value_width, kPairDepth);
+    if (parts == 0) return;
+    key_rows = arena.take<uint16_t>(parts * kChunkRows * key_depth);
+    query_columns = arena.take<uint16_t>(parts * keys * kChunkRows);
+    query_pairs = arena.take<uint32_t>(parts * keys * kChunkRows / 2);
+    gained_pairs = arena.take<uint32_t>(parts * keys * kChunkRows / 2);
+    gained_lanes = arena.take<uint32_t>(parts * key_depth * kChunkRows / 2);
+    value_rows = arena.take<uint16_t>(of.values * kChunkRows * value_depth);
+    value_columns = arena.take<uint16_t>(of.values * values * kChunkRows);
+    value_lanes = arena.take<uint32_t>(of.values * value_depth * kChunkRows / 2);
+    grad_rows = arena.take<uint16_t>(of.values * kChunkRows * value_depth);
+    grad_pairs = arena.take<uint32_t>(of.values * values * kChunkRows / 2);
+    state = arena.take<uint32_t>(parts * core::larger(key_depth * values, value_depth * keys) / 2);
+    triangle = arena.take<uint16_t>(parts * kChunkRows * kChunkRows);
+  }
+};
+
 struct BackwardScratch {
+  TileUnit tile_unit;
   Allocation memory;
   int64_t value_stride;  // padded Dv
   KeyChunk chunk;
+  SplitGradients split;
   Normalizer normalizer;
   float* transposed_keys;      // (padded Dk, kChunkRows)
   float* transposed_values;    // (padded Dv, kChunkRows)
@@ -102,9 +148,12 @@ struct BackwardScratch {
     segment_states = arena.take<float>(segments * width * keys);
     segment_shifts = arena.take<float>(segments * keys);
     segment_sums = arena.take<double>(segments * keys);
+    split.carve(arena, plan.parts, problem);
     return arena.used();
   }
-  explicit BackwardScratch(const BackwardPlan& plan) : memory(carve(plan, nullptr)) { carve(plan, memory.get()); }
+  explicit BackwardScratch(const BackwardPlan& plan) : tile_unit(plan.parts.factors > 0), memory(carve(plan, nullptr)) {
+    carve(plan, memory.get());
+  }
 
   // The normaliser before chunk `index` of the segment.
   Normalizer chunk_start(int64_t index) const {

@@ -26,6 +26,17 @@ SIGHTLINE_INLINE Parts split_parts(DType dtype) {
   return {2, dtype == DType::kBFloat16 ? 1 : 2};
 }
 
+// Calls run(factor parts, value parts) with numbers that the compiler knows.
+template <class Run>
+static void with_parts(Parts parts, Run run) {
+  if (parts.values == 2)
+    run(std::integral_constant<int, 2>(), std::integral_constant<int, 2>());
+  else if (parts.values == 1)
+    run(std::integral_constant<int, 2>(), std::integral_constant<int, 1>());
+  else
+    run(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
+}
+
 constexpr int64_t kValuePanel = kChunkRows / 2 * kPanelLanes;
 
 struct SplitChunk {
@@ -149,7 +160,7 @@ static void split_scores(const float* scores, int rows, uint16_t* to) {
 // outputs (rows, width) = queries S, rows of the queries `query_stride` apart.
 template <int kParts>
 static void read_state(const SplitChunk& split, int64_t query_stride, int rows, int64_t width, float* outputs,
-                       int64_t stride, const Prefetches& prefetches) {
+                       int64_t stride, Prefetches prefetches) {
   split_product<kParts, kParts, false>({split.queries, query_stride, kChunkRows * split.key_depth},
                                        {split.state, split.panel(), split.key_depth / 2 * width}, outputs, stride,
                                        core::round_up(rows, kPairRows), width, split.key_depth, prefetches);
@@ -158,7 +169,7 @@ static void read_state(const SplitChunk& split, int64_t query_stride, int rows, 
 // outputs += what the rows of the chunk read of it; the scores remain as fp32.
 template <int kParts, int kValueParts>
 static void read_chunk(const SplitChunk& split, int rows, int64_t width, float* scores, float* outputs, int64_t stride,
-                       const Prefetches& prefetches) {
+                       Prefetches prefetches) {
   const int64_t padded_rows = core::round_up(rows, kPairRows);
   split_product<kParts, kParts, false>({split.queries, split.key_depth, kChunkRows * split.key_depth},
                                        {split.keys, split.panel(), split.key_depth / 2 * kChunkRows}, scores,
@@ -172,7 +183,7 @@ static void read_chunk(const SplitChunk& split, int rows, int64_t width, float* 
 // state (padded Dk, width) += weights^T values.
 template <int kParts, int kValueParts>
 static void join_state(const KeyChunk& chunk, const SplitChunk& split, int64_t width, float* state, int64_t stride,
-                       const Prefetches& prefetches) {
+                       Prefetches prefetches) {
   split_product<kParts, kValueParts, true>({split.weights, kChunkRows, chunk.stride * kChunkRows},
                                            {split.values, kValuePanel, kChunkRows / 2 * width}, state, stride,
                                            chunk.stride, width, core::round_up(chunk.rows, kPairDepth), prefetches);

@@ -72,8 +72,8 @@ template <int kParts>
 static void split_read_out(const RecurrenceProblem& problem, const Unit& unit, int64_t head, int64_t first, int rows,
                            ForwardScratch& scratch) {
   SplitChunk split = scratch.split;
-  const Prefetches prefetches{{rows_from(problem, unit, problem.query, head, first + rows, 0, problem.key_width), {}},
-                              rows_from(problem, unit, problem.output, head, first, unit.column, unit.columns)};
+  Prefetches prefetches{{rows_from(problem, unit, problem.query, head, first + rows, 0, problem.key_width), {}},
+                        rows_from(problem, unit, problem.output, head, first, unit.column, unit.columns)};
   const void* from = row_of(problem.query, problem.dtype, unit.sequence.batch, head, first);
   if (kParts == 1 && split.key_depth == problem.key_width && rows % kPairRows == 0) {
     split.queries = static_cast<uint16_t*>(const_cast<void*>(from));

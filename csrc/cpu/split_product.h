@@ -100,7 +100,7 @@ SIGHTLINE_INLINE void split_block(SplitRows a, SplitPairs b, float* c, int64_t c
 // C (rows, lanes) = A B, or += with kAccumulate; asks for a few rows of `prefetches` with every block.
 template <int kPartsA, int kPartsB, bool kAccumulate>
 static void split_product(SplitRows a, SplitPairs b, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
-                          int64_t depth, Prefetches prefetches) {
+                          int64_t depth, Prefetches& prefetches) {
   constexpr int64_t kRowsPerBlock = 2;
   for (int64_t row = 0; row < rows; row += 32)
     for (int64_t lane = 0; lane < lanes; lane += 32) {
@@ -118,6 +118,13 @@ static void split_product(SplitRows a, SplitPairs b, float* c, int64_t c_stride,
       else
         split_block<kPartsA, kPartsB, 1, 1, kAccumulate>(from_a, from_b, target, c_stride, depth);
     }
+}
+
+// The same where nobody asks for what is left of `prefetches`.
+template <int kPartsA, int kPartsB, bool kAccumulate>
+static void split_product(SplitRows a, SplitPairs b, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
+                          int64_t depth, Prefetches&& prefetches) {
+  split_product<kPartsA, kPartsB, kAccumulate>(a, b, c, c_stride, rows, lanes, depth, prefetches);
 }
 
 // Thirty-two numbers of bfloat16, or sixteen pairs.
