@@ -70,6 +70,9 @@ demo: env ## the main job: attention, then whole models, over real text at 1K to
 bench: env ## measure sightline against its peers and regenerate docs/performance.md
 	$(BIN)/python benchmarks/attention_ratio.py
 	$(BIN)/python benchmarks/decoding_ratio.py
+	$(BIN)/python benchmarks/skipping_ratio.py
+	$(BIN)/python benchmarks/transformers_ratio.py
+	$(BIN)/python benchmarks/attention_options.py
 	$(BIN)/python benchmarks/recurrence_ratio.py
 	$(BIN)/python benchmarks/render.py
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -14,24 +16,66 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 BASELINE = "sdpa"
-IMPLEMENTATIONS: dict[str, Attention] = {
-    "sdpa": partial(functional.scaled_dot_product_attention, is_causal=True),
-    "softmax": partial(sl.attention, weighting=sl.Softmax(), causal=True),
-    "lssa": partial(sl.attention, weighting=sl.LSSA(), causal=True),
-    "lssar": partial(sl.attention, weighting=sl.LSSAR(), causal=True),
-}
+# What computes the baseline's function: its results are compared before it is timed.
+SAME_FUNCTION = ("softmax", "zentorch")
+# Relative Frobenius distance of two results that are each within the tolerance of docs/MATH.md, section 5.
+LARGEST_DISTANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def implementations(causal: bool) -> dict[str, Attention]:
+    """What is always there: torch SDPA and this library."""
+    return {
+        "sdpa": partial(functional.scaled_dot_product_attention, is_causal=causal),
+        "softmax": partial(sl.attention, weighting=sl.Softmax(), causal=causal),
+        "lssa": partial(sl.attention, weighting=sl.LSSA(), causal=causal),
+        "lssar": partial(sl.attention, weighting=sl.LSSAR(), causal=causal),
+    }
+
+
+IMPLEMENTATIONS = implementations(causal=True)
 LABELS = {
     "sdpa": "torch SDPA",
     "softmax": "sightline Softmax",
     "lssa": "sightline LSSA",
     "lssar": "sightline LSSAR",
+    "zentorch": "zentorch",
 }
 
 
-def random_inputs(heads: int, length: int, width: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Query, key and value (1, H, N, D) from a normal distribution with a fixed seed, in the dtype."""
+def forward_peers(causal: bool) -> tuple[dict[str, Attention], dict[str, str]]:
+    """Peers on the CPU that have only a forward pass and may be missing, and for each that is missing the reason."""
+    if importlib.util.find_spec("zentorch") is None:
+        return {}, {"zentorch": "not installed"}
+    try:
+        importlib.import_module("zentorch")
+        operator = torch.ops.zentorch.zentorch_sdpa.default
+    except Exception as error:
+        return {}, {"zentorch": f"does not load here: {error}"}
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return operator(query, key, value, is_causal=causal)[0]
+
+    return {"zentorch": attend}, {}
+
+
+def distance(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative Frobenius distance of two results, in float64.
+
+    Example:
+        >>> distance(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 5.0])) < 0.2
+        True
+    """
+    wide = expected.double()
+    return ((result.double() - wide).norm() / wide.norm()).item()
+
+
+def random_inputs(
+    heads: int, length: int, width: int, dtype: torch.dtype, device: torch.device, batch: int = 1
+) -> Inputs:
+    """Query, key and value (B, H, N, D) from a normal distribution with a fixed seed, in the dtype."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, length, width, generator=generator).to(device, dtype) for _ in range(3))
+    shape = (batch, heads, length, width)
+    query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     return query, key, value
 
 

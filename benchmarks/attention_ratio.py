@@ -1,4 +1,5 @@
-"""Attention against torch SDPA: time ratios, peak memory, import time and call overhead, as committed JSON.
+"""Attention against torch SDPA, and zentorch where it is installed: time ratios, peak memory, import time and call
+overhead, as committed JSON.
 
     python benchmarks/attention_ratio.py --lengths 1024,4096 --dtypes float32,bfloat16
 
@@ -23,9 +24,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_peers import BASELINE, IMPLEMENTATIONS, backward_pass, forward_pass, random_inputs
+from attention_peers import (
+    BASELINE,
+    IMPLEMENTATIONS,
+    LARGEST_DISTANCE,
+    SAME_FUNCTION,
+    Attention,
+    Inputs,
+    backward_pass,
+    distance,
+    forward_pass,
+    forward_peers,
+    implementations,
+    random_inputs,
+)
 
-from sightline.cli.environment import describe_device, instruction_sets, versions
+from sightline.cli.environment import describe_device, installed_version, instruction_sets, versions
 from sightline.cli.measure import Spread, attention_flops, interleave, matmul_peak, seconds_of
 from sightline.cli.peak_memory import MeasurementError, describe_error, measure_peak
 
@@ -35,6 +49,7 @@ PASSES = {"forward": forward_pass, "forward+backward": backward_pass}
 BACKWARD_PRODUCTS = 3.5  # forward 2 products, backward 5 with the recomputed scores: 7 / 2 of the forward
 IMPORT_RUNS = 7
 OVERHEAD_CALLS, OVERHEAD_BLOCKS = 200, 15
+SHORT_REPETITIONS = 5  # times those of a long call: a call of a millisecond is disturbed by anything
 
 
 @dataclass(frozen=True)
@@ -56,33 +71,88 @@ class AttentionCall:
         return forward_pass(attention, random_inputs(self.heads, self.length, self.width, dtype, device))
 
 
-def time_ratios(
-    direction: str, heads: int, length: int, width: int, dtype: str, device: torch.device, repetitions: int
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Case:
+    """What all implementations are timed on."""
+
+    direction: str
+    causal: bool
+    batch: int
+    heads: int
+    length: int
+    width: int
+    dtype: str
+
+    def implementations(self, device: torch.device) -> dict[str, Attention]:
+        """Those that can run it."""
+        found = implementations(self.causal)
+        if self.direction == "forward" and device.type == "cpu":
+            found |= forward_peers(self.causal)[0]
+        return found
+
+    def flops(self) -> float:
+        """Useful floating-point operations."""
+        forward = attention_flops(self.heads, self.length, self.width, self.width, causal=self.causal)
+        return forward * self.batch * (BACKWARD_PRODUCTS if self.direction == "forward+backward" else 1.0)
+
+    def fields(self) -> dict[str, Any]:
+        """The case as it stands in every result."""
+        return {
+            "pass": self.direction,
+            "causal": self.causal,
+            "batch": self.batch,
+            "heads": self.heads,
+            "length": self.length,
+            "head_dim": self.width,
+            "dtype": self.dtype,
+        }
+
+    def __str__(self) -> str:
+        pattern = "causal" if self.causal else "all keys"
+        shape = f"B = {self.batch}, D = {self.width}, N = {self.length:,}"
+        return f"{self.direction}, {pattern}, {self.dtype}, {shape}"
+
+
+def wrong_results(attentions: dict[str, Attention], inputs: Inputs) -> dict[str, str]:
+    """Why an implementation that should compute what the baseline computes must not be timed."""
+    expected = forward_pass(attentions[BASELINE], inputs)()
+    found = {}
+    for name in SAME_FUNCTION:
+        if name not in attentions:
+            continue
+        try:
+            apart = distance(forward_pass(attentions[name], inputs)(), expected)
+        except Exception as error:
+            found[name] = describe_error(error)
+            continue
+        if not apart <= LARGEST_DISTANCE[expected.dtype]:
+            found[name] = f"its result is {apart:.1e} from that of torch SDPA (relative Frobenius distance)"
+    return found
+
+
+def time_ratios(case: Case, device: torch.device, repetitions: int) -> list[dict[str, Any]]:
     """Seconds of every implementation in turns, with the ratio of medians to torch SDPA (above 1: faster than SDPA)."""
-    inputs = random_inputs(heads, length, width, getattr(torch, dtype), device)
-    calls = {name: PASSES[direction](attention, inputs) for name, attention in IMPLEMENTATIONS.items()}
+    inputs = random_inputs(case.heads, case.length, case.width, getattr(torch, case.dtype), device, case.batch)
+    attentions = case.implementations(device)
+    errors = wrong_results(attentions, inputs)
+    calls = {name: PASSES[case.direction](attend, inputs) for name, attend in attentions.items() if name not in errors}
     runs = {name: partial(seconds_of, call, device) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    errors: dict[str, str] = {}
     for turn, name, sample in interleave(runs, dict.fromkeys(runs, repetitions + 1)):
         if isinstance(sample, Exception):
             errors[name] = describe_error(sample)
         elif turn > 1:  # the first round warms up
             samples[name].append(sample)
-    case = {"pass": direction, "heads": heads, "length": length, "head_dim": width, "dtype": dtype}
-    products = BACKWARD_PRODUCTS if direction == "forward+backward" else 1.0
-    flops = attention_flops(heads, length, width, width) * products
     baseline = Spread.of(samples[BASELINE]).median
     found = []
-    for name, seconds in samples.items():
-        result = case | {"implementation": name, "error": errors.get(name)}
+    for name in attentions:
+        result = case.fields() | {"implementation": name, "error": errors.get(name)}
         if name not in errors:
-            spread = Spread.of(seconds)
+            spread = Spread.of(samples[name])
             result |= {
-                "repetitions": len(seconds),
+                "repetitions": len(samples[name]),
                 "seconds": asdict(spread),
-                "gflops": flops / spread.median / 1e9,
+                "gflops": case.flops() / spread.median / 1e9,
                 "ratio_to_sdpa": baseline / spread.median,
             }
         found.append(result)
@@ -170,12 +240,35 @@ def positive_integers(text: str) -> list[int]:
     return numbers
 
 
+def whole_numbers(text: str) -> list[int]:
+    """`positive_integers`, or none."""
+    return positive_integers(text) if text else []
+
+
+def cases_of(options: argparse.Namespace, dtype: str, width: int) -> list[Case]:
+    """Causal attention in both directions, then forward over all keys, then forward over a batch of short sequences."""
+    heads, long, short = options.heads, options.lengths, options.short_lengths
+    return [
+        *(Case(direction, True, 1, heads, length, width, dtype) for length in long for direction in PASSES),
+        *(Case("forward", False, 1, heads, length, width, dtype) for length in long),
+        *(
+            Case("forward", causal, options.short_batch, heads, length, width, dtype)
+            for causal in (True, False)
+            for length in short
+        ),
+    ]
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure sightline attention against torch SDPA and write JSON.")
     parser.add_argument("--lengths", type=positive_integers, default=[1024, 4096], metavar="N,N,...")
     parser.add_argument("--head-dims", type=positive_integers, default=[64, 128], metavar="D,D,...")
     parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--short-batch", type=int, default=8, help="B of the short lengths")
+    parser.add_argument(
+        "--short-lengths", type=whole_numbers, default=[64, 196, 512], metavar="N,N,...", help="'': leave them out"
+    )
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["float32", "bfloat16"])
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--threads", type=int, help="default: torch's choice")
@@ -195,10 +288,10 @@ def main() -> None:
     timings = []
     for dtype in options.dtypes:
         for width in options.head_dims:
-            for length in options.lengths:
-                for direction in PASSES:
-                    say(f"{direction}, {dtype}, D = {width}, N = {length:,}")
-                    timings += time_ratios(direction, options.heads, length, width, dtype, device, options.repetitions)
+            for case in cases_of(options, dtype, width):
+                say(str(case))
+                factor = SHORT_REPETITIONS if case.length in options.short_lengths else 1
+                timings += time_ratios(case, device, factor * options.repetitions)
             peaks[dtype] = max(peaks[dtype], matmul_peak(getattr(torch, dtype), device))
     for result in timings:
         if result["error"] is None:
@@ -211,7 +304,8 @@ def main() -> None:
         "schema": SCHEMA,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": described,
-        "versions": versions(),
+        "versions": versions() | {"zentorch": installed_version("zentorch")},
+        "left_out": forward_peers(causal=True)[1] if on_cpu else {},
         "instruction_set": instruction_sets(),
         "deterministic_backward": torch.are_deterministic_algorithms_enabled(),
         "matmul_peak_gflops": peaks,

@@ -23,6 +23,7 @@ LABELS = {
     "softmax": "sightline Softmax",
     "lssa": "sightline LSSA",
     "lssar": "sightline LSSAR",
+    "zentorch": "zentorch",
 }
 INTRODUCTION = """\
 # Performance
@@ -60,25 +61,21 @@ def milliseconds(spread: dict[str, float]) -> str:
 def attention_section(document: dict[str, Any]) -> list[str]:
     """Ratios, memory, import time and overhead of one run of attention_ratio.py."""
     lines = [f"## Attention on {document['device']['name']}", "", *described(document)]
-    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for name, reason in document.get("left_out", {}).items():
+        lines += [f"Left out: {LABELS[name]} ({reason}).", ""]
+    tables: dict[tuple[str, bool, int], list[list[str]]] = {}
     for result in document["timings"]:
-        key = (result["pass"], result["dtype"], result["heads"], result["head_dim"], result["length"])
-        cases.setdefault(key, []).append(result)
-    for direction in dict.fromkeys(key[0] for key in cases):
-        lines += [f"### {direction.capitalize()}, causal, B = 1", ""]
-        rows = []
-        for (found, dtype, heads, width, length), results in cases.items():
-            if found != direction:
-                continue
-            for result in results:
-                case = f"{dtype}, H = {heads}, D = {width}, N = {length:,}"
-                label = LABELS[result["implementation"]]
-                if result["error"]:
-                    rows.append([case, label, f"failed: {result['error']}", "", "", ""])
-                    continue
-                share = f"{result['share_of_peak']:.0%}"
-                ratio = f"{result['ratio_to_sdpa']:.2f}"
-                rows.append([case, label, milliseconds(result["seconds"]), ratio, f"{result['gflops']:,.0f}", share])
+        table = (result["pass"], result.get("causal", True), result.get("batch", 1))
+        case = f"{result['dtype']}, H = {result['heads']}, D = {result['head_dim']}, N = {result['length']:,}"
+        row = [case, LABELS[result["implementation"]]]
+        if result["error"]:
+            row += [f"failed: {result['error']}", "", "", ""]
+        else:
+            row += [milliseconds(result["seconds"]), f"{result['ratio_to_sdpa']:.2f}"]
+            row += [f"{result['gflops']:,.0f}", f"{result['share_of_peak']:.0%}"]
+        tables.setdefault(table, []).append(row)
+    for (direction, causal, batch), rows in tables.items():
+        lines += [f"### {direction.capitalize()}, {'causal' if causal else 'over all keys'}, B = {batch}", ""]
         lines += markdown_table(["case", "implementation", "ms (p10 - p90)", "x SDPA", "GFLOP/s", "of peak"], rows, 2)
     if document["memory"]:
         first = document["memory"][0]
@@ -253,12 +250,92 @@ def decoding_section(document: dict[str, Any]) -> list[str]:
     )
 
 
+def skipping_section(document: dict[str, Any]) -> list[str]:
+    """One run of skipping_ratio.py."""
+    lines = [f"## Tile skipping on {document['device']['name']}", "", *described(document)]
+    lines += [
+        f"LSSAR with p = {document['power']:g}: the share of visible 64 x 64 tiles in which no row has a weight that "
+        "counts, and its rate as a share of LSSA's on the same keys. Recorded keys are not causal, the others are.",
+        "",
+    ]
+    rows = []
+    for found in document["timings"]:
+        shape = f"H = {found['heads']}, D = {found['head_dim']}, N = {found['length']:,}"
+        times = (milliseconds(found["seconds"][name]) for name in ("lssa", "lssar"))
+        share, ratio = f"{found['skippable_share']:.0%}", f"{found['lssar_to_lssa']:.2f}"
+        rows.append([found["keys"], f"{found['dtype']}, {shape}", share, *times, ratio])
+    header = ["keys", "case", "tiles skipped", "LSSA, ms", "LSSAR, ms", "LSSAR / LSSA rate"]
+    return lines + markdown_table(header, rows, 2)
+
+
+# Of each measurement of attention_options.py: its title, what its ratio is taken to, and the least that it should be.
+OPTION_TABLES = {
+    "options": ("Masks, ALiBi and grouped queries, D = {head_dim}, N = {length:,}", "x the plain call's rate", 0.85),
+    "widths": ("Other widths, N = {length:,}", "x the rate at D = {head_dim}", 0.75),
+    "window": ("A window of {window} keys, D = {head_dim}", "x the rate at the shorter length", None),
+    "threads": ("Threads, D = {head_dim}, N = {length:,}", "x one thread", 1.85),
+    "avx2": ("Both libraries held to AVX2, D = {head_dim}, N = {length:,}", "x SDPA", 1.2),
+}
+
+
+def options_section(document: dict[str, Any]) -> list[str]:
+    """One run of attention_options.py."""
+    lines = [f"## Options of attention on {document['device']['name']}", "", *described(document)]
+    for measurement, (title, ratio, bound) in OPTION_TABLES.items():
+        results = [result for result in document["timings"] if result["measurement"] == measurement]
+        if not results:
+            continue
+        rows = []
+        for result in results:
+            row = [
+                f"{result['dtype']}, {LABELS[result['weighting']]}",
+                LABELS.get(result["variant"], result["variant"]),
+            ]
+            if result["error"]:
+                row += [f"failed: {result['error']}", "", ""]
+            else:
+                relative = "" if result["relative_rate"] is None else f"{result['relative_rate']:.2f}"
+                row += [milliseconds(result["seconds"]), f"{result['gflops']:,.0f}", relative]
+            rows.append(row)
+        aim = "" if bound is None else f" (aim: at least {bound})"
+        header = ["case", "variant", "ms (p10 - p90)", "GFLOP/s", ratio.format(**results[0]) + aim]
+        title = title.format(**results[0])
+        lines += [f"### {title}, H = {results[0]['heads']}, causal forward pass", "", *markdown_table(header, rows, 2)]
+    return lines
+
+
+def transformers_section(document: dict[str, Any]) -> list[str]:
+    """One run of transformers_ratio.py."""
+    sizes = document["sizes"]
+    lines = [f"## A whole transformers model on {document['device']['name']}", "", *described(document)]
+    lines += [
+        f"A Llama with random weights, {document['dtype']}: width {sizes['hidden_size']}, feed-forward width "
+        f"{sizes['intermediate_size']}, {sizes['num_hidden_layers']} layers, {sizes['num_attention_heads']} query "
+        f"heads on {sizes['num_key_value_heads']} key heads, D = {sizes['head_dim']}. Decoding: per token, the cache "
+        "is transformers' own. Ratios to the same model with SDPA.",
+        "",
+    ]
+    rows = [
+        [
+            f"{found['part']}, N = {found['length']:,}",
+            LABELS[found["implementation"]],
+            milliseconds(found["seconds"]),
+            f"{found['ratio_to_sdpa']:.2f}",
+        ]
+        for found in document["timings"]
+    ]
+    return lines + markdown_table(["case", "attention", "ms (p10 - p90)", "x SDPA"], rows, 2)
+
+
 SECTIONS = {
     "sightline-attention/1": attention_section,
     "sightline-decoding/1": decoding_section,
     "sightline-bench/1": stack_section,
+    "sightline-skipping/1": skipping_section,
+    "sightline-transformers/1": transformers_section,
     summary.SCHEMA: gpu_section,
     "sightline-recurrence/1": recurrence_section,
+    "sightline-options/1": options_section,
 }
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import sysconfig
 import zlib
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ SEED_VARIABLE = "SIGHTLINE_TEST_SEED"
 # turns the filling off; and torch's own fill_uninitialized_memory does not reach tensors made through the stable ABI.)
 M_PERTURB = -6
 FILL_WITH_0X7F = 0x80
+
+PYTHON_HEADER = Path(sysconfig.get_path("include")) / "Python.h"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +51,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
+    if item.get_closest_marker("inductor") is not None and not PYTHON_HEADER.exists():
+        pytest.skip(f"torch's inductor compiles against Python's headers, and {PYTHON_HEADER} is missing (python3-dev)")
 
 
 @pytest.fixture(autouse=True)

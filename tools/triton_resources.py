@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import sightline as sl
-from sightline.attention import _weighting_arguments  # the operator takes a weighting as plain numbers
+from sightline.attention import weighting_scalars  # the operator takes a weighting as plain numbers
 from sightline.triton import launch
 from sightline.triton.tiles import Tile, candidates, choose_tile
 
@@ -188,7 +188,7 @@ def _call_operators(weighting: Any, dtype: torch.dtype, width: int, kernels: tup
     rows = torch.empty(1, HEADS, LENGTH)
     saved_rows = torch.empty(1, HEADS, LENGTH, 6 if weighting.reweight else 2)
     saved_values = torch.empty_like(query, dtype=torch.float32) if weighting.reweight else torch.empty(0)
-    scalars = (True, -1, -1, 0.1, 0.0, *_weighting_arguments(weighting))
+    scalars = (True, -1, -1, 0.1, 0.0, *weighting_scalars(weighting))
     nothing = [None] * 9
     if "attention_forward" in kernels:
         # With gradients and, where it takes another tile, without.

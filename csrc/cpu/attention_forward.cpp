@@ -11,8 +11,9 @@
 // bfloat16 goes through products of pairs where the machine has them (pair_product.h): weights are rounded to bfloat16
 // and the output is divided by the sum of the rounded ones. Dropout keeps to fp32.
 //
-// Re-weighting sweeps twice: the first finds Z and the largest score, the second weighs. Softplus weights of the first
-// are kept for the second where they fit a second-level cache, else the scores are computed again.
+// Re-weighting sweeps twice: the first finds Z and the largest scores, the second weighs. Softplus weights of the first
+// are kept for the second where they fit a second-level cache, else the scores are computed again. The second leaves
+// out tiles in which no row has a weight that counts (tile skipping, MATH.md section 2).
 //
 // Non-finite numbers: the products run at full speed and let 0 * NaN through. Only a unit with rows that are not finite
 // is computed again, for these, with products that skip zero weights, so finite data pays nothing.
@@ -33,15 +34,14 @@ void track_largest(RowState& state, const float* tile_largest) {
 // Scores or products to pairs of weights, or in the first of two sweeps to what it gathers.
 template <class Weight, bool kReweight, bool kFirstSweep, TileHolds kHolds>
 void weigh_pair_tile(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
-                     bool keeps, float* tile, RowState& state) {
-  constexpr bool kTrackLargest = kHolds == TileHolds::kProducts;
+                     bool keeps, float* tile, float* tile_largest, RowState& state) {
   if constexpr (!kReweight) {
-    weigh_pairs<Weight, kHolds, kTrackLargest, false>(state, keys, tile, scratch.weight_pairs);
+    weigh_pairs<Weight, kHolds, false>(state, keys, tile, scratch.weight_pairs, tile_largest);
   } else if constexpr (kFirstSweep) {
     if (keeps)
-      weigh_pairs<Weight, kHolds, kTrackLargest, true>(state, keys, tile, nullptr);
+      weigh_pairs<Weight, kHolds, true>(state, keys, tile, nullptr, tile_largest);
     else
-      weigh_pairs<Weight, kHolds, kTrackLargest, false>(state, keys, tile, nullptr);
+      weigh_pairs<Weight, kHolds, false>(state, keys, tile, nullptr, tile_largest);
   } else if (problem.saved_values == nullptr) {
     reweigh_pairs<Weight, kHolds, false>(problem, state, keys, tile, scratch.weight_pairs, nullptr);
   } else {
@@ -51,32 +51,33 @@ void weigh_pair_tile(const AttentionProblem& problem, const AttentionForwardScra
 
 template <class Weight, bool kReweight, bool kFirstSweep>
 void find_pair_weights(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
-                       bool keeps, float* tile, RowState& state) {
+                       bool keeps, float* tile, float* tile_largest, RowState& state) {
   if constexpr (kReweight && !kFirstSweep && !Weight::kShifted)
     if (keeps)
       return weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kWeights>(problem, scratch, keys, keeps, tile,
-                                                                                  state);
+                                                                                  tile_largest, state);
   pair_product<false>(keys.key_bits, keys.key_bits_stride, state.query_pairs, tile,
                       core::round_up(keys.count, kPairRows), state.rows.lanes, scratch.padded_depth);
   // A shift has to be known before the first weight.
   if (Weight::kShifted || has_extras(problem) || has_masked_entries(state.rows, keys)) {
-    alignas(64) float tile_largest[kRowTile];
     finish_tile(problem, state.rows, keys, scratch.bias, tile, tile_largest);
     if (!kReweight || kFirstSweep) {
       track_largest(state, tile_largest);
       if (Weight::kShifted) raise_shift(state, tile_largest, scratch.padded_width, true);
     }
-    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kScores>(problem, scratch, keys, keeps, tile, state);
+    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kScores>(problem, scratch, keys, keeps, tile,
+                                                                        tile_largest, state);
   } else if constexpr (!Weight::kShifted) {
-    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kProducts>(problem, scratch, keys, keeps, tile, state);
+    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kProducts>(problem, scratch, keys, keeps, tile,
+                                                                          tile_largest, state);
   }
 }
 
 // process_tile with products of pairs.
 template <class Weight, bool kReweight, bool kFirstSweep>
 void process_pair_tile(const AttentionProblem& problem, AttentionForwardScratch& scratch, const KeyTile& keys,
-                       bool keeps, float* tile, RowState& state) {
-  find_pair_weights<Weight, kReweight, kFirstSweep>(problem, scratch, keys, keeps, tile, state);
+                       bool keeps, float* tile, float* tile_largest, RowState& state) {
+  find_pair_weights<Weight, kReweight, kFirstSweep>(problem, scratch, keys, keeps, tile, tile_largest, state);
   if (kFirstSweep) return;
   const int64_t depth = core::round_up(keys.count, kPairDepth);
   const auto add_values = [&](const uint32_t* pairs, float* sums) {
@@ -89,14 +90,15 @@ void process_pair_tile(const AttentionProblem& problem, AttentionForwardScratch&
 }
 
 // One tile of scores of one tile of rows: weights into the normaliser (first sweep) or into the output. `tile` has room
-// for the scores, and where the unit keeps its weights it is what the first sweep leaves to the second.
+// for the scores, and where the unit keeps its weights it is what the first sweep leaves to the second. `tile_largest`
+// receives the largest score of each row, where scores are computed.
 template <class Weight, bool kReweight, bool kFirstSweep>
 void process_tile(const AttentionProblem& problem, const AttentionForwardUnit& unit, AttentionForwardScratch& scratch,
-                  const KeyTile& keys, float* tile, RowState& state) {
+                  const KeyTile& keys, float* tile, float* tile_largest, RowState& state) {
   if (unit.pairs)
-    return process_pair_tile<Weight, kReweight, kFirstSweep>(problem, scratch, keys, unit.keeps, tile, state);
+    return process_pair_tile<Weight, kReweight, kFirstSweep>(problem, scratch, keys, unit.keeps, tile, tile_largest,
+                                                             state);
   const bool weighed = kReweight && !kFirstSweep && unit.keeps;
-  alignas(64) float tile_largest[kRowTile];
   if (!weighed) compute_scores(problem, state.rows, keys, state.transposed_queries, scratch.bias, tile, tile_largest);
   if (!kReweight || kFirstSweep) {
     track_largest(state, tile_largest);
@@ -139,16 +141,24 @@ struct KeyTiles {
 template <class Weight, bool kReweight, bool kFirstSweep>
 void sweep(const AttentionProblem& problem, const AttentionForwardUnit& unit, AttentionForwardScratch& scratch,
            int tiles) {
+  constexpr bool kSecondSweep = kReweight && !kFirstSweep;
+  alignas(64) float unused[kRowTile];
   const KeyTiles range(scratch, tiles);
   KeyTile keys;
   for (int64_t key_tile = range.first; key_tile < range.end; ++key_tile) {
-    load_key_tile(problem, unit, scratch, key_tile * kKeyTile, !kFirstSweep, keys);
+    const int64_t first_key = key_tile * kKeyTile;
+    bool loaded = false;
     for (int tile = 0; tile < tiles; ++tile) {
       RowState& state = scratch.states[tile];
-      if (!tile_is_visible_to_any(state.rows, keys.first, keys.count)) continue;
+      if (!tile_is_visible_to_any(state.rows, first_key, core::smaller(kKeyTile, problem.keys - first_key))) continue;
       const int64_t place = (key_tile - range.first) * tiles + tile;
+      float* tile_largest = kReweight ? scratch.tile_largest + place * kRowTile : unused;
+      if (kSecondSweep && !tile_counts<Weight>(state, tile_largest)) continue;
+      if (!loaded) load_key_tile(problem, unit, scratch, first_key, !kFirstSweep, keys);
+      loaded = true;
       float* target = kReweight && unit.keeps ? scratch.kept + place * kKeyTile * kRowTile : scratch.scores;
-      process_tile<Weight, kReweight, kFirstSweep>(problem, unit, scratch, keys, target, state);
+      process_tile<Weight, kReweight, kFirstSweep>(problem, unit, scratch, keys, target,
+                                                   kSecondSweep ? unused : tile_largest, state);
     }
     if (!kFirstSweep && (key_tile + 1) % (kChunkKeys / kKeyTile) == 0)
       finish_chunks(problem, scratch, scratch.states, tiles, unit.pairs);

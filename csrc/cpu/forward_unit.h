@@ -67,6 +67,8 @@ struct AttentionForwardScratch {
                                  ? core::smaller(kKeptBytes, tiles * AttentionForwardPlan::kept_bytes(problem.keys)) /
                                        static_cast<int64_t>(sizeof(float))
                                  : 0);
+    tile_largest = arena.take<float>(
+        problem.reweight.power > 0.0f ? tiles * core::round_up(problem.keys, kKeyTile) / kKeyTile * kRowTile : 0);
     bias = arena.take<float>(problem.attn_mask.kind != MaskKind::kNone ? tile_rows * kKeyTile : 0);
     keys = arena.take<float>(kKeyTile * problem.head_width);
     values = arena.take<float>(kKeyTile * padded_width);
@@ -98,8 +100,8 @@ struct AttentionForwardScratch {
   Allocation memory;
   int64_t padded_width = 0, padded_depth = 0;
   RowState* states = nullptr;
-  float *queries = nullptr, *scores = nullptr, *responses = nullptr, *kept = nullptr, *bias = nullptr, *keys = nullptr,
-        *values = nullptr;
+  float *queries = nullptr, *scores = nullptr, *responses = nullptr, *kept = nullptr, *tile_largest = nullptr,
+        *bias = nullptr, *keys = nullptr, *values = nullptr;
   uint32_t *weight_pairs = nullptr, *response_pairs = nullptr;
   uint16_t *key_bits = nullptr, *value_columns = nullptr;
 };

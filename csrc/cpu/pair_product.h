@@ -6,6 +6,7 @@
 // the second product gives the transposed output, (columns of V) x (lanes), from V transposed.
 #pragma once
 
+#include "cpu/sanitizer.h"
 #include "cpu/vec.h"
 
 #if defined(__AVX512BF16__)
@@ -159,6 +160,9 @@ SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint
                                  int64_t depth) {
   const int64_t c_bytes = lanes * 4;
   float* below = c + 16 * lanes;
+  check_tile(a, a_stride * 2, 16 * kRowTiles, depth * 2);
+  check_tile(b, c_bytes, depth / 2, 64 * kLaneTiles);
+  check_tile(c, c_bytes, 16 * kRowTiles, 64 * kLaneTiles);
   if (kAccumulate) {
     _tile_loadd(0, c, c_bytes);
     if (kLaneTiles == 2) _tile_loadd(1, c + 16, c_bytes);

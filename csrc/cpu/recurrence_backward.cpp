@@ -153,7 +153,11 @@ void sweep_back(const Head& head, int64_t begin, int64_t end, int64_t chunks, Ba
                              scratch.value_stride, rows, scratch.value_stride, finite_outputs);
       upper_triangle_product(scratch.responses, scratch.queries, chunk.stride, scratch.received_within, chunk.stride,
                              rows, chunk.stride, finite_queries);
-      accumulate_product(finite_outputs, {scratch.queries, 1, chunk.stride}, scratch.grad_outputs, scratch.value_stride,
+      // From the last row to the first, as the recurrence has it: later rows weigh less, and small terms that are added
+      // first are not lost beside large ones.
+      const int64_t last = rows - 1;
+      accumulate_product(finite_outputs, {scratch.queries + last * chunk.stride, 1, -chunk.stride},
+                         scratch.grad_outputs + last * scratch.value_stride, -scratch.value_stride,
                          scratch.state_gradient, scratch.value_stride, problem.key_width, scratch.value_stride, rows);
     }
     write_key_gradients(head, scratch.query_responses + (first - begin) * chunk.stride, scratch);

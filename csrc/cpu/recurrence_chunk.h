@@ -166,8 +166,18 @@ struct KeyChunk {
   return lifted;
 }
 
-// Keys to weights, in place; with kRows the inverse normaliser of every row too. Adds the chunk to the sum.
-template <bool kRows>
+// To bfloat16 and back; as it is where no product of bfloat16 asks for it.
+SIGHTLINE_INLINE Vec rounded_to_bfloat16(Vec x) {
+#if defined(__AVX512BF16__)
+  return {_mm512_cvtpbh_ps(_mm512_cvtneps_pbh(x.value))};
+#else
+  return x;
+#endif
+}
+
+// Keys to weights, in place; with kRows the inverse normaliser of every row too, with kRounded the weights rounded to
+// bfloat16. Adds the chunk to the sum.
+template <bool kRows, bool kRounded = false>
 static void weigh_keys(const RecurrenceProblem& problem, int64_t batch, int64_t key_head, KeyChunk& chunk,
                        const Normalizer& normalizer) {
   const Vec nothing = Vec::broadcast(0.0f), one = Vec::broadcast(1.0f);
@@ -180,7 +190,8 @@ static void weigh_keys(const RecurrenceProblem& problem, int64_t batch, int64_t 
     Vec sum = nothing;  // of the chunk alone: as exact as fp32 can, whatever has been before
     for (int row = 0; row < chunk.rows; ++row) {
       float* entry = chunk.weights + row * chunk.stride + d;
-      const Vec weight = core::exp2((Vec::load(entry) - shift) * Vec::broadcast(core::kLog2E));
+      Vec weight = core::exp2((Vec::load(entry) - shift) * Vec::broadcast(core::kLog2E));
+      if (kRounded) weight = rounded_to_bfloat16(weight);
       store(entry, weight);
       sum = sum + weight;
       if (kRows) {

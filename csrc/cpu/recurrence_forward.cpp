@@ -3,182 +3,94 @@
 // A unit of work is one key head of one sequence and a block of value columns: it walks the chunks of keys
 // (recurrence_chunk.h) with its columns of the state in the second-level cache. The columns of a state do not know of
 // each other, so however many blocks there are, the bits are the same; a head is cut into blocks only where there are
-// fewer heads than threads, because every block computes the keys' weights and scores for itself. Per chunk, for every
+// fewer heads than threads, because every block computes the keys' weights and scores for itself. Without order the
+// segments of a long sequence are units of their own (recurrence_segments.h). Per chunk, for every
 // query head of the group: outputs from the state, scores within the chunk, outputs from those; then the chunk joins
 // the state. A sequence of one row is one pass over the state instead (recurrence_step.h).
 #include "cpu/kernel_table.h"
-#include "cpu/recurrence_chunk.h"
+#include "cpu/recurrence_segments.h"
+#include "cpu/recurrence_split_chunk.h"
 #include "cpu/recurrence_step.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
 
-constexpr int64_t kLargestBlock = 256;  // columns of a state that stay in the second-level cache at Dk = 512
-
-struct Plan {
-  const RecurrenceProblem* problem;
-  int64_t block;   // value columns of a unit
-  int64_t blocks;  // units of a head
-
-  Plan(const RecurrenceProblem& task, int threads) : problem(&task) {
-    const int64_t width = padded(task.value_width);
-    const int64_t heads = core::larger(task.sequences() * task.key_heads, 1);
-    const int64_t wanted = core::larger((threads + heads - 1) / heads, (width + kLargestBlock - 1) / kLargestBlock);
-    // A block of fewer than two vectors leaves the products to wait for their own sums.
-    block = core::larger(padded((width + wanted - 1) / wanted), 2 * Vec::kWidth);
-    blocks = (width + block - 1) / block;
+// The outputs of the chunk begun, and the state after it.
+void run_chunk(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+  const int64_t group = problem.heads / problem.key_heads;
+  const KeyChunk& chunk = scratch.chunk;
+  const bool finite = load_values(problem, unit, scratch);
+  transpose(chunk.gained, chunk.stride, scratch.transposed_keys, kChunkRows, padded(chunk.rows), chunk.stride);
+  for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
+    load_queries(problem, unit, head, chunk.first, chunk.rows, chunk.inverse, chunk.stride, scratch);
+    product<false>({scratch.queries, chunk.stride, 1}, scratch.state, unit.stride, scratch.outputs, unit.stride,
+                   chunk.rows, unit.width, problem.key_width);
+    lower_triangle_scores(scratch.queries, chunk.stride, scratch.transposed_keys, scratch.scores, chunk.rows,
+                          problem.key_width);
+    lower_triangle_product(scratch.scores, scratch.values, unit.stride, scratch.outputs, unit.stride, chunk.rows,
+                           unit.width, finite);
+    write_outputs(problem, unit, head, chunk.first, chunk.rows, scratch);
   }
-};
-
-struct ForwardScratch {
-  Allocation memory;
-  KeyChunk chunk;
-  Normalizer normalizer;
-  float* transposed_keys;  // (padded Dk, kChunkRows)
-  float* queries;          // (kChunkRows, padded Dk), divided by the normaliser
-  float* scores;           // (kChunkRows, kChunkRows)
-  float* values;           // (kChunkRows, stride)
-  float* outputs;          // (kChunkRows, stride)
-  float* state;            // (Dk, stride)
-
-  int64_t carve(const Plan& plan, char* start) {
-    Arena arena(start);
-    chunk.carve(arena, *plan.problem);
-    normalizer = {arena.take<float>(chunk.stride), arena.take<double>(chunk.stride)};
-    transposed_keys = arena.take<float>(chunk.stride * kChunkRows);
-    queries = arena.take<float>(chunk.stride * kChunkRows);
-    scores = arena.take<float>(kChunkRows * kChunkRows);
-    const int64_t stride = state_stride(plan.block);
-    values = arena.take<float>(kChunkRows * stride);
-    outputs = arena.take<float>(kChunkRows * stride);
-    state = arena.take<float>(plan.problem->key_width * stride);
-    return arena.used();
-  }
-  explicit ForwardScratch(const Plan& plan) : memory(carve(plan, nullptr)) { carve(plan, memory.get()); }
-};
-
-struct Unit {
-  Sequence sequence;
-  int64_t key_head;
-  int64_t column, columns;  // value columns of the tensors
-  int64_t width, stride;    // their number with padding, and the distance of rows in the scratch
-
-  int64_t state_row(const RecurrenceProblem& problem, int64_t d) const {
-    return (sequence.index * problem.key_heads + key_head) * problem.key_width + d;
-  }
-};
-
-void start_state(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
-  const float* given = problem.initial_log_normalizer;
-  scratch.normalizer.start(given == nullptr ? nullptr : given + unit.state_row(problem, 0), problem.key_width);
-  for (int64_t d = 0; d < problem.key_width; ++d) {
-    float* row = scratch.state + d * unit.stride;
-    zero(row, unit.stride);
-    if (given == nullptr || scratch.normalizer.sum[d] == 0.0) continue;
-    const float* source = problem.initial_memory + unit.state_row(problem, d) * problem.value_width + unit.column;
-    for (int64_t column = 0; column < unit.columns; ++column) row[column] = source[column];
-  }
+  add_chunk_to_state(problem, unit, finite, scratch);
 }
 
-void write_state(const RecurrenceProblem& problem, const Unit& unit, const ForwardScratch& scratch) {
-  if (problem.final_memory == nullptr) return;
-  for (int64_t d = 0; d < problem.key_width; ++d) {
-    const float inverse = scratch.normalizer.inverse(d);
-    float* target = problem.final_memory + unit.state_row(problem, d) * problem.value_width + unit.column;
-    const float* row = scratch.state + d * unit.stride;
-    for (int64_t column = 0; column < unit.columns; ++column) target[column] = row[column] * inverse;
-    if (unit.column == 0)
-      problem.final_log_normalizer[unit.state_row(problem, d)] = scratch.normalizer.log_normalizer(d);
-  }
-}
-
-// A sequence without rows hands its state on as it came.
-void pass_state_on(const RecurrenceProblem& problem, const Unit& unit) {
-  if (problem.final_memory == nullptr) return;
-  const bool given = problem.initial_memory != nullptr;
-  for (int64_t d = 0; d < problem.key_width; ++d) {
-    const int64_t row = unit.state_row(problem, d);
-    problem.final_log_normalizer[row] = given ? problem.initial_log_normalizer[row] : -INFINITY;
-    for (int64_t column = row * problem.value_width + unit.column, left = unit.columns; left > 0; --left, ++column)
-      problem.final_memory[column] = given ? problem.initial_memory[column] : 0.0f;
-  }
-}
-
-// Queries of the chunk times `factors`, one row for all (stride 0) or one for each, times the scale.
-void load_queries(const RecurrenceProblem& problem, const Unit& unit, int64_t head, int64_t first, int rows,
-                  const float* factors, int64_t factor_stride, ForwardScratch& scratch) {
-  const int64_t stride = scratch.chunk.stride;
-  load_rows(problem.query, problem.dtype, unit.sequence.batch, head, first, 0, rows, problem.key_width, scratch.queries,
-            stride);
-  const Vec scale = Vec::broadcast(problem.scale);
-  for (int row = 0; row < rows; ++row)
-    for (int64_t d = 0; d < stride; d += Vec::kWidth) {
-      float* entry = scratch.queries + row * stride + d;
-      // Before the first key the output is 0, whatever the query.
-      const Vec factor = Vec::load(factors + row * factor_stride + d);
-      store(entry, select(equal(factor, Vec::broadcast(0.0f)), factor, Vec::load(entry) * factor * scale));
-    }
-}
-
-void write_outputs(const RecurrenceProblem& problem, const Unit& unit, int64_t head, int64_t first, int rows,
-                   const ForwardScratch& scratch) {
-  for (int row = 0; row < rows; ++row)
-    narrow(scratch.outputs + row * unit.stride,
-           advance(writable_row_of(problem.output, problem.dtype, unit.sequence.batch, head, first + row), unit.column,
-                   problem.dtype),
-           problem.dtype, unit.columns);
-}
-
-// Loads the next chunk: its keys' weights, its values, the state in the chunk's unit. Whether all values are finite.
-template <bool kRows>
-bool begin_chunk(const RecurrenceProblem& problem, const Unit& unit, int64_t first, ForwardScratch& scratch) {
-  KeyChunk& chunk = scratch.chunk;
-  const int64_t batch = unit.sequence.batch;
-  load_keys(problem, batch, unit.key_head, first,
-            static_cast<int>(core::smaller(kChunkRows, unit.sequence.end - first)), chunk);
-  if (lift_and_cut(chunk, scratch.normalizer))
-    for (int64_t d = 0; d < problem.key_width; ++d)
-      if (chunk.factors[d] != 1.0f) scale_row(scratch.state + d * unit.stride, chunk.factors[d], unit.stride);
-  weigh_keys<kRows>(problem, batch, unit.key_head, chunk, scratch.normalizer);
-  load_rows(problem.value, problem.dtype, batch, unit.key_head, first, unit.column, chunk.rows, unit.columns,
-            scratch.values, unit.stride);
-  return is_finite(scratch.values, chunk.rows * unit.stride);
-}
-
-void add_chunk_to_state(const RecurrenceProblem& problem, const Unit& unit, bool finite, ForwardScratch& scratch) {
-  accumulate_product(finite, {scratch.chunk.gained, 1, scratch.chunk.stride}, scratch.values, unit.stride,
-                     scratch.state, unit.stride, problem.key_width, unit.width, scratch.chunk.rows);
-}
-
+template <int kParts, int kValueParts>
 void run_causal(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
-  const int64_t group = problem.heads / problem.key_heads;
-  KeyChunk& chunk = scratch.chunk;
-  for (int64_t first = unit.sequence.begin; first < unit.sequence.end; first += chunk.rows) {
-    const bool finite = begin_chunk<true>(problem, unit, first, scratch);
-    transpose(chunk.gained, chunk.stride, scratch.transposed_keys, kChunkRows, padded(chunk.rows), chunk.stride);
-    for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
-      load_queries(problem, unit, head, first, chunk.rows, chunk.inverse, chunk.stride, scratch);
-      product<false>({scratch.queries, chunk.stride, 1}, scratch.state, unit.stride, scratch.outputs, unit.stride,
-                     chunk.rows, unit.width, problem.key_width);
-      lower_triangle_scores(scratch.queries, chunk.stride, scratch.transposed_keys, scratch.scores, chunk.rows,
-                            problem.key_width);
-      lower_triangle_product(scratch.scores, scratch.values, unit.stride, scratch.outputs, unit.stride, chunk.rows,
-                             unit.width, finite);
-      write_outputs(problem, unit, head, first, chunk.rows, scratch);
-    }
-    add_chunk_to_state(problem, unit, finite, scratch);
+  for (int64_t first = unit.sequence.begin; first < unit.sequence.end; first += scratch.chunk.rows) {
+    begin_chunk<true>(problem, unit, first, scratch);
+    if constexpr (kParts > 0)
+      if (scratch.chunk.rows >= kLeastSplitRows) {
+        split_run_chunk<kParts, kValueParts>(problem, unit, scratch);
+        continue;
+      }
+    run_chunk(problem, unit, scratch);
   }
 }
 
-void run_without_order(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+// The state after all rows of the unit; with kRounded weights of bfloat16 in a single part.
+template <int kParts, int kValueParts, bool kRounded>
+void gather_rows(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+  const KeyChunk& chunk = scratch.chunk;
+  for (int64_t first = unit.sequence.begin; first < unit.sequence.end; first += chunk.rows) {
+    begin_chunk<false, kRounded>(problem, unit, first, scratch);
+    if constexpr (kParts > 0)
+      if (chunk.rows >= kLeastSplitRows) {
+        split_gather_chunk<kRounded ? 1 : kParts, kValueParts>(problem, unit, scratch);
+        continue;
+      }
+    add_chunk_to_state(problem, unit, load_values(problem, unit, scratch), scratch);
+  }
+}
+
+template <int kParts, int kValueParts>
+void gather(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+  // Outputs of bfloat16 want no more than rounded weights divided by their own sum; a state does.
+  if (kParts > 0 && kValueParts == 1 && problem.final_memory == nullptr)
+    gather_rows<kParts, kValueParts, true>(problem, unit, scratch);
+  else
+    gather_rows<kParts, kValueParts, false>(problem, unit, scratch);
+}
+
+// The outputs of the unit's rows from the state of the whole sequence.
+template <int kParts, int kValueParts>
+void read_out(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   const int64_t group = problem.heads / problem.key_heads;
   KeyChunk& chunk = scratch.chunk;
-  for (int64_t first = unit.sequence.begin; first < unit.sequence.end; first += chunk.rows)
-    add_chunk_to_state(problem, unit, begin_chunk<false>(problem, unit, first, scratch), scratch);
-  for (int64_t d = 0; d < chunk.stride; ++d) chunk.inverse[d] = scratch.normalizer.inverse(d);
+  bool split = kParts > 0;
+  for (int64_t d = 0; d < chunk.stride; ++d) {
+    chunk.inverse[d] = scratch.normalizer.inverse(d);
+    split &= d >= problem.key_width || chunk.inverse[d] != 0.0f;
+  }
+  if constexpr (kParts > 0)
+    if (split) split_whole_state<kValueParts>(problem, unit, scratch);
   for (int64_t first = unit.sequence.begin; first < unit.sequence.end; first += kChunkRows) {
     const int rows = static_cast<int>(core::smaller(kChunkRows, unit.sequence.end - first));
     for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
+      if constexpr (kParts > 0)
+        if (split) {
+          split_read_out<kValueParts>(problem, unit, head, first, rows, scratch);
+          continue;
+        }
       load_queries(problem, unit, head, first, rows, chunk.inverse, 0, scratch);
       product<false>({scratch.queries, chunk.stride, 1}, scratch.state, unit.stride, scratch.outputs, unit.stride, rows,
                      unit.width, problem.key_width);
@@ -187,9 +99,9 @@ void run_without_order(const RecurrenceProblem& problem, const Unit& unit, Forwa
   }
 }
 
-void run_unit(const Plan& plan, int64_t index, ForwardScratch& scratch) {
+Unit unit_of(const Plan& plan, int64_t head, int64_t block) {
   const RecurrenceProblem& problem = *plan.problem;
-  const int64_t head = index / plan.blocks, column = index % plan.blocks * plan.block;
+  const int64_t column = block * plan.block;
   Unit unit{find_sequence(problem, head / problem.key_heads),
             head % problem.key_heads,
             column,
@@ -198,13 +110,62 @@ void run_unit(const Plan& plan, int64_t index, ForwardScratch& scratch) {
             0};
   unit.width = padded(unit.columns);
   unit.stride = state_stride(unit.width);
+  return unit;
+}
+
+// Calls run(factor parts, value parts) with the plan's.
+template <class Run>
+void with_parts(const Plan& plan, Run run) {
+  if (plan.parts.values == 2)
+    run(std::integral_constant<int, 2>(), std::integral_constant<int, 2>());
+  else if (plan.parts.values == 1)
+    run(std::integral_constant<int, 2>(), std::integral_constant<int, 1>());
+  else
+    run(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
+}
+
+void run_unit(const Plan& plan, int64_t index, ForwardScratch& scratch) {
+  const RecurrenceProblem& problem = *plan.problem;
+  const Unit unit = unit_of(plan, index / plan.blocks, index % plan.blocks);
   if (unit.sequence.begin == unit.sequence.end) return pass_state_on(problem, unit);
   start_state(problem, unit, scratch);
-  if (problem.causal)
-    run_causal(problem, unit, scratch);
-  else
-    run_without_order(problem, unit, scratch);
+  with_parts(plan, [&](auto parts, auto value_parts) {
+    if (problem.causal) return run_causal<parts, value_parts>(problem, unit, scratch);
+    gather<parts, value_parts>(problem, unit, scratch);
+    read_out<parts, value_parts>(problem, unit, scratch);
+  });
   write_state(problem, unit, scratch);
+}
+
+// A long sequence without order: every segment's state, those merged in order, every segment's outputs.
+void run_segments(const Plan& plan, const Parallel& parallel) {
+  const RecurrenceProblem& problem = *plan.problem;
+  const int64_t columns = problem.batch * problem.key_heads * plan.blocks;
+  const SegmentStates states(plan, columns);
+  const auto segment_of = [&](int64_t index) {
+    const int64_t column = index / plan.segments;
+    Unit unit = unit_of(plan, column / plan.blocks, column % plan.blocks);
+    unit.sequence.begin = index % plan.segments * plan.segment_rows;
+    unit.sequence.end = core::smaller(problem.length, unit.sequence.begin + plan.segment_rows);
+    return unit;
+  };
+  for_each_unit<ForwardScratch>(parallel, columns * plan.segments, plan, [&](int64_t index, ForwardScratch& scratch) {
+    const Unit unit = segment_of(index);
+    start_state(problem, unit, scratch);
+    with_parts(plan, [&](auto parts, auto value_parts) { gather<parts, value_parts>(problem, unit, scratch); });
+    states.put(index, scratch, unit.stride);
+  });
+  for_each_unit<NoScratch>(parallel, columns, plan, [&](int64_t column, NoScratch&) {
+    const int64_t first = column * plan.segments;
+    for (int64_t index = first + 1; index < first + plan.segments; ++index)
+      states.merge(first, index, segment_of(index).stride);
+  });
+  for_each_unit<ForwardScratch>(parallel, columns * plan.segments, plan, [&](int64_t index, ForwardScratch& scratch) {
+    const Unit unit = segment_of(index);
+    states.get(index / plan.segments * plan.segments, unit.stride, scratch);
+    with_parts(plan, [&](auto parts, auto value_parts) { read_out<parts, value_parts>(problem, unit, scratch); });
+    if (unit.sequence.begin == 0) write_state(problem, unit, scratch);
+  });
 }
 
 }  // namespace
@@ -218,6 +179,7 @@ void recurrence_forward(const RecurrenceProblem& problem, const Parallel& parall
     return;
   }
   const Plan plan(problem, parallel.threads);
+  if (plan.segments > 1) return run_segments(plan, parallel);
   for_each_unit<ForwardScratch>(parallel, problem.sequences() * problem.key_heads * plan.blocks, plan,
                                 [&plan](int64_t index, ForwardScratch& scratch) { run_unit(plan, index, scratch); });
 }

@@ -59,19 +59,47 @@ SIGHTLINE_INLINE float mask_bias(const char* element, MaskKind kind) {
   }
 }
 
+// Entries [first, first + count) of a row of the mask as biases.
+[[maybe_unused]] static void load_mask_row(const MaskView& mask, int64_t batch, int64_t head, int64_t query,
+                                           int64_t first, int64_t count, float* bias) {
+  const char* start = mask_element(mask, batch, head, query, first);
+  if (mask.strides[3] != 1) {
+    for (int64_t j = 0; j < count; ++j)
+      bias[j] = mask_bias(mask_element(mask, batch, head, query, first + j), mask.kind);
+    return;
+  }
+  switch (mask.kind) {
+    case MaskKind::kBool:
+      for (int64_t j = 0; j < count; ++j) bias[j] = start[j] != 0 ? 0.0f : -INFINITY;
+      return;
+    case MaskKind::kFloat16:
+      return widen(start, DType::kFloat16, bias, count);
+    case MaskKind::kBFloat16:
+      return widen(start, DType::kBFloat16, bias, count);
+    default:
+      return widen(start, DType::kFloat32, bias, count);
+  }
+}
+
 [[maybe_unused]] static int64_t count_visible(const AttentionProblem& problem, int64_t batch, int64_t head,
                                               int64_t query, int64_t first, int64_t last) {
   if (last < first) return 0;
   if (problem.attn_mask.kind != MaskKind::kNone) {
-    int64_t count = 0;
-    for (int64_t key = first; key <= last; ++key) {
-      const bool takes_part =
-          problem.key_mask == nullptr ||
-          problem.key_mask[batch * problem.key_mask_strides[0] + key * problem.key_mask_strides[1]] != 0;
-      const float bias = mask_bias(mask_element(problem.attn_mask, batch, head, query, key), problem.attn_mask.kind);
-      count += takes_part && bias != -INFINITY;
+    constexpr int64_t kBlock = 256;
+    alignas(64) float bias[kBlock];
+    int64_t hidden = 0;
+    for (int64_t start = first; start <= last; start += kBlock) {
+      const int64_t count = core::smaller(kBlock, last + 1 - start);
+      load_mask_row(problem.attn_mask, batch, head, query, start, count, bias);
+      if (problem.key_mask != nullptr)
+        for (int64_t j = 0; j < count; ++j)
+          if (problem.key_mask[batch * problem.key_mask_strides[0] + (start + j) * problem.key_mask_strides[1]] == 0)
+            bias[j] = -INFINITY;
+      int32_t hidden_here = 0;
+      for (int64_t j = 0; j < count; ++j) hidden_here += bias[j] == -INFINITY;
+      hidden += hidden_here;
     }
-    return count;
+    return last + 1 - first - hidden;
   }
   if (problem.visible_prefix != nullptr) {
     const int32_t* prefix = problem.visible_prefix + batch * (problem.keys + 1);

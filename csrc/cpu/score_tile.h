@@ -45,14 +45,20 @@ SIGHTLINE_INLINE void set_up_key_factors(const AttentionProblem& problem, int64_
   }
 }
 
-// attn_mask of the tile as a bias, transposed to (key, lane).
+// attn_mask of the tile as a bias, transposed to (key, lane): kKeyTile keys, those past the tile's at 0.
 [[maybe_unused]] static void load_bias(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
                                        float* bias) {
-  for (int lane = 0; lane < rows.lanes; ++lane)
-    for (int j = 0; j < keys.count; ++j)
-      bias[j * rows.lanes + lane] =
-          mask_bias(mask_element(problem.attn_mask, rows.batch, rows.head[lane], rows.query[lane], keys.first + j),
-                    problem.attn_mask.kind);
+  alignas(64) float block[Vec::kWidth * kKeyTile];
+  for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
+    for (int offset = 0; offset < Vec::kWidth; ++offset) {
+      float* row = block + offset * kKeyTile;
+      load_mask_row(problem.attn_mask, rows.batch, rows.head[lane + offset], rows.query[lane + offset], keys.first,
+                    keys.count, row);
+      zero(row + keys.count, kKeyTile - keys.count);
+    }
+    for (int column = 0; column < kKeyTile; column += Vec::kWidth)
+      transpose_block(block + column, kKeyTile, bias + column * rows.lanes + lane, rows.lanes);
+  }
 }
 
 SIGHTLINE_INLINE bool tile_is_visible_to_any(const RowTile& rows, int64_t first_key, int64_t count) {

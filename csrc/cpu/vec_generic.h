@@ -96,9 +96,7 @@ SIGHTLINE_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
 SIGHTLINE_INLINE float sum_of_lanes(Vec x) { return (x.value[0] + x.value[1]) + (x.value[2] + x.value[3]); }
 // Lane i: the sum of the lanes of sums[i].
 SIGHTLINE_INLINE Vec sums_of_lanes(const Vec (&sums)[4]) {
-  Vec result;
-  for (int i = 0; i < 4; ++i) result.value[i] = sum_of_lanes(sums[i]);
-  return result;
+  return {Float4{sum_of_lanes(sums[0]), sum_of_lanes(sums[1]), sum_of_lanes(sums[2]), sum_of_lanes(sums[3])}};
 }
 // to (column, row) = from (row, column) on a block of kWidth x kWidth floats.
 SIGHTLINE_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
@@ -127,10 +125,10 @@ SIGHTLINE_INLINE Vec load_bfloat16(const uint16_t* from) {
 }
 // Columns 0, 2, 4, 6 and 1, 3, 5, 7.
 SIGHTLINE_INLINE void load_bfloat16_pairs(const uint16_t* from, Vec& even, Vec& odd) {
-  for (int lane = 0; lane < 4; ++lane) {
-    even.value[lane] = core::bfloat16_to_float(from[2 * lane]);
-    odd.value[lane] = core::bfloat16_to_float(from[2 * lane + 1]);
-  }
+  even = {Float4{core::bfloat16_to_float(from[0]), core::bfloat16_to_float(from[2]), core::bfloat16_to_float(from[4]),
+                 core::bfloat16_to_float(from[6])}};
+  odd = {Float4{core::bfloat16_to_float(from[1]), core::bfloat16_to_float(from[3]), core::bfloat16_to_float(from[5]),
+                core::bfloat16_to_float(from[7])}};
 }
 SIGHTLINE_INLINE void store_float16(uint16_t* to, Vec x) {
   for (int lane = 0; lane < 4; ++lane) to[lane] = core::float_to_float16(x.value[lane]);

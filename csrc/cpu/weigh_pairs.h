@@ -51,10 +51,11 @@ SIGHTLINE_INLINE void add_lanes(double* sums, Vec values) {
   for (int offset = 0; offset < Vec::kWidth; ++offset) sums[offset] += lanes[offset];
 }
 
-// As weigh() of weigh_tile.h. With kTrackLargest it finds the largest score too, which only products still lack; with
-// kKeep the weights stay in the tile.
-template <class Weight, TileHolds kHolds, bool kTrackLargest, bool kKeep>
-static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint32_t* pairs) {
+// As weigh() of weigh_tile.h. Of products, which still lack their factors, it finds the largest scores too; with kKeep
+// the weights stay in the tile.
+template <class Weight, TileHolds kHolds, bool kKeep>
+static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint32_t* pairs, float* tile_largest) {
+  constexpr bool kTrackLargest = kHolds == TileHolds::kProducts;
   for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
     Vec sum = Vec::broadcast(0.0f), rounded_sum = sum, largest = Vec::broadcast(-INFINITY);
     map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x, int key) {
@@ -66,8 +67,10 @@ static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint3
     });
     add_lanes(state.normalizer + lane, sum);
     add_lanes(state.rounded_sum + lane, rounded_sum);
-    if (kTrackLargest)
-      store(state.largest + lane, maximum(largest * Vec::broadcast(core::kLn2), Vec::load(state.largest + lane)));
+    if (!kTrackLargest) continue;
+    largest = largest * Vec::broadcast(core::kLn2);
+    store(tile_largest + lane, largest);
+    store(state.largest + lane, maximum(largest, Vec::load(state.largest + lane)));
   }
 }
 

@@ -22,8 +22,9 @@ struct RowState {
   alignas(64) float chunk_decay[kRowTile];  // what the shift's growth within the chunk does to finished chunks
   alignas(64) float mean[kRowTile];
   alignas(64) float inverse_peak[kRowTile];
-  alignas(64) float flat[kRowTile];  // 1 where the row is flat
-  bool done[kRowTile];               // the row is written, and finite
+  alignas(64) float flat[kRowTile];   // 1 where the row is flat
+  alignas(64) float least[kRowTile];  // re-weighting: weights below it do not count
+  bool done[kRowTile];                // the row is written, and finite
   double normalizer[kRowTile];
   double rounded_sum[kRowTile];  // of the weights as rounded for products of pairs: what the output is divided by
   double weight_sum[kRowTile];
@@ -125,7 +126,7 @@ static void reweigh(const AttentionProblem& problem, RowState& state, int keys, 
 
 // What re-weighting knows of a row between its two sweeps.
 struct Peak {
-  float mean, inverse_peak;
+  float mean, inverse_peak, peak;
   bool flat;
 };
 
@@ -143,7 +144,35 @@ static Peak find_peak(const AttentionProblem& problem, float visible, float shif
       exempt || visible == 0.0f ? 0.0f : static_cast<float>(problem.reweight.offset * normalizer / visible);
   const float peak = largest_weight - mean;
   const bool flat = (!exempt && !(peak > core::kFlatRow * largest_weight)) || !(peak > 0.0f);
-  return {mean, flat ? 0.0f : 1.0f / peak, flat};
+  return {mean, flat ? 0.0f : 1.0f / peak, peak, flat};
+}
+
+// The bound of tile skipping (section 2): all keys whose weights stay below it hold less than a share tau of the row.
+// Where gradients are wanted the slower of the two sums decides, that of the responses.
+[[maybe_unused]] static float least_weight(const AttentionProblem& problem, float visible, const Peak& peak) {
+  if (visible == 0.0f) return INFINITY;
+  if (peak.flat) return -INFINITY;
+  const float tau = problem.dtype == DType::kFloat32   ? 0x1p-24f
+                    : problem.dtype == DType::kFloat16 ? 0x1p-14f
+                                                       : 0x1p-12f;
+  const float exponent = problem.saved_values != nullptr ? problem.reweight.power - 1.0f : problem.reweight.power;
+  return peak.mean + peak.peak * std::pow(tau / visible, 1.0f / exponent);
+}
+
+// Whether any row has a weight in a tile that counts, by the largest scores of the tile. NaN counts.
+template <class Weight>
+static bool tile_counts(const RowState& state, const float* tile_largest) {
+  for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
+    Vec shift = Vec::load(state.shift + lane);
+    shift = select(equal(shift, Vec::broadcast(-INFINITY)), Vec::broadcast(0.0f), shift);
+    const Vec largest = Vec::load(tile_largest + lane);
+    const Vec weight = Weight::forward(Weight::kShifted ? largest - shift : largest);
+    alignas(64) float counts[Vec::kWidth];
+    store(counts, select(less(weight, Vec::load(state.least + lane)), Vec::broadcast(0.0f), Vec::broadcast(1.0f)));
+    for (int offset = 0; offset < Vec::kWidth; ++offset)
+      if (counts[offset] != 0.0f) return true;
+  }
+  return false;
 }
 
 template <class Weight>
@@ -154,6 +183,7 @@ static void find_peaks(const AttentionProblem& problem, RowState& state, bool wi
     state.mean[lane] = peak.mean;
     state.inverse_peak[lane] = peak.inverse_peak;
     state.flat[lane] = peak.flat ? 1.0f : 0.0f;
+    state.least[lane] = lane < state.rows.rows ? least_weight(problem, state.rows.visible_keys[lane], peak) : INFINITY;
   }
 }
 

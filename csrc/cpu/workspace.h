@@ -10,6 +10,7 @@
 #endif
 
 #include "core/visibility.h"
+#include "cpu/sanitizer.h"
 #include "cpu/vec.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
@@ -25,7 +26,9 @@ class Arena {
   template <class T>
   __attribute__((always_inline)) inline T* take(int64_t count) {
     char* start = memory_ == nullptr || count == 0 ? nullptr : memory_ + used_;
-    used_ += core::round_up(count * static_cast<int64_t>(sizeof(T)), kCacheLine);
+    const int64_t end = used_ + count * static_cast<int64_t>(sizeof(T));
+    used_ = core::round_up(end + kGapBytes, kCacheLine);
+    if (memory_ != nullptr) forbid(memory_ + end, used_ - end);
     return reinterpret_cast<T*>(start);
   }
   int64_t used() const { return used_; }
@@ -41,6 +44,7 @@ class Allocation {
       : memory_(static_cast<char*>(
             std::aligned_alloc(kCacheLine, static_cast<size_t>(core::round_up(bytes + 1, kCacheLine))))) {
     if (memory_ == nullptr) throw std::bad_alloc();
+    forbid(memory_ + bytes, core::round_up(bytes + 1, kCacheLine) - bytes);
   }
   ~Allocation() { std::free(memory_); }
   Allocation(const Allocation&) = delete;

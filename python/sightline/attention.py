@@ -158,9 +158,9 @@ def attention(
             sinks,
             scale if isinstance(scale, Tensor) else None,
             causal,
-            *_window_sides(window),
-            _scale_number(scale, weighting, query),
-            *_weighting_arguments(weighting),
+            *window_sides(window),
+            scale_number(scale, weighting, query),
+            *weighting_scalars(weighting),
         )
     elif chosen != "reference":
         call = call_attention if chosen == "native" else call_attention_triton
@@ -180,10 +180,10 @@ def attention(
             value_weights,
             key_segments,
             causal,
-            *_window_sides(window),
-            _scale_number(scale, weighting, query),
+            *window_sides(window),
+            scale_number(scale, weighting, query),
             float(dropout_p),
-            *_weighting_arguments(weighting),
+            *weighting_scalars(weighting),
             False,
             0,
             0,
@@ -270,21 +270,21 @@ def _with_four_axes(mask: Tensor) -> Tensor:
     return mask[(None,) * (4 - mask.dim())]
 
 
-def _window_sides(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+def window_sides(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     if window is None:
         return -1, -1
     left, right = window
     return -1 if left is None else left, -1 if right is None else right
 
 
-def _scale_number(scale: float | Tensor | None, weighting: Softmax | Softplus, query: Tensor) -> float:
+def scale_number(scale: float | Tensor | None, weighting: Softmax | Softplus, query: Tensor) -> float:
     if scale is None:
         width = query.shape[3]
         return math.log(width) if weighting.normalize_qk else 1.0 / math.sqrt(width)
     return 1.0 if isinstance(scale, Tensor) else float(scale)
 
 
-def _weighting_arguments(weighting: Softmax | Softplus) -> tuple[int, bool, bool, float, float, float, int]:
+def weighting_scalars(weighting: Softmax | Softplus) -> tuple[int, bool, bool, float, float, float, int]:
     """The weighting as the operator's scalars: weight_function to reweight_exempt_rows."""
     softcap = getattr(weighting, "softcap", None)
     reweight = weighting.reweight

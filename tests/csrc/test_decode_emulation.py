@@ -30,7 +30,7 @@ from attention_cases import (
 from attention_checks import assert_outputs_are_close
 
 import sightline as sl
-from sightline.attention import _scale_number, _weighting_arguments, _window_sides
+from sightline.attention import scale_number, weighting_scalars, window_sides
 
 KEY_TILE = 16
 SCALARS = (
@@ -61,9 +61,9 @@ def decode(bench: ModuleType) -> Decode:
     def decode_problem(problem: Problem, weighting: Any, splits: int = 3) -> dict[str, torch.Tensor]:
         options = dict(problem.options)
         scale = options.pop("scale", None)
-        left, right = _window_sides(options.pop("window", None))
-        numbers = dict(zip(SCALARS, _weighting_arguments(weighting), strict=True))
-        numbers |= {"scale": _scale_number(scale, weighting, problem.query), "causal": options.pop("causal", False)}
+        left, right = window_sides(options.pop("window", None))
+        numbers = dict(zip(SCALARS, weighting_scalars(weighting), strict=True))
+        numbers |= {"scale": scale_number(scale, weighting, problem.query), "causal": options.pop("causal", False)}
         numbers |= {"window_left": left, "window_right": right}
         arrays = {name: _array(tensor) for name, tensor in options.items()}
         if isinstance(scale, torch.Tensor):

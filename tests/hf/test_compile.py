@@ -121,6 +121,7 @@ def test_export_with_lengths_that_vary():
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 def test_inductor():
     model = sl.swap_attention(FAMILIES[0].model(), sl.LSSA())
     inputs = FAMILIES[0].inputs()

@@ -95,7 +95,12 @@ def test_opcheck_of_backward():
 
 @pytest.mark.parametrize(
     ("name", "compiler"),
-    [("softmax", "inductor"), ("softcap", "aot_eager"), ("lssa", "aot_eager"), ("lssar", "aot_eager")],
+    [
+        pytest.param("softmax", "inductor", marks=pytest.mark.inductor),
+        ("softcap", "aot_eager"),
+        ("lssa", "aot_eager"),
+        ("lssar", "aot_eager"),
+    ],
 )
 def test_compiled_forward_and_backward_equal_eager(name, compiler):
     weighting = WEIGHTINGS[name]

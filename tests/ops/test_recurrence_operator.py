@@ -67,7 +67,7 @@ def test_opcheck_of_backward(case):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("compiler", [pytest.param("inductor", marks=pytest.mark.inductor), "aot_eager"])
 def test_compiled_forward_and_backward_equal_eager(compiler, causal):
     def loss(query, key, value, gain, z, memory, mask):
         output, state = sl.additive_recurrence(

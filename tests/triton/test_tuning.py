@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sightline as sl
-from sightline.attention import _weighting_arguments
+from sightline.attention import weighting_scalars
 
 pytest.importorskip("triton")
 
@@ -42,7 +42,7 @@ def variant_of(
     weighting: Any, *, length: int = 1000, width: int = 64, dtype: torch.dtype = torch.bfloat16, saves: bool = False
 ) -> Variant:
     query = torch.empty(1, 2, length, width, dtype=dtype, device="meta")
-    scalars = (True, -1, -1, 0.1, 0.0, *_weighting_arguments(weighting))
+    scalars = (True, -1, -1, 0.1, 0.0, *weighting_scalars(weighting))
     variant = make_variant(query, query, Options(*[None] * 9, *scalars))
     return replace(variant, saves=saves)
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sightline.attention import attention
+from sightline.attention import attention, scale_number, weighting_scalars, window_sides
 from sightline.hf.interface import eager_parameters
 from sightline.hf.settings import read_settings
 from sightline.hf.visibility import Visibility
 from sightline.observe import AttentionStats, Observe
+from sightline.ops import decode_token
 from sightline.weighting import Reweight, Softmax, Softplus
 
 _STATISTICS = Observe(log_normalizer=True)
@@ -91,6 +92,17 @@ def attention_forward(
     if kwargs:
         _refuse_unknown(module, kwargs)
     weighting = _weighting(module, scaling, softcap, s_aux is not None, query.shape[3])
+    if (
+        query.shape[2] == 1
+        and position_bias is None
+        and cu_seq_lens_q is None
+        and dropout == 0.0
+        and sliding_window is None
+        and not output_attentions
+    ):
+        output = _new_token(module, query, key, value, attention_mask, weighting, scaling, s_aux)
+        if output is not None:
+            return output.transpose(1, 2), None
     options, end_to_end = _mask_options(
         module, query, key, attention_mask, position_bias, is_causal, sliding_window, cu_seq_lens_q, weighting
     )
@@ -123,6 +135,32 @@ def attention_forward(
             log_normalizer = statistics.log_normalizer.unflatten(2, (batch, -1)).squeeze(0).transpose(0, 1)
             statistics = AttentionStats(log_normalizer=log_normalizer)
     return output, statistics
+
+
+def _new_token(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Visibility | Tensor | None,
+    weighting: Softmax | Softplus,
+    scaling: float | None,
+    sinks: Tensor | None,
+) -> Tensor | None:
+    """Attention of one new token, (B, H, 1, Dv), past the checks of `sightline.attention`; None where it is needed."""
+    softmax = type(weighting) is Softmax
+    scale = scaling if softmax and not weighting.normalize_qk else None
+    if scale is None:
+        scale = scale_number(None, weighting, query)
+    scalars = (scale, *weighting_scalars(weighting))
+    sinks = sinks if softmax else None
+    if mask is None:
+        return decode_token(query, key, value, None, None, sinks, False, -1, -1, *scalars)
+    if type(mask) is not Visibility or mask.document_offsets is not None:
+        return None
+    _check_lengths(module, mask, query, key)
+    sides = window_sides(mask.window)
+    return decode_token(query, key, value, mask.key_lengths, mask.key_mask, sinks, mask.causal, *sides, *scalars)
 
 
 def _mask_options(

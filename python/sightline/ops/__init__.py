@@ -8,7 +8,7 @@ from sightline.ops.backends import (
     choose_recurrence_backend,
     requested_backend,
 )
-from sightline.ops.decode import call_attention_decode, decode_refusal, takes_decode_shortcut
+from sightline.ops.decode import call_attention_decode, decode_refusal, decode_token, takes_decode_shortcut
 from sightline.ops.library import available_isas, cuda_library, isa_name, native_library
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "choose_recurrence_backend",
     "cuda_library",
     "decode_refusal",
+    "decode_token",
     "isa_name",
     "native_library",
     "requested_backend",

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ _HAS_KERNELS = native_library().loaded
 _MISCONFIGURED = native_library().misconfigured
 
 _warned_devices: set[str] = set()
+
+# Whether the variable is set is asked in every call, for which os.environ, a mapping in Python, takes longer than the
+# argument checks. CPython keeps its dictionary in `_data`; without it the mapping itself does.
+_ENVIRONMENT: Any = getattr(os.environ, "_data", os.environ)
+_VARIABLE: Any = "SIGHTLINE_BACKEND" if _ENVIRONMENT is os.environ else os.environ.encodekey("SIGHTLINE_BACKEND")
 
 
 def _triton_version() -> str | None:
@@ -99,8 +105,8 @@ def requested_backend(backend: str) -> str:
 
     Raises ValueError for an unknown SIGHTLINE_BACKEND.
     """
-    if backend == "auto":
-        backend = os.environ.get("SIGHTLINE_BACKEND", "auto")
+    if backend == "auto" and _VARIABLE in _ENVIRONMENT:
+        backend = os.environ["SIGHTLINE_BACKEND"]
         if backend not in BACKENDS:
             raise ValueError(f"SIGHTLINE_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     return backend

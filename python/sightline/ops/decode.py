@@ -13,6 +13,7 @@ import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
 
+from sightline.ops.backends import requested_backend
 from sightline.ops.library import cuda_architectures, cuda_library, native_library, runs_on
 from sightline.ops.rules import Kernels, is_plain_call, needs_node
 
@@ -32,6 +33,7 @@ def _no_backward(*_: Any) -> tuple[Tensor, ...]:
 _LOADED = cuda_library().loaded
 _REASON = cuda_library().reason
 _ARCHITECTURES = tuple(cuda_architectures())
+_USABLE = native_library().loaded and not native_library().misconfigured
 
 
 if native_library().loaded:
@@ -52,6 +54,35 @@ def takes_decode_shortcut(query: Tensor, key: Tensor, *others: Any) -> bool:
         and query.shape[1] * query.shape[2] <= MOST_ROWS * key.shape[1]
         and not needs_node(arguments)
     )
+
+
+def decode_token(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    *scalars: Any,
+) -> Tensor | None:
+    """Attention of one unchecked query row per batch entry on the CPU, (B, H, 1, Dv); None where it takes more.
+
+    A model asks for this once per layer and token, after its weights have driven all else out of the caches: every line
+    that need not run counts. `scalars` as in the schema of `sightline::attention_decode`, from `causal` on.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not (_USABLE and query.is_cpu and query.shape[2] == 1)
+        or not query.dtype == key.dtype == value.dtype
+        or query.dtype not in _DTYPES
+        or torch.is_autocast_enabled("cpu")
+        or needs_node((query, key, value, sinks))
+        or requested_backend("auto") not in ("auto", "native")
+    ):
+        return None
+    # By the dispatcher, which knows modes, tracers and profilers: asking for them here would cost more.
+    output: Tensor = _DECODE(query, key, value, key_lengths, key_mask, None, sinks, None, *scalars)[0]
+    return output
 
 
 def decode_refusal(

@@ -23,6 +23,7 @@ from sightline.triton.recurrence_chunk import (
     load_row,
     load_state,
     load_tile,
+    rows_of,
     state_places,
     store_tile,
     takes_part,
@@ -44,17 +45,30 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def load_grad_output(problem, gradients, variant: tl.constexpr, chunk, head, within, column):
-    return load_tile(gradients.grad_output, chunk, head, within, column, variant.value_width, variant.block_value_width)
+def load_grad_output(
+    problem, gradients, variant: tl.constexpr, chunk, head, within, column, backwards: tl.constexpr = False
+):
+    return load_tile(
+        gradients.grad_output,
+        chunk,
+        head,
+        within,
+        column,
+        variant.value_width,
+        variant.block_value_width,
+        backwards,
+    )
 
 
 @triton.jit
-def decays_from_start(problem, variant: tl.constexpr, chunk, key_head, channel, keys, z):
+def decays_from_start(
+    problem, variant: tl.constexpr, chunk, key_head, channel, keys, z, backwards: tl.constexpr = False
+):
     """exp(z_in - z_t) of every row, 0 before the first key."""
-    found = weigh_keys(keys, z)
+    found = weigh_keys(keys, z, backwards)
     decays = found.before[None, :] * found.inverse
     if found.fast == 0:
-        own = walk_log_normalizers(problem, variant, chunk, key_head, channel, z)
+        own = walk_log_normalizers(problem, variant, chunk, key_head, channel, z, backwards)
         decays = tl.where(own == -float("inf"), 0.0, tl.exp(z[None, :] - own))
     return decays
 
@@ -129,28 +143,33 @@ def query_gradients(problem, gradients, grad_query, variant: tl.constexpr):
     if variant.causal:
         store_tile(gradients.query_responses, chunk, key_head, channel, response, variant.width, variant.block_width)
         decays = decays_from_start(problem, variant, chunk, key_head, channel, keys, z)
-        part = -tl.sum(tl.where(decays == 0.0, 0.0, decays * response), axis=0)
+        # In fp64: the first rows weigh most, and what is small is lost where it is added to their sum one by one.
+        part = -tl.sum(tl.where(decays == 0.0, 0.0, decays * response).to(tl.float64), axis=0).to(tl.float32)
         channels = channel + tl.arange(0, variant.block_width)
         tl.store(gradients.responses + unit * variant.width + channels, part, mask=channels < variant.width)
 
 
 @triton.jit
 def sum_back(problem, gradients, variant: tl.constexpr):
-    """A chunk's own part of G before it: sum over its rows of exp(z_in - z_t) scale q_t do_t^T."""
+    """A chunk's own part of G before it: sum over its rows of exp(z_in - z_t) scale q_t do_t^T.
+
+    From the last row to the first, as the recurrence has it: later rows weigh less, and small terms that are added
+    first are not lost beside large ones.
+    """
     chunk = find_chunk(problem, variant, tl.program_id(0))
     key_head = tl.program_id(1)
     tiles: tl.constexpr = (variant.value_width + variant.block_value_width - 1) // variant.block_value_width
     channel = tl.program_id(2) // tiles * variant.block_width
     column = tl.program_id(2) % tiles * variant.block_value_width
-    index = tl.arange(0, variant.rows)
-    within = index < chunk.rows
+    index = rows_of(chunk, variant.rows, True)
+    within = index >= 0
     unit = chunk.index * problem.key_heads + key_head
     own = chunk.sequence * problem.key_heads + key_head
     if variant.causal:
         live = takes_part(problem, variant, chunk, index)
         z = load_channels(problem.log_normalizers, unit, channel, variant, -float("inf"))
-        keys = load_keys(problem, variant, chunk, key_head, live, channel)
-        decays = decays_from_start(problem, variant, chunk, key_head, channel, keys, z)
+        keys = load_keys(problem, variant, chunk, key_head, live, channel, True)
+        decays = decays_from_start(problem, variant, chunk, key_head, channel, keys, z, True)
     else:
         z = load_channels(problem.final_log_normalizer, own, channel, variant, -float("inf"))
         decays = tl.full((variant.rows, variant.block_width), 0.0, tl.float32)
@@ -158,9 +177,9 @@ def sum_back(problem, gradients, variant: tl.constexpr):
     total = tl.full((variant.block_width, variant.block_value_width), 0.0, tl.float32)
     for member in tl.range(0, problem.group):
         head = key_head * problem.group + member
-        queries = load_tile(problem.query, chunk, head, within, channel, variant.width, variant.block_width)
+        queries = load_tile(problem.query, chunk, head, within, channel, variant.width, variant.block_width, True)
         queries = tl.where(decays == 0.0, 0.0, queries * decays) * problem.scale
-        received = load_grad_output(problem, gradients, variant, chunk, head, within, column)
+        received = load_grad_output(problem, gradients, variant, chunk, head, within, column, True)
         total += dot(tl.trans(queries), received, variant)
     places, inside = state_places(gradients.state_gradients, unit, channel, column, variant)
     tl.store(places, total, mask=inside)

@@ -109,7 +109,7 @@ def all_finite(tile):
 @triton.jit
 def takes_part(problem, variant: tl.constexpr, chunk, rows):
     """Which of these rows of the chunk, a block or one, have a key that takes part."""
-    live = rows < chunk.rows
+    live = (rows >= 0) & (rows < chunk.rows)
     if variant.has_mask:
         place = chunk.batch * problem.mask_batch_stride + (chunk.first + rows) * problem.mask_row_stride
         live = live & (tl.load(problem.key_mask + place, mask=live, other=0) != 0)
@@ -122,9 +122,20 @@ def heads_pointer(heads, chunk, head):
 
 
 @triton.jit
-def load_tile(heads, chunk, head, live, column, width: tl.constexpr, block: tl.constexpr):
+def rows_of(chunk, count: tl.constexpr, backwards: tl.constexpr):
+    """The chunk's row in every row of a tile; `backwards`, the chunk's last row comes first."""
+    if backwards:
+        return chunk.rows - 1 - tl.arange(0, count)
+    else:
+        return tl.arange(0, count)
+
+
+@triton.jit
+def load_tile(
+    heads, chunk, head, live, column, width: tl.constexpr, block: tl.constexpr, backwards: tl.constexpr = False
+):
     """(rows, block) in fp32 from `column` on; 0 in rows that are not live."""
-    rows = chunk.first + tl.arange(0, live.shape[0])
+    rows = chunk.first + rows_of(chunk, live.shape[0], backwards)
     columns = column + tl.arange(0, block)
     places = heads_pointer(heads, chunk, head) + rows[:, None] * heads.row_stride + columns[None, :]
     return tl.load(places, mask=live[:, None] & (columns < width)[None, :], other=0.0).to(tl.float32)
@@ -147,9 +158,9 @@ def load_row(heads, chunk, head, row, live, column, width: tl.constexpr, block: 
 
 
 @triton.jit
-def load_keys(problem, variant: tl.constexpr, chunk, key_head, live, channel):
+def load_keys(problem, variant: tl.constexpr, chunk, key_head, live, channel, backwards: tl.constexpr = False):
     """(rows, channels) logits, -inf where no key takes part."""
-    keys = load_tile(problem.key, chunk, key_head, live, channel, variant.width, variant.block_width)
+    keys = load_tile(problem.key, chunk, key_head, live, channel, variant.width, variant.block_width, backwards)
     inside = channel + tl.arange(0, variant.block_width) < variant.width
     return tl.where(live[:, None] & inside[None, :], keys, -float("inf"))
 
@@ -184,14 +195,14 @@ def load_state(states, unit, channel, column, variant: tl.constexpr):
 
 
 @triton.jit
-def weigh_keys(keys, z):
+def weigh_keys(keys, z, backwards: tl.constexpr = False):
     """The weights of the keys after a normaliser z (channels,)."""
     largest = tl.maximum(tl.max(keys, axis=0), z)
     shift = tl.where(largest == -float("inf"), 0.0, largest)
     weights = tl.exp(keys - shift[None, :])
     before = tl.exp(z - shift)
-    total = before[None, :] + tl.cumsum(weights, axis=0)
-    met = tl.cumsum((keys != -float("inf")).to(tl.int32), axis=0) > 0
+    total = before[None, :] + tl.cumsum(weights, axis=0, reverse=backwards)
+    met = tl.cumsum((keys != -float("inf")).to(tl.int32), axis=0, reverse=backwards) > 0
     met = met | (z != -float("inf"))[None, :]
     safe = (total >= LEAST_NORMALIZER) | (met == 0)
     inverse = tl.where(met, 1.0 / tl.where(met, total, 1.0), 0.0)
@@ -226,9 +237,9 @@ def add_logs(z, key):
 
 
 @triton.jit
-def walk_log_normalizers(problem, variant: tl.constexpr, chunk, key_head, channel, z):
+def walk_log_normalizers(problem, variant: tl.constexpr, chunk, key_head, channel, z, backwards: tl.constexpr = False):
     """z_t of every row of the chunk, (rows, channels), one row after the other."""
-    index = tl.arange(0, variant.rows)
+    index = rows_of(chunk, variant.rows, backwards)
     tile = tl.full((variant.rows, variant.block_width), -float("inf"), tl.float32)
     for row in tl.range(0, chunk.rows):
         live = takes_part(problem, variant, chunk, row)

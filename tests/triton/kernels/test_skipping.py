@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from attention_cases import DTYPES, OPTIONS, PACKINGS, WEIGHTINGS, Problem, Sizes, random_problem, run
+from attention_cases import DTYPES, OPTIONS, PACKINGS, WEIGHTINGS, Sizes, clustered_problem, random_problem, run
 from attention_checks import assert_results_are_close, random_gradients
 
 import sightline as sl
@@ -23,16 +22,6 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys(
 @pytest.fixture(autouse=True)
 def skipping_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "LEAST_SKIPPING_TILES", 1)
-
-
-def clustered_problem(dtype: torch.dtype, queries: int = 64, keys: int = 640, **options: Any) -> Problem:
-    """Keys near one of five directions, a stretch of keys for each, and rows that look for one of them."""
-    centres = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1) * 4.0
-    key = centres.repeat_interleave(keys // 5, 0) + 0.3 * torch.randn(1, 2, keys, 16)
-    wanted = torch.arange(queries) // 32 % 5
-    query = centres[wanted] + 0.3 * torch.randn(1, 4, queries, 16)
-    value = torch.randn(1, 2, keys, 16)
-    return Problem(query.to(dtype), key.to(dtype), value.to(dtype), options)
 
 
 @every_dtype

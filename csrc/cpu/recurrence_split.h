@@ -1,0 +1,190 @@
+// The products of a chunk of the additive recurrence on the tile unit (split_product.h).
+//
+// Values are what they are: bfloat16, or float16 in two parts. What meets them and what meets the queries is fp32 and
+// takes part with sixteen bits, so that outputs and states are what other splits of the sequence give. Over a whole
+// sequence the queries are exact too, and for bfloat16 the state is rounded once for all of them, as attention rounds
+// its weights. A value that is not finite is kept out of these products and added apart: a row that does not see it
+// keeps its bits.
+#pragma once
+
+#include "cpu/recurrence_chunk.h"
+#include "cpu/split_product.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+// A chunk of fewer rows, as steep keys make it, costs less in fp32 than its state costs to be rounded.
+constexpr int kLeastSplitRows = 16;
+
+// In how many parts of bfloat16 the factors of a product are taken.
+struct Parts {
+  int factors;  // whatever fp32 has computed; 0: products in fp32
+  int values;
+};
+SIGHTLINE_INLINE Parts split_parts(DType dtype) {
+  // fp32 would take three parts and six products each, and gain nothing.
+  if (!kHasTileUnit || dtype == DType::kFloat32) return {0, 0};
+  return {2, dtype == DType::kBFloat16 ? 1 : 2};
+}
+
+constexpr int64_t kValuePanel = kChunkRows / 2 * kPanelLanes;
+
+struct SplitChunk {
+  int64_t key_depth;  // Dk, padded for products of pairs
+  uint16_t* queries;  // (parts, kChunkRows, key_depth)
+  uint32_t* state;    // (parts, block / 16, key_depth / 2, 16)
+  uint32_t* keys;     // (parts, kChunkRows / 16, key_depth / 2, 16): the keys' weights as the scores meet them
+  uint16_t* weights;  // (parts, padded Dk, kChunkRows): as the state meets them
+  uint32_t* values;   // (value parts, block / 16, kChunkRows / 2, 16)
+  uint16_t* scores;   // (parts, kChunkRows, kChunkRows)
+
+  int64_t panel() const { return key_depth / 2 * kPanelLanes; }
+
+  void carve(Arena& arena, Parts of, int64_t key_width, int64_t block) {
+    const int64_t parts = of.factors;
+    key_depth = core::round_up(key_width, kPairDepth);
+    if (parts == 0) return;
+    queries = arena.take<uint16_t>(parts * kChunkRows * key_depth);
+    state = arena.take<uint32_t>(parts * key_depth / 2 * block);
+    keys = arena.take<uint32_t>(parts * key_depth / 2 * kChunkRows);
+    weights = arena.take<uint16_t>(parts * padded(key_width) * kChunkRows);
+    values = arena.take<uint32_t>(of.values * kChunkRows / 2 * block);
+    scores = arena.take<uint16_t>(parts * kChunkRows * kChunkRows);
+  }
+};
+
+#if defined(__AMX_BF16__)
+
+// Splits the keys' weights for the state, and for the scores where there are some.
+template <int kParts>
+static void split_weights(const KeyChunk& chunk, bool for_scores, const SplitChunk& split) {
+  transpose_to_rows<kParts>(chunk.gained, chunk.stride, chunk.rows, chunk.stride, split.weights, kChunkRows,
+                            chunk.stride * kChunkRows);
+  if (for_scores)
+    transpose_to_pairs<kParts>(chunk.gained, chunk.stride, chunk.stride, split.keys, split.panel(),
+                               split.key_depth / 2 * kChunkRows, chunk.rows);
+}
+
+// Splits values (rows, stride). Those that have no leading bits in bfloat16 alone remain there, with zeros between
+// them; whether there are none.
+template <int kParts>
+static bool split_values(float* values, int64_t stride, int rows, int64_t width, const SplitChunk& split) {
+  constexpr float kLargest = 3.38e38f;  // rounds to a finite number
+  const Vec nothing = Vec::broadcast(0.0f);
+  const auto held = [](Vec value) { return less(absolute(value), Vec::broadcast(kLargest)); };
+  const int64_t part = kChunkRows / 2 * width;
+  bool all = true;
+  for (int row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < width; column += Vec::kWidth)
+      all &= held(Vec::load(values + row * stride + column)).bits == 0xffff;
+  if (all) {
+    split_to_pairs<kParts>(values, stride, nullptr, rows, width, split.values, kValuePanel, part);
+    return true;
+  }
+  for (int64_t row = 0; row < core::round_up(rows, kPairDepth); row += 2)
+    for (int64_t column = 0; column < width; column += Vec::kWidth) {
+      Vec pair[2] = {nothing, nothing};
+      for (int64_t index = 0; index < 2 && row + index < rows; ++index) {
+        float* entry = values + (row + index) * stride + column;
+        const Vec value = Vec::load(entry);
+        const Mask finite = held(value);
+        pair[index] = select(finite, value, nothing);
+        store(entry, select(finite, nothing, value));
+      }
+      uint32_t* target = split.values + column / kPanelLanes * kValuePanel + row / 2 * kPanelLanes;
+      for_each_part<kParts>(
+          [&](int index, auto last) { store(target + index * part, split_pairs<last>(pair[0], pair[1])); });
+    }
+  return false;
+}
+
+// Values of bfloat16 as they lie, (rows, columns), to pairs (padded rows / 2, width). Whether all are finite.
+[[maybe_unused]] static bool pair_values(const uint16_t* from, int64_t from_stride, int rows, int64_t columns,
+                                         int64_t width, const SplitChunk& split) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 non_finite = 0;
+  for (int64_t row = 0; row < core::round_up(rows, kPairDepth); row += 2)
+    for (int64_t column = 0; column < width; column += 16) {
+      const __mmask16 live = static_cast<__mmask16>(columns - column >= 16 ? 0xffff : (1 << (columns - column)) - 1);
+      const uint16_t* source = from + row * from_stride + column;
+      const __m512i pairs = interleave(_mm256_maskz_loadu_epi16(row < rows ? live : 0, source),
+                                       _mm256_maskz_loadu_epi16(row + 1 < rows ? live : 0, source + from_stride));
+      non_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs, exponent), exponent);
+      store(split.values + column / kPanelLanes * kValuePanel + row / 2 * kPanelLanes, Halves{pairs});
+    }
+  return non_finite == 0;
+}
+
+// Rows (rows, stride) of fp32.
+template <int kParts>
+static void split_rows(const float* from, int64_t from_stride, int rows, int64_t width, uint16_t* to, int64_t to_stride,
+                       int64_t part) {
+  for (int64_t row = 0; row < core::round_up(rows, kPairRows); ++row)
+    for (int64_t column = 0; column < to_stride; column += 32) {
+      Vec first = Vec::broadcast(0.0f), second = first;
+      if (row < rows) first = Vec::load(from + row * from_stride + column);
+      if (row < rows && column + 16 < width) second = Vec::load(from + row * from_stride + column + 16);
+      for_each_part<kParts>([&](int index, auto last) {
+        store(to + index * part + row * to_stride + column, split_row<last>(first, second));
+      });
+    }
+}
+
+// The scores on and below the diagonal.
+template <int kParts>
+static void split_scores(const float* scores, int rows, uint16_t* to) {
+  const int64_t depth = core::round_up(rows, kPairDepth);
+  for (int64_t row = 0; row < core::round_up(rows, kPairRows); ++row)
+    for (int64_t column = 0; column < depth; column += 32) {
+      const int64_t live = row < rows ? row + 1 - column : 0;
+      const uint32_t mask = live <= 0 ? 0 : live >= 32 ? ~0u : (1u << live) - 1;
+      const float* from = scores + row * kChunkRows + column;
+      Vec first{_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from)};
+      Vec second{_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 16)};
+      for_each_part<kParts>([&](int index, auto last) {
+        store(to + (index * kChunkRows + row) * kChunkRows + column, split_row<last>(first, second));
+      });
+    }
+}
+
+// outputs (rows, width) = queries S, rows of the queries `query_stride` apart.
+template <int kParts>
+static void read_state(const SplitChunk& split, int64_t query_stride, int rows, int64_t width, float* outputs,
+                       int64_t stride, const Prefetches& prefetches) {
+  split_product<kParts, kParts, false>({split.queries, query_stride, kChunkRows * split.key_depth},
+                                       {split.state, split.panel(), split.key_depth / 2 * width}, outputs, stride,
+                                       core::round_up(rows, kPairRows), width, split.key_depth, prefetches);
+}
+
+// outputs += what the rows of the chunk read of it; the scores remain as fp32.
+template <int kParts, int kValueParts>
+static void read_chunk(const SplitChunk& split, int rows, int64_t width, float* scores, float* outputs, int64_t stride,
+                       const Prefetches& prefetches) {
+  const int64_t padded_rows = core::round_up(rows, kPairRows);
+  split_product<kParts, kParts, false>({split.queries, split.key_depth, kChunkRows * split.key_depth},
+                                       {split.keys, split.panel(), split.key_depth / 2 * kChunkRows}, scores,
+                                       kChunkRows, padded_rows, padded_rows, split.key_depth, prefetches);
+  split_scores<kParts>(scores, rows, split.scores);
+  split_product<kParts, kValueParts, true>({split.scores, kChunkRows, kChunkRows * kChunkRows},
+                                           {split.values, kValuePanel, kChunkRows / 2 * width}, outputs, stride,
+                                           padded_rows, width, core::round_up(rows, kPairDepth), {});
+}
+
+// state (padded Dk, width) += weights^T values.
+template <int kParts, int kValueParts>
+static void join_state(const KeyChunk& chunk, const SplitChunk& split, int64_t width, float* state, int64_t stride,
+                       const Prefetches& prefetches) {
+  split_product<kParts, kValueParts, true>({split.weights, kChunkRows, chunk.stride * kChunkRows},
+                                           {split.values, kValuePanel, kChunkRows / 2 * width}, state, stride,
+                                           chunk.stride, width, core::round_up(chunk.rows, kPairDepth), prefetches);
+}
+
+template <int kParts>
+static void split_state(const float* state, int64_t stride, const float* factors, int64_t key_width, int64_t width,
+                        const SplitChunk& split) {
+  split_to_pairs<kParts>(state, stride, factors, key_width, width, split.state, split.panel(),
+                         split.key_depth / 2 * width);
+}
+
+#endif
+
+}  // namespace sightline::SIGHTLINE_ISA_NS

@@ -1,0 +1,121 @@
+// The steps of the additive recurrence's forward pass on the tile unit, chunk by chunk.
+#pragma once
+
+#include "cpu/recurrence_unit.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+#if defined(__AMX_BF16__)
+// load_values() for products on the tile unit: those that are not finite remain in the scratch.
+template <int kValueParts>
+static bool load_split_values(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+  const KeyChunk& chunk = scratch.chunk;
+  if (kValueParts == 1) {
+    const void* from = advance(row_of(problem.value, problem.dtype, unit.sequence.batch, unit.key_head, chunk.first),
+                               unit.column, problem.dtype);
+    if (pair_values(static_cast<const uint16_t*>(from), problem.value.row_stride, chunk.rows, unit.columns, unit.width,
+                    scratch.split))
+      return true;
+  }
+  load_values(problem, unit, scratch);
+  return split_values<kValueParts>(scratch.values, unit.stride, chunk.rows, unit.width, scratch.split);
+}
+
+// Up to a chunk of rows from `first` on.
+[[maybe_unused]] static Prefetch rows_from(const RecurrenceProblem& problem, const Unit& unit, const HeadsView& view,
+                                           int64_t head, int64_t first, int64_t column, int64_t columns) {
+  const int64_t size = element_size(problem.dtype);
+  return {advance(row_of(view, problem.dtype, unit.sequence.batch, head, first), column, problem.dtype), columns * size,
+          view.row_stride * size, core::smaller(kChunkRows, unit.sequence.end - first)};
+}
+
+template <int kParts, int kValueParts>
+static void split_add_chunk_to_state(const RecurrenceProblem& problem, const Unit& unit, bool finite,
+                                     ForwardScratch& scratch) {
+  const int64_t next = scratch.chunk.first + scratch.chunk.rows;
+  join_state<kParts, kValueParts>(
+      scratch.chunk, scratch.split, unit.width, scratch.state, unit.stride,
+      {{rows_from(problem, unit, problem.key, unit.key_head, next, 0, problem.key_width),
+        rows_from(problem, unit, problem.value, unit.key_head, next, unit.column, unit.columns)},
+       {}});
+  if (!finite) add_chunk_to_state(problem, unit, false, scratch);
+}
+
+// run_chunk() on the tile unit.
+template <int kParts, int kValueParts>
+static void split_run_chunk(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+  const int64_t group = problem.heads / problem.key_heads;
+  const KeyChunk& chunk = scratch.chunk;
+  const SplitChunk& split = scratch.split;
+  const bool finite = load_split_values<kValueParts>(problem, unit, scratch);
+  split_weights<kParts>(chunk, true, split);
+  split_state<kParts>(scratch.state, unit.stride, nullptr, problem.key_width, unit.width, split);
+  for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
+    load_queries(problem, unit, head, chunk.first, chunk.rows, chunk.inverse, chunk.stride, scratch);
+    split_rows<kParts>(scratch.queries, chunk.stride, chunk.rows, chunk.stride, split.queries, split.key_depth,
+                       kChunkRows * split.key_depth);
+    read_state<kParts>(split, split.key_depth, chunk.rows, unit.width, scratch.outputs, unit.stride,
+                       {{}, rows_from(problem, unit, problem.output, head, chunk.first, unit.column, unit.columns)});
+    read_chunk<kParts, kValueParts>(
+        split, chunk.rows, unit.width, scratch.scores, scratch.outputs, unit.stride,
+        {{rows_from(problem, unit, problem.query, head, chunk.first + chunk.rows, 0, problem.key_width), {}}, {}});
+    if (!finite)
+      lower_triangle_product(scratch.scores, scratch.values, unit.stride, scratch.outputs, unit.stride, chunk.rows,
+                             unit.width, false);
+    write_outputs(problem, unit, head, chunk.first, chunk.rows, scratch);
+  }
+  split_add_chunk_to_state<kParts, kValueParts>(problem, unit, finite, scratch);
+}
+
+// Outputs from the state of a whole sequence.
+template <int kParts>
+static void split_read_out(const RecurrenceProblem& problem, const Unit& unit, int64_t head, int64_t first, int rows,
+                           ForwardScratch& scratch) {
+  SplitChunk split = scratch.split;
+  const Prefetches prefetches{{rows_from(problem, unit, problem.query, head, first + rows, 0, problem.key_width), {}},
+                              rows_from(problem, unit, problem.output, head, first, unit.column, unit.columns)};
+  const void* from = row_of(problem.query, problem.dtype, unit.sequence.batch, head, first);
+  if (kParts == 1 && split.key_depth == problem.key_width && rows % kPairRows == 0) {
+    split.queries = static_cast<uint16_t*>(const_cast<void*>(from));
+    read_state<kParts>(split, problem.query.row_stride, rows, unit.width, scratch.outputs, unit.stride, prefetches);
+  } else {
+    load_rows(problem.query, problem.dtype, unit.sequence.batch, head, first, 0, rows, problem.key_width,
+              scratch.queries, scratch.chunk.stride);
+    split_rows<kParts>(scratch.queries, scratch.chunk.stride, rows, scratch.chunk.stride, split.queries,
+                       split.key_depth, kChunkRows * split.key_depth);
+    read_state<kParts>(split, split.key_depth, rows, unit.width, scratch.outputs, unit.stride, prefetches);
+  }
+  write_outputs(problem, unit, head, first, rows, scratch);
+}
+
+// A chunk joins the state of its sequence.
+template <int kParts, int kValueParts>
+static void split_gather_chunk(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+  const bool finite = load_split_values<kValueParts>(problem, unit, scratch);
+  split_weights<kParts>(scratch.chunk, false, scratch.split);
+  split_add_chunk_to_state<kParts, kValueParts>(problem, unit, finite, scratch);
+}
+
+// The state of a whole sequence, times scale / Delta, as split_read_out() reads it.
+template <int kParts>
+static void split_whole_state(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+  KeyChunk& chunk = scratch.chunk;
+  for (int64_t d = 0; d < problem.key_width; ++d) chunk.factors[d] = chunk.inverse[d] * problem.scale;
+  split_state<kParts>(scratch.state, unit.stride, chunk.factors, problem.key_width, unit.width, scratch.split);
+}
+
+#else
+
+// Never called: no dtype has parts.
+template <int kParts, int kValueParts>
+static void split_run_chunk(const RecurrenceProblem&, const Unit&, ForwardScratch&) {}
+template <int kParts, int kValueParts>
+static void split_gather_chunk(const RecurrenceProblem&, const Unit&, ForwardScratch&) {}
+template <int kParts>
+static void split_whole_state(const RecurrenceProblem&, const Unit&, ForwardScratch&) {}
+template <int kParts>
+static void split_read_out(const RecurrenceProblem&, const Unit&, int64_t, int64_t, int, ForwardScratch&) {}
+
+#endif
+
+}  // namespace sightline::SIGHTLINE_ISA_NS
