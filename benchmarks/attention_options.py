@@ -12,27 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from attention_peers import forward_pass, implementations, random_inputs
+from command_line import CPU, say, write_document
 
 import sightline as sl
-from sightline.cli.environment import describe_device, instruction_sets, versions
+from sightline.cli.environment import instruction_sets
 from sightline.cli.measure import Spread, attention_flops, interleave, seconds_of
 from sightline.cli.peak_memory import describe_error
 
 SCHEMA = "sightline-options/1"
-RESULTS = Path(__file__).parent / "results"
-CPU = torch.device("cpu")
 WEIGHTINGS: dict[str, sl.Softmax | sl.Softplus] = {"softmax": sl.Softmax(), "lssa": sl.LSSA(), "lssar": sl.LSSAR()}
 FIRST_WIDTH, OTHER_WIDTHS = 128, (64, 80, 96, 256)
 WINDOW, SHORT_WINDOWED_LENGTH = 256, 1024
@@ -191,7 +187,7 @@ def measure(options: argparse.Namespace, measurements: list[str]) -> list[dict[s
     for measurement in measurements:
         for dtype in options.dtypes:
             for weighting in options.weightings:
-                print(f"{measurement}, {dtype}, {weighting}", file=sys.stderr, flush=True)
+                say(f"{measurement}, {dtype}, {weighting}")
                 for group in GROUPS[measurement](options, getattr(torch, dtype), weighting):
                     group.case.update(dtype=dtype, weighting=weighting, heads=options.heads)
                     found += time_group(group, options.repetitions)
@@ -241,23 +237,10 @@ def main() -> None:
     if options.child:
         print(json.dumps(measure(options, options.measurements)))
         return
-    described, isa = describe_device(CPU), instruction_sets()
     timings = measure(options, [name for name in options.measurements if name != "avx2"])
-    if "avx2" in options.measurements and "avx2" in isa["available"]:
+    if "avx2" in options.measurements and "avx2" in instruction_sets()["available"]:
         timings += measure_under_avx2(options)
-    document = {
-        "schema": SCHEMA,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "device": described,
-        "versions": versions(),
-        "instruction_set": isa,
-        "timings": timings,
-    }
-    name = options.name or re.sub(r"[^a-z0-9]+", "_", f"options {described['name']} {isa['chosen']}".lower())
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name.strip('_')}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(path)
+    write_document(SCHEMA, {"timings": timings}, name=options.name)
 
 
 if __name__ == "__main__":

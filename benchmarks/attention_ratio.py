@@ -10,9 +10,6 @@ measured in fresh processes. docs/performance.md is made from the results by ren
 from __future__ import annotations
 
 import argparse
-import json
-import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -20,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,13 +34,13 @@ from attention_peers import (
     implementations,
     random_inputs,
 )
+from command_line import positive_integers, say, whole_numbers, write_document
 
-from sightline.cli.environment import describe_device, installed_version, instruction_sets, versions
+from sightline.cli.environment import installed_version, versions
 from sightline.cli.measure import Spread, attention_flops, interleave, matmul_peak, seconds_of
 from sightline.cli.peak_memory import MeasurementError, describe_error, measure_peak
 
 SCHEMA = "sightline-attention/1"
-RESULTS = Path(__file__).parent / "results"
 PASSES = {"forward": forward_pass, "forward+backward": backward_pass}
 BACKWARD_PRODUCTS = 3.5  # forward 2 products, backward 5 with the recomputed scores: 7 / 2 of the forward
 IMPORT_RUNS = 7
@@ -227,24 +223,6 @@ def call_overhead(device: torch.device) -> list[dict[str, Any]]:
     ]
 
 
-def say(message: str) -> None:
-    """Progress, one line per step on stderr."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def positive_integers(text: str) -> list[int]:
-    """Whole numbers of at least 1 separated by commas."""
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise ValueError(text)
-    return numbers
-
-
-def whole_numbers(text: str) -> list[int]:
-    """`positive_integers`, or none."""
-    return positive_integers(text) if text else []
-
-
 def cases_of(options: argparse.Namespace, dtype: str, width: int) -> list[Case]:
     """Causal attention in both directions, then forward over all keys, then forward over a batch of short sequences."""
     heads, long, short = options.heads, options.lengths, options.short_lengths
@@ -299,14 +277,9 @@ def main() -> None:
     on_cpu = device.type == "cpu"
     memory = peak_memory(8, options.peak_length, 64, "float32") if on_cpu and options.peak_length else []
     say("import time and call overhead")
-    described = describe_device(device)
-    document = {
-        "schema": SCHEMA,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "device": described,
+    found = {
         "versions": versions() | {"zentorch": installed_version("zentorch")},
         "left_out": forward_peers(causal=True)[1] if on_cpu else {},
-        "instruction_set": instruction_sets(),
         "deterministic_backward": torch.are_deterministic_algorithms_enabled(),
         "matmul_peak_gflops": peaks,
         "timings": timings,
@@ -314,12 +287,7 @@ def main() -> None:
         "import_seconds": import_seconds(),
         "call_overhead": call_overhead(device),
     }
-    isa = document["instruction_set"]["chosen"] if on_cpu else ""
-    name = options.name or re.sub(r"[^a-z0-9]+", "_", f"attention {described['name']} {isa}".lower()).strip("_")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(path)
+    write_document(SCHEMA, found, device=device, name=options.name)
 
 
 if __name__ == "__main__":

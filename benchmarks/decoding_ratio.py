@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import re
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,11 +19,10 @@ from typing import Any
 
 import torch
 from attention_peers import BASELINE
-from attention_ratio import RESULTS, positive_integers, say
+from command_line import positive_integers, say, write_document
 from torch.nn import functional
 
 import sightline as sl
-from sightline.cli.environment import describe_device, instruction_sets, versions
 from sightline.cli.measure import Spread, interleave
 from sightline.cli.peak_memory import describe_error
 
@@ -124,22 +119,7 @@ def main() -> None:
     for result in timings:
         if result["error"] is None:
             result["share_of_bandwidth"] = result["gigabytes_per_second"] / bandwidth
-    described = describe_device(torch.device("cpu"))
-    document = {
-        "schema": SCHEMA,
-        "command": shlex.join(["decoding_ratio.py", *sys.argv[1:]]),
-        "device": described,
-        "versions": versions(),
-        "instruction_set": instruction_sets(),
-        "read_gigabytes_per_second": bandwidth,
-        "timings": timings,
-    }
-    isa = document["instruction_set"]["chosen"]
-    name = re.sub(r"[^a-z0-9]+", "_", f"decoding {described['name']} {isa}".lower()).strip("_")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(path)
+    write_document(SCHEMA, {"read_gigabytes_per_second": bandwidth, "timings": timings})
 
 
 if __name__ == "__main__":

@@ -11,26 +11,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import json
-import re
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import CPU, say, whole_numbers, write_document
 from recurrence_peers import CAUSAL, UNORDERED, backward_pass, decoding_step, forward_pass, random_inputs
 
-from sightline.cli.environment import describe_device, instruction_sets, versions
 from sightline.cli.measure import Spread, interleave, seconds_of
 from sightline.cli.peak_memory import measure_peak
 
 SCHEMA = "sightline-recurrence/1"
-RESULTS = Path(__file__).parent / "results"
-CPU = torch.device("cpu")
 DECODING_CALLS = 50
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -113,24 +106,11 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def say(message: str) -> None:
-    """Progress, one line per step on stderr."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def integers(text: str) -> list[int]:
-    """Whole numbers of at least 1 separated by commas; none in an empty text."""
-    numbers = [int(part) for part in text.split(",") if part]
-    if any(number < 1 for number in numbers):
-        raise ValueError(text)
-    return numbers
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure the additive recurrence against its peers and write JSON.")
-    parser.add_argument("--lengths", type=integers, default=[1024, 4096, 16384], metavar="N,N,...")
-    parser.add_argument("--long-lengths", type=integers, default=[4096, 65536, 1048576], metavar="N,N,...")
+    parser.add_argument("--lengths", type=whole_numbers, default=[1024, 4096, 16384], metavar="N,N,...")
+    parser.add_argument("--long-lengths", type=whole_numbers, default=[4096, 65536, 1048576], metavar="N,N,...")
     parser.add_argument("--sdpa-limit", type=int, default=4096, metavar="N", help="longest context of torch SDPA")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=128, help="Dk and Dv")
@@ -156,21 +136,8 @@ def main() -> None:
         beyond = max(0, peak.extra_bytes - output_bytes)
         memory.append(shape | {"extra_bytes": peak.extra_bytes, "beyond_output_bytes": beyond, "method": peak.method})
     keep_freed_memory()
-    described, isa = describe_device(CPU), instruction_sets()
-    document = {
-        "schema": SCHEMA,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "device": described,
-        "versions": versions(),
-        "instruction_set": isa,
-        "timings": [result for dtype in options.dtypes for result in measure(options, dtype)],
-        "memory": memory,
-    }
-    name = options.name or re.sub(r"[^a-z0-9]+", "_", f"recurrence {described['name']} {isa['chosen']}".lower())
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name.strip('_')}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(path)
+    timings = [result for dtype in options.dtypes for result in measure(options, dtype)]
+    write_document(SCHEMA, {"timings": timings, "memory": memory}, name=options.name)
 
 
 if __name__ == "__main__":

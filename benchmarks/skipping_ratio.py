@@ -11,22 +11,17 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
-import re
-import shlex
-import sys
 import textwrap
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
-from attention_ratio import RESULTS, say
+from command_line import CPU, say, write_document
 from gpu.skips import clustered_keys, random_keys
 from torch import Tensor
 
 import sightline as sl
-from sightline.cli.environment import describe_device, instruction_sets, versions
 from sightline.cli.measure import Spread, interleave, seconds_of
 from sightline.cli.sentence_model import load_sentence_model
 
@@ -34,7 +29,6 @@ SCHEMA = "sightline-skipping/1"
 TILE = 64
 POWER = 15.0
 LOG2_TAU = {torch.float32: -24, torch.bfloat16: -12}
-CPU = torch.device("cpu")
 
 
 def recorded_keys(tokens: int = 512) -> list[tuple[str, Tensor, Tensor]]:
@@ -122,22 +116,7 @@ def main() -> None:
         timings += measure(kind.__name__.removesuffix("_keys"), *keys, True, options.repetitions)
     for name, query, key in recorded_keys():
         timings += measure(name, query, key, False, options.repetitions)
-    described = describe_device(CPU)
-    document = {
-        "schema": SCHEMA,
-        "command": shlex.join(["skipping_ratio.py", *sys.argv[1:]]),
-        "device": described,
-        "versions": versions(),
-        "instruction_set": instruction_sets(),
-        "power": POWER,
-        "timings": timings,
-    }
-    isa = document["instruction_set"]["chosen"]
-    name = re.sub(r"[^a-z0-9]+", "_", f"skipping {described['name']} {isa}".lower()).strip("_")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(path)
+    write_document(SCHEMA, {"power": POWER, "timings": timings})
 
 
 if __name__ == "__main__":

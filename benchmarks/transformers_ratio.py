@@ -10,10 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import re
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,11 +17,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from attention_ratio import RESULTS, positive_integers, say
+from command_line import positive_integers, say, write_document
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sightline as sl
-from sightline.cli.environment import describe_device, instruction_sets, versions
 from sightline.cli.measure import Spread, interleave
 
 SCHEMA = "sightline-transformers/1"
@@ -109,23 +104,7 @@ def main() -> None:
     model = LlamaForCausalLM(LlamaConfig(**sizes)).to(getattr(torch, options.dtype)).eval()
     with torch.inference_mode():
         timings = [row for length in options.lengths for row in measure(model, length, options.repetitions)]
-    described = describe_device(torch.device("cpu"))
-    document = {
-        "schema": SCHEMA,
-        "command": shlex.join(["transformers_ratio.py", *sys.argv[1:]]),
-        "device": described,
-        "versions": versions(),
-        "instruction_set": instruction_sets(),
-        "dtype": options.dtype,
-        "sizes": sizes,
-        "timings": timings,
-    }
-    isa = document["instruction_set"]["chosen"]
-    name = re.sub(r"[^a-z0-9]+", "_", f"transformers {described['name']} {isa}".lower()).strip("_")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(path)
+    write_document(SCHEMA, {"dtype": options.dtype, "sizes": sizes, "timings": timings})
 
 
 if __name__ == "__main__":

@@ -154,15 +154,10 @@ class TileUnit {
   bool wanted_;
 };
 
-// One or two tiles of rows by one or two of lanes: sums in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
+// Tiles 0 to 3 as the sums of one or two tiles of rows by one or two of lanes: from C or from 0, and back.
 template <int kRowTiles, int kLaneTiles, bool kAccumulate>
-SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t lanes,
-                                 int64_t depth) {
-  const int64_t c_bytes = lanes * 4;
-  float* below = c + 16 * lanes;
-  check_tile(a, a_stride * 2, 16 * kRowTiles, depth * 2);
-  check_tile(b, c_bytes, depth / 2, 64 * kLaneTiles);
-  check_tile(c, c_bytes, 16 * kRowTiles, 64 * kLaneTiles);
+SIGHTLINE_INLINE void start_sums(const float* c, int64_t c_bytes) {
+  const float* below = c + 16 * (c_bytes / 4);
   if (kAccumulate) {
     _tile_loadd(0, c, c_bytes);
     if (kLaneTiles == 2) _tile_loadd(1, c + 16, c_bytes);
@@ -174,6 +169,26 @@ SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint
     _tile_zero(2);
     _tile_zero(3);
   }
+}
+
+template <int kRowTiles, int kLaneTiles>
+SIGHTLINE_INLINE void store_sums(float* c, int64_t c_bytes) {
+  float* below = c + 16 * (c_bytes / 4);
+  _tile_stored(0, c, c_bytes);
+  if (kLaneTiles == 2) _tile_stored(1, c + 16, c_bytes);
+  if (kRowTiles == 2) _tile_stored(2, below, c_bytes);
+  if (kRowTiles == 2 && kLaneTiles == 2) _tile_stored(3, below + 16, c_bytes);
+}
+
+// One or two tiles of rows by one or two of lanes: sums in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
+template <int kRowTiles, int kLaneTiles, bool kAccumulate>
+SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t lanes,
+                                 int64_t depth) {
+  const int64_t c_bytes = lanes * 4;
+  check_tile(a, a_stride * 2, 16 * kRowTiles, depth * 2);
+  check_tile(b, c_bytes, depth / 2, 64 * kLaneTiles);
+  check_tile(c, c_bytes, 16 * kRowTiles, 64 * kLaneTiles);
+  start_sums<kRowTiles, kLaneTiles, kAccumulate>(c, c_bytes);
   for (int64_t k = 0; k < depth; k += 32) {
     _tile_loadd(4, a + k, a_stride * 2);
     _tile_loadd(6, b + k / 2 * lanes, c_bytes);
@@ -188,10 +203,7 @@ SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint
       if (kLaneTiles == 2) _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, c, c_bytes);
-  if (kLaneTiles == 2) _tile_stored(1, c + 16, c_bytes);
-  if (kRowTiles == 2) _tile_stored(2, below, c_bytes);
-  if (kRowTiles == 2 && kLaneTiles == 2) _tile_stored(3, below + 16, c_bytes);
+  store_sums<kRowTiles, kLaneTiles>(c, c_bytes);
 }
 
 // C (rows, lanes) = A B, or += with kAccumulate.

@@ -230,6 +230,19 @@ static void weigh_keys(const RecurrenceProblem& problem, int64_t batch, int64_t 
   }
 }
 
+// Queries times `factors`, one row for all (stride 0) or one for each, times the scale.
+[[maybe_unused]] static void scale_queries(float* queries, int64_t stride, int rows, const float* factors,
+                                           int64_t factor_stride, float scale) {
+  const Vec broadcast = Vec::broadcast(scale), nothing = Vec::broadcast(0.0f);
+  for (int row = 0; row < rows; ++row)
+    for (int64_t d = 0; d < stride; d += Vec::kWidth) {
+      float* entry = queries + row * stride + d;
+      // Before the first key the output is 0, whatever the query.
+      const Vec factor = Vec::load(factors + row * factor_stride + d);
+      store(entry, select(equal(factor, nothing), factor, Vec::load(entry) * factor * broadcast));
+    }
+}
+
 // scores (row, column) = <a_row, b_column> for column <= row, `b_transposed` is (depth, kChunkRows). What stands to
 // the right of the diagonal is of no use.
 [[maybe_unused]] static void lower_triangle_scores(const float* a, int64_t a_stride, const float* b_transposed,

@@ -166,13 +166,7 @@ struct BackwardScratch {
   const int64_t stride = scratch.chunk.stride;
   load_rows(problem.query, problem.dtype, head.sequence.batch, query_head, first, 0, rows, problem.key_width,
             scratch.queries, stride);
-  const Vec scale = Vec::broadcast(problem.scale);
-  for (int row = 0; row < rows; ++row)
-    for (int64_t d = 0; d < stride; d += Vec::kWidth) {
-      float* entry = scratch.queries + row * stride + d;
-      const Vec factor = Vec::load(factors + row * factor_stride + d);
-      store(entry, select(equal(factor, Vec::broadcast(0.0f)), factor, Vec::load(entry) * factor * scale));
-    }
+  scale_queries(scratch.queries, stride, rows, factors, factor_stride, problem.scale);
   return is_finite(scratch.queries, rows * stride);
 }
 

@@ -128,14 +128,7 @@ struct Unit {
   const int64_t stride = scratch.chunk.stride;
   load_rows(problem.query, problem.dtype, unit.sequence.batch, head, first, 0, rows, problem.key_width, scratch.queries,
             stride);
-  const Vec scale = Vec::broadcast(problem.scale);
-  for (int row = 0; row < rows; ++row)
-    for (int64_t d = 0; d < stride; d += Vec::kWidth) {
-      float* entry = scratch.queries + row * stride + d;
-      // Before the first key the output is 0, whatever the query.
-      const Vec factor = Vec::load(factors + row * factor_stride + d);
-      store(entry, select(equal(factor, Vec::broadcast(0.0f)), factor, Vec::load(entry) * factor * scale));
-    }
+  scale_queries(scratch.queries, stride, rows, factors, factor_stride, problem.scale);
 }
 
 [[maybe_unused]] static void write_outputs(const RecurrenceProblem& problem, const Unit& unit, int64_t head,

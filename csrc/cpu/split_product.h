@@ -71,18 +71,7 @@ template <int kPartsA, int kPartsB, int kRowTiles, int kLaneTiles, bool kAccumul
 SIGHTLINE_INLINE void split_block(SplitRows a, SplitPairs b, float* c, int64_t c_stride, int64_t depth) {
   constexpr int kTerms = kPartsA > kPartsB ? kPartsA : kPartsB;
   const int64_t a_bytes = a.stride * 2, c_bytes = c_stride * 4;
-  float* below = c + 16 * c_stride;
-  if (kAccumulate) {
-    _tile_loadd(0, c, c_bytes);
-    if (kLaneTiles == 2) _tile_loadd(1, c + 16, c_bytes);
-    if (kRowTiles == 2) _tile_loadd(2, below, c_bytes);
-    if (kRowTiles == 2 && kLaneTiles == 2) _tile_loadd(3, below + 16, c_bytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  start_sums<kRowTiles, kLaneTiles, kAccumulate>(c, c_bytes);
   for (int64_t k = 0; k < depth; k += 32) {
     int held = -1;  // the part of A in its tiles: the next part of B begins with it
     for (int part_b = 0; part_b < kPartsB; ++part_b) {
@@ -105,10 +94,7 @@ SIGHTLINE_INLINE void split_block(SplitRows a, SplitPairs b, float* c, int64_t c
       }
     }
   }
-  _tile_stored(0, c, c_bytes);
-  if (kLaneTiles == 2) _tile_stored(1, c + 16, c_bytes);
-  if (kRowTiles == 2) _tile_stored(2, below, c_bytes);
-  if (kRowTiles == 2 && kLaneTiles == 2) _tile_stored(3, below + 16, c_bytes);
+  store_sums<kRowTiles, kLaneTiles>(c, c_bytes);
 }
 
 // C (rows, lanes) = A B, or += with kAccumulate; asks for a few rows of `prefetches` with every block.

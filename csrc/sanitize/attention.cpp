@@ -292,10 +292,7 @@ class AttentionCase {
 };
 
 void run_case(const Run& run, Choices& choices, const Sizes& sizes, bool plain = false) {
-  AttentionCase attention(run, choices, sizes, plain);
-  describe_case(attention.description());
-  attention.run_forward();
-  attention.run_backward();
+  run_both_ways(AttentionCase(run, choices, sizes, plain));
 }
 
 }  // namespace

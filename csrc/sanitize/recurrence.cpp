@@ -202,10 +202,7 @@ class RecurrenceCase {
 };
 
 void run_case(const Run& run, Choices& choices, const Sizes& sizes, bool plain = false) {
-  RecurrenceCase recurrence(run, choices, sizes, plain);
-  describe_case(recurrence.description());
-  recurrence.run_forward();
-  recurrence.run_backward();
+  run_both_ways(RecurrenceCase(run, choices, sizes, plain));
 }
 
 }  // namespace

@@ -23,6 +23,13 @@ struct Run {
 // Said when a sanitizer or a check ends the program.
 void describe_case(const std::string& description);
 
+template <class Case>
+void run_both_ways(Case&& one) {
+  describe_case(one.description());
+  one.run_forward();
+  one.run_backward();
+}
+
 // Threads of the program's own.
 Parallel own_threads(int count);
 

@@ -7,12 +7,11 @@
 #include <algorithm>
 
 #include "cpu/kernel_table.h"
+#include "torch/attention_sizes.h"
 #include "torch/tensors.h"
 
 namespace sightline::binding {
 namespace {
-
-constexpr int64_t kLargestIndex = INT32_MAX - 64;
 
 // The options that forward and backward share, in the order of the schema, and the memory that the problem points to.
 struct Options {
@@ -57,31 +56,6 @@ struct Options {
     reweight_exempt_rows = arguments.take<int64_t>();
   }
 };
-
-void set_up_sizes(const Tensor& query, const Tensor& key, const Tensor& value, AttentionProblem& problem) {
-  STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
-                  "key and value: expected the dtype of query");
-  problem.dtype = dtype_of(query, "query");
-  problem.batch = query.size(0);
-  problem.heads = query.size(1);
-  problem.queries = query.size(2);
-  problem.head_width = query.size(3);
-  problem.key_heads = key.size(1);
-  problem.keys = key.size(2);
-  problem.value_width = value.size(3);
-  STD_TORCH_CHECK(key.size(0) == problem.batch && value.size(0) == problem.batch,
-                  "key and value: expected the batch of query");
-  STD_TORCH_CHECK(value.size(1) == problem.key_heads && value.size(2) == problem.keys,
-                  "value: expected the heads and rows of key");
-  STD_TORCH_CHECK(key.size(3) == problem.head_width, "key: expected the width of query");
-  STD_TORCH_CHECK(problem.key_heads > 0 && problem.heads % problem.key_heads == 0,
-                  "query: expected a multiple of the key heads");
-  STD_TORCH_CHECK(problem.queries <= kLargestIndex && problem.keys <= kLargestIndex,
-                  "query and key: expected fewer than 2^31 rows");
-  problem.query = heads_view(query);
-  problem.key = heads_view(key);
-  problem.value = heads_view(value);
-}
 
 void set_up_masks(Options& options, AttentionProblem& problem) {
   if (options.key_mask) {
@@ -205,6 +179,33 @@ int64_t multiply_adds(const AttentionProblem& problem) {
   return problem.batch * problem.heads * problem.queries * problem.keys * (problem.head_width + problem.value_width);
 }
 
+// The tensors of a call, and the problem that points to them and to the options.
+struct Inputs {
+  Tensor query, key, value;
+  AttentionProblem problem;
+
+  Inputs(const Tensor& given_query, const Tensor& given_key, const Tensor& given_value, Options& options)
+      : query(with_contiguous_rows(given_query, "query")),
+        key(with_contiguous_rows(given_key, "key")),
+        value(with_contiguous_rows(given_value, "value")) {
+    set_up_sizes(query, key, value, problem);
+    set_up_options(options, problem);
+  }
+
+  Tensor empty_output() {
+    Tensor output =
+        empty_heads(problem.batch, problem.heads, problem.queries, problem.value_width, query.scalar_type());
+    problem.output = writable_heads_view(output);
+    return output;
+  }
+
+  Tensor empty_log_normalizer() {
+    Tensor log_normalizer = empty_contiguous({problem.batch, problem.heads, problem.queries}, ScalarType::Float);
+    problem.log_normalizer = static_cast<float*>(log_normalizer.mutable_data_ptr());
+    return log_normalizer;
+  }
+};
+
 template <class... Tensors>
 void put_results(StableIValue* stack, Tensors&&... tensors) {
   size_t index = 0;
@@ -225,18 +226,11 @@ void attention(StableIValue* stack, uint64_t, uint64_t) {
     arguments.take<int64_t>();
   STD_TORCH_CHECK(row_statistics == 0, "row_statistics: the CPU kernels compute none yet");
 
-  const Tensor query = with_contiguous_rows(given_query, "query");
-  const Tensor key = with_contiguous_rows(given_key, "key");
-  const Tensor value = with_contiguous_rows(given_value, "value");
-  AttentionProblem problem;
-  set_up_sizes(query, key, value, problem);
-  set_up_options(options, problem);
+  Inputs inputs(given_query, given_key, given_value, options);
+  AttentionProblem& problem = inputs.problem;
   const int64_t batch = problem.batch, heads = problem.heads, rows = problem.queries;
   const bool reweighted = problem.reweight.power > 0.0f;
-  Tensor output = empty_heads(batch, heads, rows, problem.value_width, query.scalar_type());
-  Tensor log_normalizer = empty_contiguous({batch, heads, rows}, ScalarType::Float);
-  problem.output = writable_heads_view(output);
-  problem.log_normalizer = static_cast<float*>(log_normalizer.mutable_data_ptr());
+  Tensor output = inputs.empty_output(), log_normalizer = inputs.empty_log_normalizer();
   const Tensor nothing = empty_contiguous({0}, ScalarType::Float);
   Tensor saved_rows = nothing, saved_values = nothing;
   if (save_for_backward) {
@@ -264,18 +258,9 @@ void attention_decode(StableIValue* stack, uint64_t, uint64_t) {
     *tensor = arguments.optional_tensor();
   options.take_scalars(arguments, false);
 
-  const Tensor query = with_contiguous_rows(given_query, "query");
-  const Tensor key = with_contiguous_rows(given_key, "key");
-  const Tensor value = with_contiguous_rows(given_value, "value");
-  AttentionProblem problem;
-  set_up_sizes(query, key, value, problem);
-  set_up_options(options, problem);
-  const int64_t batch = problem.batch, heads = problem.heads, rows = problem.queries;
-  Tensor output = empty_heads(batch, heads, rows, problem.value_width, query.scalar_type());
-  Tensor log_normalizer = empty_contiguous({batch, heads, rows}, ScalarType::Float);
-  problem.output = writable_heads_view(output);
-  problem.log_normalizer = static_cast<float*>(log_normalizer.mutable_data_ptr());
-  kernels().attention_forward(problem, torch_threads(multiply_adds(problem)));
+  Inputs inputs(given_query, given_key, given_value, options);
+  Tensor output = inputs.empty_output(), log_normalizer = inputs.empty_log_normalizer();
+  kernels().attention_forward(inputs.problem, torch_threads(multiply_adds(inputs.problem)));
   put_results(stack, output, log_normalizer);
 }
 
@@ -293,22 +278,19 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   const bool needs_scale = arguments.take<bool>();
 
   const Tensor grad_output = with_contiguous_rows(given_grad_output, "grad_output");
-  const Tensor query = with_contiguous_rows(given_query, "query");
-  const Tensor key = with_contiguous_rows(given_key, "key");
-  const Tensor value = with_contiguous_rows(given_value, "value");
   const Tensor output = with_contiguous_rows(given_output, "output");
   const Tensor saved_rows = torch::stable::contiguous(given_rows);
   const Tensor saved_values = torch::stable::contiguous(given_values);
-  AttentionProblem problem;
-  set_up_sizes(query, key, value, problem);
-  set_up_options(options, problem);
+  Inputs inputs(given_query, given_key, given_value, options);
+  AttentionProblem& problem = inputs.problem;
+  const ScalarType dtype = inputs.query.scalar_type();
   const int64_t batch = problem.batch, heads = problem.heads, rows = problem.queries;
   const bool reweighted = problem.reweight.power > 0.0f;
   const int64_t saved_width = reweighted ? kSavedWidthReweight : kSavedWidthPlain;
   for (const Tensor* tensor : {&grad_output, &output})
     STD_TORCH_CHECK(tensor->dim() == 4 && tensor->size(0) == batch && tensor->size(1) == heads &&
                         tensor->size(2) == rows && tensor->size(3) == problem.value_width &&
-                        tensor->scalar_type() == query.scalar_type(),
+                        tensor->scalar_type() == dtype,
                     "grad_output and output: expected (B, H, M, Dv) in the dtype of query");
   STD_TORCH_CHECK(saved_rows.numel() == batch * heads * rows * saved_width && saved_rows.is_cpu() &&
                       saved_rows.scalar_type() == ScalarType::Float,
@@ -320,9 +302,9 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   problem.saved_rows = const_cast<float*>(static_cast<const float*>(saved_rows.const_data_ptr()));
   problem.saved_values = const_cast<float*>(static_cast<const float*>(saved_values.const_data_ptr()));
 
-  Tensor grad_query = empty_heads(batch, heads, rows, problem.head_width, query.scalar_type());
-  Tensor grad_key = empty_heads(batch, problem.key_heads, problem.keys, problem.head_width, query.scalar_type());
-  Tensor grad_value = empty_heads(batch, problem.key_heads, problem.keys, problem.value_width, query.scalar_type());
+  Tensor grad_query = empty_heads(batch, heads, rows, problem.head_width, dtype);
+  Tensor grad_key = empty_heads(batch, problem.key_heads, problem.keys, problem.head_width, dtype);
+  Tensor grad_value = empty_heads(batch, problem.key_heads, problem.keys, problem.value_width, dtype);
   AttentionGradients gradients;
   gradients.grad_output = heads_view(grad_output);
   gradients.grad_query = writable_heads_view(grad_query);

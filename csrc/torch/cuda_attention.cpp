@@ -9,12 +9,12 @@
 
 #include "cuda/attention_decode.h"
 #include "cuda/decode_plan.h"
+#include "torch/attention_sizes.h"
 #include "torch/tensors.h"
 
 namespace sightline::binding {
 namespace {
 
-constexpr int64_t kLargestIndex = INT32_MAX - 64;
 constexpr int64_t kLargestGridSide = 65535;
 
 // Uninitialised memory on a CUDA device.
@@ -41,7 +41,7 @@ void check_on_device(const Tensor& tensor, int32_t device, const char* name) {
                   ": expected a tensor on the device of query");
 }
 
-void set_up_sizes(Call& call) {
+void set_up_inputs(Call& call) {
   AttentionProblem& problem = call.problem.attention;
   call.query = with_contiguous_rows_anywhere(call.query, "query");
   call.key = with_contiguous_rows_anywhere(call.key, "key");
@@ -50,34 +50,13 @@ void set_up_sizes(Call& call) {
   STD_TORCH_CHECK(query.is_cuda(), "query: expected a CUDA tensor");
   check_on_device(key, query.get_device_index(), "key");
   check_on_device(value, query.get_device_index(), "value");
-  STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
-                  "key and value: expected the dtype of query");
-  problem.dtype = dtype_of(query, "query");
-  problem.batch = query.size(0);
-  problem.heads = query.size(1);
-  problem.queries = query.size(2);
-  problem.head_width = query.size(3);
-  problem.key_heads = key.size(1);
-  problem.keys = key.size(2);
-  problem.value_width = value.size(3);
-  STD_TORCH_CHECK(key.size(0) == problem.batch && value.size(0) == problem.batch,
-                  "key and value: expected the batch of query");
-  STD_TORCH_CHECK(value.size(1) == problem.key_heads && value.size(2) == problem.keys,
-                  "value: expected the heads and rows of key");
-  STD_TORCH_CHECK(key.size(3) == problem.head_width, "key: expected the width of query");
+  set_up_sizes(query, key, value, problem);
   STD_TORCH_CHECK(problem.head_width >= 1 && problem.head_width <= cuda::kWidestHead && problem.value_width >= 1 &&
                       problem.value_width <= cuda::kWidestHead,
                   "query and value: expected a width from 1 to 256");
-  STD_TORCH_CHECK(problem.key_heads > 0 && problem.heads % problem.key_heads == 0,
-                  "query: expected a multiple of the key heads");
-  STD_TORCH_CHECK(problem.queries <= kLargestIndex && problem.keys <= kLargestIndex,
-                  "query and key: expected fewer than 2^31 rows");
   STD_TORCH_CHECK(
       problem.batch <= kLargestGridSide && problem.key_heads * cuda::row_blocks(problem) <= kLargestGridSide,
       "query: expected at most 65535 batch entries, and as many key heads times blocks of 16 rows");
-  problem.query = heads_view(call.query);
-  problem.key = heads_view(call.key);
-  problem.value = heads_view(call.value);
 }
 
 const float* per_head(std::optional<Tensor>& tensor, const AttentionProblem& problem, int32_t device,
@@ -142,7 +121,7 @@ void attention_decode(StableIValue* stack, uint64_t, uint64_t) {
   for (auto* tensor : {&call.key_lengths, &call.key_mask, &call.alibi_slopes, &call.sinks, &call.scale_per_head})
     *tensor = arguments.optional_tensor();
   take_scalars(arguments, call.problem);
-  set_up_sizes(call);
+  set_up_inputs(call);
   const int32_t device = call.query.get_device_index();
   set_up_tensors(call, device);
 

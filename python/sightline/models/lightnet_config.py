@@ -11,7 +11,25 @@ from sightline.nn.lightnet import LightNetAttention
 _POSITIONS = (None, "lrpe", "tpe")
 
 
-class LightNetConfig(PreTrainedConfig):
+class _BlocksConfig(PreTrainedConfig):
+    """What both models' blocks are made of."""
+
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    num_key_value_heads: int | None = None
+    key_dim: int | None = None
+    intermediate_size: int | None = None
+    gate_rank: int | None = None
+    gate: str = "sigmoid"
+    norm_per_head: bool = True
+    position_encoding: str | None = "lrpe"
+    recurrence_scale: float = 1.0
+    rms_norm_eps: float = 1e-6
+    gate_norm_eps: float | None = None
+    initializer_range: float = 0.02
+
+
+class LightNetConfig(_BlocksConfig):
     """Sizes and options of `LightNetModel` and `LightNetForCausalLM`; model type "sightline_lightnet".
 
     Args:
@@ -45,19 +63,6 @@ class LightNetConfig(PreTrainedConfig):
 
     vocab_size: int = 32000
     hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 6
-    num_key_value_heads: int | None = None
-    key_dim: int | None = None
-    intermediate_size: int | None = None
-    gate_rank: int | None = None
-    gate: str = "sigmoid"
-    norm_per_head: bool = True
-    position_encoding: str | None = "lrpe"
-    recurrence_scale: float = 1.0
-    rms_norm_eps: float = 1e-6
-    gate_norm_eps: float | None = None
-    initializer_range: float = 0.02
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
@@ -71,7 +76,7 @@ class LightNetConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class LightNetImageConfig(PreTrainedConfig):
+class LightNetImageConfig(_BlocksConfig):
     """Sizes and options of `LightNetForImageClassification`; model type "sightline_lightnet_image".
 
     Args:
@@ -97,19 +102,6 @@ class LightNetImageConfig(PreTrainedConfig):
     num_channels: int = 3
     pooling: str = "mean"
     hidden_size: int = 192
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 6
-    num_key_value_heads: int | None = None
-    key_dim: int | None = None
-    intermediate_size: int | None = None
-    gate_rank: int | None = None
-    gate: str = "sigmoid"
-    norm_per_head: bool = True
-    position_encoding: str | None = "lrpe"
-    recurrence_scale: float = 1.0
-    rms_norm_eps: float = 1e-6
-    gate_norm_eps: float | None = None
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         _complete(self)
