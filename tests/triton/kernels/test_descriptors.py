@@ -165,7 +165,11 @@ def test_what_is_not_finite_reaches_only_rows_that_see_it(of: str, weighting: st
     output = run(problem, WEIGHTINGS[weighting], "triton")["output"]
     assert described == [True, True]
     assert torch.equal(output[:, :, :50], clean[:, :, :50])
-    assert output[:, :, 50:].isnan().any(-1).all()
+    assert output[:, :, 50:].isnan().any()
+    loads(descriptors=False)
+    # Re-weighting may give a key exactly no weight: which rows see it is what loading by pointers says.
+    by_pointers = run(problem, WEIGHTINGS[weighting], "triton")["output"]
+    torch.testing.assert_close(output, by_pointers, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("of", ["key", "value"])
