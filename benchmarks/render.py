@@ -171,6 +171,9 @@ def gpu_section(document: dict[str, Any]) -> list[str]:
     skips = summary.skip_rows(findings)
     if skips:
         lines += markdown_table(["tile skipping of LSSAR, inference", "tiles left out", "x no skipping"], skips)
+    tiles = summary.tile_rows(findings)
+    if tiles:
+        lines += markdown_table(["tuned kernel", "tile (rows x keys)"], tiles)
     header = ["case", "implementation", "ms", "x fastest SDPA", "rate", "of peak"]
     for direction in ("forward", "backward", "forward+backward", "decode"):
         rows = summary.case_rows(findings, direction)

@@ -2,6 +2,7 @@
 
     python tools/triton_resources.py             every case below; writes docs/triton_resources.md
     python tools/triton_resources.py --check --arch 90 --dtype bf16 --width 64 128 --weighting lssar
+    python tools/triton_resources.py --candidates          the tiles with tensor descriptors, which no call gets untuned
 
 The kernels are launched by the library itself on memory that is never read: a stand-in for the driver names the
 architecture, and each launch compiles and stops there. So what is measured has the tiles, warps and specialisations of
@@ -29,14 +30,20 @@ from triton.runtime import driver
 import sightline as sl
 from sightline.attention import weighting_scalars  # the operator takes a weighting as plain numbers
 from sightline.triton import launch
+from sightline.triton.tiles import Tile, candidates, choose_tile
 
 PAGE = Path(__file__).parent.parent / "docs" / "triton_resources.md"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHTINGS = {"softmax": sl.Softmax(), "lssa": sl.LSSA(), "lssar": sl.LSSAR()}
 WIDTHS = (64, 128, 256)
 # Bytes of shared memory that one block may use.
-SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 120: 101376}
+SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
 TABLED = (80, 90)
+# Candidates with descriptors on Hopper, and those of them that are specialised on Blackwell.
+CANDIDATES_TABLED = (90, 100)
+CANDIDATE_DTYPES = ("fp16", "bf16")
+CANDIDATE_WIDTHS = (64, 128)
+TITLE_OF_CANDIDATES = "## Tiles that tuning tries"
 KERNELS = (
     "attention_forward",
     "prepare_rows",
@@ -64,10 +71,13 @@ class Usage:
     registers: int
     spilled: int
     shared: int
+    bulk_loads: int = 0  # instructions of the tensor memory accelerator
+    split_loops: int = 0  # loops whose work has warps of its own
+    effective: bool = True  # whether what the tile asks for is in the code
 
     @property
     def fits(self) -> bool:
-        return self.spilled == 0 and self.shared <= SHARED_MEMORY[self.arch]
+        return self.effective and self.spilled == 0 and self.shared <= SHARED_MEMORY[self.arch]
 
 
 class Architecture:
@@ -124,27 +134,52 @@ def _assembled(compiled: Any, arch: int) -> tuple[int, int]:
     return int(registers[1]), sum(map(int, spills))
 
 
-def measure(arch: int, weighting: str, dtype: str, width: int, kernels: tuple[str, ...] = KERNELS) -> Iterator[Usage]:
+def _launch_candidates(kernel: str, variant: Any, launch_tile: Any, describable: Any) -> Tile:
+    """In place of tuning.tile_for: launch every candidate that has descriptors; on Blackwell the specialised ones."""
+    specialized = driver.active.get_current_target().arch >= 100
+    for tile in candidates(kernel, variant):
+        if tile.descriptors and tile.specialized == specialized:
+            launch_tile(tile)
+    return choose_tile(kernel, variant)
+
+
+def measure(
+    arch: int,
+    weighting: str,
+    dtype: str,
+    width: int,
+    kernels: tuple[str, ...] = KERNELS,
+    of_candidates: bool = False,
+) -> Iterator[Usage]:
     """Compile the kernels of one case, forward with saved rows and backward with the gradient of a broadcast mask."""
     os.environ["SIGHTLINE_TUNING"] = os.devnull  # the defaults are meant, whatever this machine has tuned
     driver.set_active(Architecture(arch))
     compiled: list[tuple[str, Any, Any]] = []
-    originals = {name: getattr(launch, name) for name in KERNELS}
-    for name, kernel in originals.items():
-        setattr(launch, name, CompileOnly(kernel, compiled))
+    originals = {name: getattr(launch, name) for name in (*KERNELS, "tile_for")}
+    for name in KERNELS:
+        setattr(launch, name, CompileOnly(originals[name], compiled))
+    if of_candidates:
+        launch.tile_for = _launch_candidates
     try:
         _call_operators(WEIGHTINGS[weighting], DTYPES[dtype], width, kernels)
     finally:
         for name, kernel in originals.items():
             setattr(launch, name, kernel)
     for name, variant, result in compiled:
-        if name in kernels:
+        if name in kernels and variant.descriptors == of_candidates:
             registers, spilled = _assembled(result, arch)
             metadata = result.metadata
             tile = f"{variant.row_tile} x {variant.key_tile}, {metadata.num_warps} warps"
+            loads, loops = (
+                result.asm["ptx"].count("cp.async.bulk.tensor"),
+                result.asm["ttgir"].count("warp_specialize("),
+            )
+            tile += ", descriptors" * (loads > 0) + ", specialized" * (loops > 0)
+            effective = variant.descriptors == (loads > 0) and variant.specialized == (loops > 0)
             if name == "attention_forward" and WEIGHTINGS[weighting].reweight and not variant.saves:
                 name = "attention_forward, inference"
-            yield Usage(arch, name, weighting, dtype, width, tile, registers, spilled, metadata.shared)
+            usage = (arch, name, weighting, dtype, width, tile, registers, spilled, metadata.shared)
+            yield Usage(*usage, loads, loops, effective)
 
 
 def _call_operators(weighting: Any, dtype: torch.dtype, width: int, kernels: tuple[str, ...]) -> None:
@@ -170,6 +205,19 @@ def _call_operators(weighting: Any, dtype: torch.dtype, width: int, kernels: tup
         backward.differentiate_mask(torch.empty(1, HEADS, 1, LENGTH))
 
 
+def _table(usages: list[Usage]) -> list[str]:
+    rows = [
+        f"| {u.arch} | {u.kernel} | {u.weighting} | {u.dtype} | {u.width} | {u.tile} | {u.registers} | {u.spilled} "
+        f"| {u.shared / 1024:.0f} |"
+        for u in usages
+    ]
+    return [
+        "| sm | kernel | weighting | dtype | D | tile (rows x keys) | registers | spilled bytes | shared KiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
 def _page(usages: list[Usage]) -> str:
     lines = [
         "# What the Triton kernels use",
@@ -177,36 +225,57 @@ def _page(usages: list[Usage]) -> str:
         f"Written by tools/triton_resources.py with Triton {triton.__version__}, without a GPU: causal, D = Dv.",
         "Registers are per thread, shared memory in KiB per block. No kernel may spill a register.",
         "",
-        "| sm | kernel | weighting | dtype | D | tile (rows x keys) | registers | spilled bytes | shared KiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {u.arch} | {u.kernel} | {u.weighting} | {u.dtype} | {u.width} | {u.tile} | {u.registers} | {u.spilled} "
-        f"| {u.shared / 1024:.0f} |"
-        for u in usages
+        *_table(usages),
     ]
     return "\n".join(lines) + "\n"
 
 
+def _section(usages: list[Usage]) -> str:
+    lines = [
+        TITLE_OF_CANDIDATES,
+        "",
+        "Keys and values by tensor descriptors (sm_90 and newer), and loops that are split among warps besides",
+        "(sm_100): tiles that SIGHTLINE_AUTOTUNE=1 measures against the defaults. Warps are those of a whole program,",
+        'registers those it starts with; "descriptors" and "specialized" stand where the compiled code has them.',
+        "",
+        *_table(usages),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _write(usages: list[Usage], of_candidates: bool) -> None:
+    """Write one of the two tables of the page and keep the other."""
+    tables, _, section = PAGE.read_text().partition(TITLE_OF_CANDIDATES) if PAGE.exists() else ("", "", "")
+    if of_candidates:
+        PAGE.write_text(tables.rstrip() + "\n\n" + _section(usages))
+    else:
+        PAGE.write_text(_page(usages) + ("\n" + TITLE_OF_CANDIDATES + section if section else ""))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=list(TABLED), choices=list(SHARED_MEMORY))
+    parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED_MEMORY))
     parser.add_argument("--weighting", nargs="+", default=list(WEIGHTINGS), choices=list(WEIGHTINGS))
-    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--width", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
+    parser.add_argument("--width", type=int, nargs="+")
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=list(KERNELS))
+    parser.add_argument("--candidates", action="store_true", help="the tiles with descriptors instead of the defaults")
     parser.add_argument("--check", action="store_true", help="print only, write no page")
     arguments = parser.parse_args()
+    of_candidates = arguments.candidates
+    architectures = arguments.arch or (CANDIDATES_TABLED if of_candidates else TABLED)
+    dtypes = arguments.dtype or (CANDIDATE_DTYPES if of_candidates else DTYPES)
+    widths = arguments.width or (CANDIDATE_WIDTHS if of_candidates else WIDTHS)
     usages: list[Usage] = []
-    for arch in arguments.arch:
-        for width in arguments.width:
-            for dtype in arguments.dtype:
+    for arch in architectures:
+        for width in widths:
+            for dtype in dtypes:
                 for weighting in arguments.weighting:
-                    for usage in measure(arch, weighting, dtype, width, tuple(arguments.kernel)):
+                    for usage in measure(arch, weighting, dtype, width, tuple(arguments.kernel), of_candidates):
                         print("ok   " if usage.fits else "SPILL", usage, flush=True)
                         usages.append(usage)
     if not arguments.check:
-        PAGE.write_text(_page(usages))
+        _write(usages, of_candidates)
     return 0 if usages and all(usage.fits for usage in usages) else 1
 
 

@@ -147,6 +147,11 @@ def skip_rows(findings: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def tile_rows(findings: dict[str, Any]) -> list[list[str]]:
+    """The tiles that tuning chose, and whether they load by tensor descriptors or are specialised."""
+    return [[name, found["text"]] for name, found in findings.get("tiles", {}).items()]
+
+
 def text_table(document: dict[str, Any]) -> str:
     """The short table that ends a check."""
     findings, steps = document["findings"], document["steps"]
@@ -155,6 +160,7 @@ def text_table(document: dict[str, Any]) -> str:
     lines = ["", f"{document['device']['name']}: targets of bf16 at N = 4K to 64K, the worst case of each"]
     lines += [f"  {row[0]:<{width}}  {row[1]:<22}{row[3] or '':<5}{row[2]}" for row in rows]
     lines += [f"  LSSAR, {name}: {share} of tiles skipped, x{gain}" for name, share, gain in skip_rows(findings)]
+    lines += [f"  tuned {name}: {tile}" for name, tile in tile_rows(findings)]
     counts = test_counts(findings)
     lines.append("tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     failures = [name for name, test in findings.get("tests", {}).items() if test["outcome"] == "failed"]

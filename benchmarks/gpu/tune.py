@@ -30,7 +30,7 @@ def tune(weighting: sl.Softmax | sl.Softplus, case: cases.Case, device: torch.de
 def record_tiles() -> None:
     """Hand over every tile that stands in the file."""
     for name, tile in TunedTiles(tuning_file()).tiles.items():
-        record({"kind": "tiles", "name": name, "tile": list(tile)})
+        record({"kind": "tiles", "name": name, "tile": list(tile), "text": str(tile)})
 
 
 def main() -> None:

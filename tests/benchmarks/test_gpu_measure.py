@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import sightline as sl
 from sightline.triton import launch
+from sightline.triton.tiles import Tile
 
 CPU = torch.device("cpu")
 SMALL = Case("forward", "float32", 16, 48, True, 2, 4, 4)
@@ -150,9 +151,12 @@ def test_tuned_tiles_are_findings(
 ) -> None:
     monkeypatch.setattr(tune, "tuning_file", lambda: tmp_path / "tiles.json")
     monkeypatch.setattr("sightline.triton.tuning.target_name", lambda: "cuda-90")
-    tune.TunedTiles(tmp_path / "tiles.json").keep("a kind", (64, 32, 8, 2))
+    tune.TunedTiles(tmp_path / "tiles.json").keep("a kind", Tile(64, 32, 8, 2, descriptors=True))
     tune.record_tiles()
-    assert json.loads(capsys.readouterr().out) == {"kind": "tiles", "name": "a kind", "tile": [64, 32, 8, 2]}
+    finding = json.loads(capsys.readouterr().out)
+    text = "64 x 32, 8 warps, 2 stages, descriptors"
+    assert finding == {"kind": "tiles", "name": "a kind", "tile": [64, 32, 8, 2, True, False], "text": text}
+    assert summary.tile_rows({"tiles": {finding.pop("name"): finding}}) == [["a kind", text]]
 
 
 def test_shares_of_skipped_tiles_are_findings_beside_the_times(capsys: pytest.CaptureFixture[str]) -> None:

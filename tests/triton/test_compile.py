@@ -6,6 +6,7 @@ A sample of the cases of docs/triton_resources.md; tools/triton_resources.py com
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,15 +27,47 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("arch", "weighting", "dtype", "width"), CASES)
-def test_kernels_compile_without_spills(arch: int, weighting: str, dtype: str, width: int) -> None:
-    command = [sys.executable, "tools/triton_resources.py", "--check"]
+# Candidates that load by tensor descriptors, and on Blackwell those that are specialised: forward and gradients.
+CANDIDATE_CASES = [
+    (90, "softmax", "bf16", 128, 4),
+    (90, "lssar", "fp16", 64, 4),
+    (100, "softmax", "bf16", 64, 1),
+    (100, "lssa", "bf16", 128, 2),
+    (100, "lssar", "bf16", 64, 2),
+]
+
+
+def compiled(arch: int, weighting: str, dtype: str, width: int, *options: str) -> str:
+    """What tools/triton_resources.py says of a case in which nothing spills."""
+    command = [sys.executable, "tools/triton_resources.py", "--check", *options]
     command += ["--arch", str(arch), "--weighting", weighting, "--dtype", dtype, "--width", str(width)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "weighting", "dtype", "width", "tiles"), CANDIDATE_CASES)
+def test_candidates_compile_to_bulk_loads_and_split_loops(
+    arch: int, weighting: str, dtype: str, width: int, tiles: int
+) -> None:
+    report = compiled(arch, weighting, dtype, width, "--candidates")
+    loads = [int(number) for number in re.findall(r"bulk_loads=(\d+)", report)]
+    loops = [int(number) for number in re.findall(r"split_loops=(\d+)", report)]
+    assert len(loads) == len(loops) == tiles
+    # K and V of each loop, once or more; re-weighting reads K for its first sweep too.
+    assert all(count >= 4 for count in loads)
+    # The loop over whole tiles and the one over the ragged end, per sweep.
+    assert all(count == (0 if arch == 90 else 4 if weighting == "lssar" else 2) for count in loops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "weighting", "dtype", "width"), CASES)
+def test_kernels_compile_without_spills(arch: int, weighting: str, dtype: str, width: int) -> None:
+    report = compiled(arch, weighting, dtype, width)
     # softmax counts no keys, and re-weighting alone measures a split before it attends to it,
     # and has a forward of its own where nothing is saved.
     expected = {"softmax": 7, "lssa": 8, "lssar": 10}
-    assert result.stdout.count("kernel=") == expected[weighting]
+    assert report.count("kernel=") == expected[weighting]
+    assert not re.search("bulk_loads=[1-9]|split_loops=[1-9]", report)  # nothing of that was measured yet

@@ -15,6 +15,10 @@ from attention_checks import assert_results_are_close, random_gradients
 
 import sightline as sl
 
+pytest.importorskip("triton")
+
+from sightline.triton import launch, tiles
+
 pytestmark = pytest.mark.gpu
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -43,6 +47,29 @@ def test_every_width_forward_and_backward(width: int, value_width: int, weightin
 def test_ragged_lengths_forward_and_backward(queries: int, keys: int, weighting: Any, dtype: torch.dtype) -> None:
     sizes = Sizes(1, 4, 2, queries, keys, 64, 64)
     assert_results_are_close(random_problem(sizes, dtype, causal=True), weighting, "triton", outputs=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@main_weightings
+@pytest.mark.parametrize("width", [64, 128])
+def test_every_tile_that_tuning_may_choose_is_right(
+    width: int, weighting: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tuning looks at the time alone, so that what it may choose has to be right beforehand."""
+    for place in range(16):
+        tried: list[tiles.Tile] = []
+
+        def tile_for(kernel: str, variant: Any, *_: Any, place: int = place, tried: Any = tried) -> tiles.Tile:
+            described = [tile for tile in tiles.candidates(kernel, variant) if tile.descriptors]
+            tried += described[place : place + 1]
+            return described[place] if place < len(described) else tiles.choose_tile(kernel, variant)
+
+        monkeypatch.setattr(launch, "tile_for", tile_for)
+        problem = random_problem(Sizes(1, 4, 2, 700, 1100, width, width), dtype, causal=True)
+        assert_results_are_close(problem, weighting, "triton", outputs=True)
+        if not tried:
+            break
+    assert place > 0 or not tiles.has_tensor_descriptors()
 
 
 OPTIONS = {

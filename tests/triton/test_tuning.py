@@ -28,6 +28,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for module in (tiles, tuning):
         monkeypatch.setattr(module, "INTERPRETED", False)
     monkeypatch.setattr(tiles, "has_hopper_memory", lambda: True)
+    monkeypatch.setattr(tiles, "has_tensor_descriptors", lambda: True)
+    monkeypatch.setattr(tiles, "has_warp_specialization", lambda: False)
     monkeypatch.setattr(tuning, "target_name", lambda: "cuda-90")
     monkeypatch.setattr(tuning, "is_capturing", lambda: False)
     monkeypatch.setenv("SIGHTLINE_TUNING", str(tmp_path / "folder" / "tiles.json"))
@@ -59,8 +61,8 @@ class Launches:
         return self.seconds(self.tiles[-1])
 
 
-def tune(launches: Launches, kernel: str, variant: Variant) -> Tile:
-    return tuning.tile_for(kernel, variant, launches, launches.time)
+def tune(launches: Launches, kernel: str, variant: Variant, describable: bool = True) -> Tile:
+    return tuning.tile_for(kernel, variant, launches, lambda: describable, launches.time)
 
 
 def test_the_fastest_candidate_is_kept_for_every_length_and_every_later_process(hopper: Path) -> None:
@@ -69,7 +71,7 @@ def test_the_fastest_candidate_is_kept_for_every_length_and_every_later_process(
     assert tune(launches, "forward", variant_of(sl.Softmax())) == wanted
     assert set(launches.tiles) == {
         tiles.choose_tile("forward", variant_of(sl.Softmax())),
-        *CANDIDATES["forward", "half"],
+        *(tile for tile in CANDIDATES["forward", "half"] if not tile.specialized),
     }
     for length in (1, 77, 131072):
         assert tune(Launches(pytest.fail), "forward", variant_of(sl.Softmax(), length=length)) == wanted
@@ -142,6 +144,87 @@ def test_a_file_of_this_device_is_used(hopper: Path) -> None:
     assert tune(Launches(pytest.fail), "forward", variant) == Tile(16, 32, 4, 1)
 
 
+@pytest.mark.parametrize("numbers", [[16, 32, 4, 1, True, False], [16, 32, 4, 1, 1, 0]])
+def test_a_tile_with_descriptors_is_kept_and_given_to_tensors_that_suit_it(numbers: list[Any], hopper: Path) -> None:
+    variant = variant_of(sl.Softmax())
+    content = {"kernels": tuning.kernels_fingerprint(), "target": "cuda-90"}
+    hopper.parent.mkdir()
+    hopper.write_text(json.dumps({**content, "tiles": {tuning.kind("forward", variant): numbers}}))
+    assert tune(Launches(pytest.fail), "forward", variant) == Tile(16, 32, 4, 1, descriptors=True)
+    default = tiles.choose_tile("forward", variant)
+    assert tune(Launches(pytest.fail), "forward", variant, describable=False) == default
+
+
+def test_a_fastest_tile_with_descriptors_is_read_again_as_it_was(hopper: Path) -> None:
+    launches = Launches(lambda tile: 1.0 if tile.descriptors else 2.0)
+    best = tune(launches, "queries", variant_of(sl.Softmax()))
+    assert best.descriptors
+    tuning._tuned_tiles.cache_clear()
+    assert tune(Launches(pytest.fail), "queries", variant_of(sl.Softmax())) == best
+
+
+def test_tensors_that_suit_no_descriptor_measure_none() -> None:
+    launches = Launches(lambda tile: 1.0)
+    tune(launches, "forward", variant_of(sl.Softmax()), describable=False)
+    assert launches.tiles
+    assert not any(tile.descriptors for tile in launches.tiles)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("specialization", [False, True])
+def test_candidates_are_those_of_the_device(
+    descriptors: bool, specialization: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "has_tensor_descriptors", lambda: descriptors)
+    monkeypatch.setattr(tiles, "has_warp_specialization", lambda: specialization)
+    for weighting in (sl.Softmax(), sl.LSSA(), sl.LSSAR()):
+        found = tiles.candidates("forward", variant_of(weighting))
+        assert any(tile.descriptors for tile in found) is descriptors
+        assert any(tile.specialized for tile in found) is (descriptors and specialization)
+    assert all(tile.descriptors or not tile.specialized for group in CANDIDATES.values() for tile in group)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "dtype", "width", "specialized"),
+    [
+        (sl.Softmax(), torch.float16, 64, True),
+        (sl.Softmax(), torch.bfloat16, 128, False),
+        (sl.LSSA(), torch.bfloat16, 128, True),
+        (sl.LSSA(), torch.float16, 64, False),
+        (sl.LSSAR(), torch.bfloat16, 64, True),
+        (sl.LSSAR(), torch.float32, 64, False),
+        (sl.LSSAR(2.5), torch.bfloat16, 64, False),
+        (sl.Softmax(reweight=sl.Reweight(3.0)), torch.bfloat16, 64, False),
+        (sl.Softmax(softcap=1.5), torch.bfloat16, 64, False),
+        (sl.Softmax(), torch.bfloat16, 32, False),
+    ],
+)
+def test_only_what_the_compiler_splits_without_spilling_is_specialised(
+    weighting: Any, dtype: torch.dtype, width: int, specialized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "has_warp_specialization", lambda: True)
+    found = tiles.candidates("forward", variant_of(weighting, dtype=dtype, width=width))
+    assert any(tile.specialized for tile in found) is specialized
+
+
+def test_a_loop_that_cannot_be_specialised_is_passed_over_and_other_errors_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiles, "has_warp_specialization", lambda: True)
+
+    def refusing(attribute: str) -> Launches:
+        def seconds(tile: Tile) -> float:
+            if getattr(tile, attribute):
+                raise RuntimeError("PassManager::run failed")
+            return 1.0
+
+        return Launches(seconds)
+
+    assert not tune(refusing("specialized"), "forward", variant_of(sl.LSSA())).specialized
+    with pytest.raises(RuntimeError, match="PassManager"):
+        tune(refusing("descriptors"), "forward", variant_of(sl.Softmax()))
+
+
 def test_a_place_that_cannot_be_written_is_no_error(hopper: Path) -> None:
     hopper.parent.write_text("a file where the folder should be")
     wanted = CANDIDATES["forward", "half"][0]
@@ -188,18 +271,23 @@ def test_every_kernel_has_a_default_and_large_tiles_go_to_large_chips(
 
 
 @pytest.mark.parametrize(
-    ("backend", "arch", "large"),
+    ("backend", "arch", "large", "descriptors", "specialization"),
     [
-        ("cuda", 80, False),
-        ("cuda", 86, False),
-        ("cuda", 90, True),
-        ("cuda", 100, True),
-        ("cuda", 120, False),
-        ("hip", 942, False),
+        ("cuda", 80, False, False, False),
+        ("cuda", 86, False, False, False),
+        ("cuda", 90, True, True, False),
+        ("cuda", 100, True, True, True),
+        ("cuda", 120, False, True, False),
+        ("hip", 942, False, False, False),
     ],
 )
-def test_which_chips_have_the_memory_of_hopper(
-    backend: str, arch: int, large: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_chips_have(
+    backend: str,
+    arch: int,
+    large: bool,
+    descriptors: bool,
+    specialization: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from sightline.triton import compat
 
@@ -209,9 +297,15 @@ def test_which_chips_have_the_memory_of_hopper(
             def get_current_target() -> Any:
                 return type("Target", (), {"backend": backend, "arch": arch})
 
+    monkeypatch.setattr(compat, "INTERPRETED", False)
     monkeypatch.setattr(compat.triton.runtime, "driver", Driver)
+    monkeypatch.setattr(compat.triton, "__version__", "3.7.1")
     assert compat.has_hopper_memory() is large
+    assert compat.has_tensor_descriptors() is descriptors
+    assert compat.has_warp_specialization() is specialization
     assert compat.target_name() == f"{backend}-{arch}"
+    monkeypatch.setattr(compat.triton, "__version__", "3.6.0+git1")
+    assert compat.has_warp_specialization() is False
 
 
 def test_the_file_lies_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

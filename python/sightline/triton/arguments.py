@@ -210,6 +210,8 @@ def make_variant(query: Tensor, value: Tensor, options: Options) -> Variant:
         packed_heads=False,
         saves=False,
         skips=False,
+        descriptors=False,
+        specialized=False,
         safe=False,
     )
 

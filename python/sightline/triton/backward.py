@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from sightline.triton.descriptors import describe_keys, load_key_tile, load_value_tile
 from sightline.triton.gradients import differentiate, load_row_gradients, project_out, times_factor
+from sightline.triton.key_range import KeyRange, visible_range
 from sightline.triton.products import add_scaled_product, dot, is_finite, scaled_to_fit
 from sightline.triton.rows import find_document, load_rows, row_factors, set_up_rows, store_rows
 from sightline.triton.scores import key_factors, load_keys, score_tile
-from sightline.triton.sweeps import KeyRange, visible_range
 
 
 class KeyGradients(NamedTuple):
@@ -38,6 +39,7 @@ def gather_query_gradient(
     start,
     stop,
     rows,
+    descriptors,
     state,
     queries,
     upstream,
@@ -46,10 +48,8 @@ def gather_query_gradient(
     """total + dS K / |k| over the key tiles from `start` to `stop`."""
     for first_key in tl.range(start, stop, variant.key_tile):
         keys = first_key + tl.arange(0, variant.key_tile)
-        key_vectors = load_keys(problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width)
-        value_vectors = load_keys(
-            problem.value, rows, keys, problem.keys, MASKED, variant.value_width, variant.block_value_width
-        )
+        key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
+        value_vectors = load_value_tile(problem, variant, MASKED, descriptors, rows, first_key)
         key_factor = key_factors(variant, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, state.factor, queries, keys, key_vectors, key_factor)
         products = dot(upstream, tl.trans(value_vectors))
@@ -74,21 +74,22 @@ def query_gradients(
     upstream = load_rows(grad_output, rows, variant.value_width, variant.block_value_width)
     state = load_row_gradients(table, table_stride, variant, rows)
     keys = visible_range(variant, rows)
+    descriptors = describe_keys(problem, variant, rows)
     total = tl.full((variant.row_tile, variant.block_width), 0.0, tl.float32)
     if variant.masked_everywhere or variant.safe:
         total = gather_query_gradient(
-            problem, variant, True, keys.start, keys.stop, rows, state, queries, upstream, total
+            problem, variant, True, keys.start, keys.stop, rows, descriptors, state, queries, upstream, total
         )
     else:
         if variant.window_left or variant.documents:
             total = gather_query_gradient(
-                problem, variant, True, keys.start, keys.full_start, rows, state, queries, upstream, total
+                problem, variant, True, keys.start, keys.full_start, rows, descriptors, state, queries, upstream, total
             )
         total = gather_query_gradient(
-            problem, variant, False, keys.full_start, keys.full_stop, rows, state, queries, upstream, total
+            problem, variant, False, keys.full_start, keys.full_stop, rows, descriptors, state, queries, upstream, total
         )
         total = gather_query_gradient(
-            problem, variant, True, keys.full_stop, keys.stop, rows, state, queries, upstream, total
+            problem, variant, True, keys.full_stop, keys.stop, rows, descriptors, state, queries, upstream, total
         )
     if not variant.safe:
         tl.store(repairs + program, (is_finite(total) == 0).to(tl.int32))

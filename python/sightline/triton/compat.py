@@ -8,7 +8,9 @@ here.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,14 +65,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 32
 
 
-def launch_options(warps: int, stages: int = 1) -> dict[str, int]:
+def launch_options(warps: int, stages: int = 1, specialized: bool = False) -> dict[str, int]:
     """Triton's options for a launch.
 
     Left alone, ptxas spills a few registers for one more block per multiprocessor; a limit, even the largest, keeps it
-    from that. AMD's compiler has no such option.
+    from that. AMD's compiler has no such option. A specialised kernel has more warps than were asked for, and its
+    compiler shares the registers out among them.
     """
     options = {"num_warps": warps, "num_stages": stages}
-    if torch.version.hip is None:
+    if torch.version.hip is None and not specialized:
         options["maxnreg"] = min(255, _REGISTERS // (32 * warps))
     return options
 
@@ -82,6 +85,42 @@ def has_hopper_memory() -> bool:
     """
     target = triton.runtime.driver.active.get_current_target()
     return target.backend == "cuda" and 90 <= target.arch < 120
+
+
+def has_tensor_descriptors() -> bool:
+    """Whether kernels may load by tensor descriptors: NVIDIA from compute capability 9.0 on, and the interpreter."""
+    if INTERPRETED:
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def has_warp_specialization() -> bool:
+    """Whether loops may be split among warps that load, multiply and weigh.
+
+    Compute capabilities 10.0 to 11.0 (tensor memory), from Triton 3.7 on. On Hopper 3.7 refuses the loops of these
+    kernels with 4 warps and leaves those with 8 as they are; on 12.0 there is nothing to multiply beside the others.
+    """
+    target = triton.runtime.driver.active.get_current_target()
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return target.backend == "cuda" and 100 <= target.arch < 120 and version >= (3, 7)
+
+
+def _scratch_memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # from torch: in order with the stream, 512-byte aligned
+
+
+def with_scratch_memory(launch: Callable[[], object]) -> None:
+    """Launch a kernel that makes tensor descriptors, for which Triton asks its allocator for memory.
+
+    The allocator belongs to a context: threads of autograd start without, and a caller may have one of his own.
+    """
+
+    def launch_in_context() -> None:
+        triton.set_allocator(_scratch_memory)
+        launch()
+
+    contextvars.copy_context().run(launch_in_context)
 
 
 def target_name() -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sightline.triton.key_range import visible_range
 from sightline.triton.rows import set_up_rows
 from sightline.triton.scores import load_mask, visible_entries
-from sightline.triton.sweeps import visible_range
 
 
 @triton.jit

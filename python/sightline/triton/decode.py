@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from sightline.triton.forward import store_plain_rows, store_sharp_rows
+from sightline.triton.key_range import part_of_range, visible_range
 from sightline.triton.products import is_finite
 from sightline.triton.rows import load_rows, row_factors, set_up_rows
 from sightline.triton.sweeps import (
@@ -27,12 +28,10 @@ from sightline.triton.sweeps import (
     find_peaks,
     finite_shift,
     measure_range,
-    part_of_range,
     sharpen_range,
     start_sharp_sums,
     start_spread,
     start_sums,
-    visible_range,
 )
 from sightline.triton.weights import LOG2_E
 
@@ -70,7 +69,9 @@ def measure_split(problem, parts, units, variant: tl.constexpr):
     queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
     factors = row_factors(problem, variant, rows, queries)
     keys = keys_of_split(variant, parts, rows, split)
-    spread = measure_range(problem, variant, keys, rows, factors.factor, queries, start_spread(variant, rows), None)
+    spread = measure_range(
+        problem, variant, keys, rows, None, factors.factor, queries, start_spread(variant, rows), None
+    )
     target = parts.spreads + split.to(tl.int64) * 3 * parts.rows + rows.index
     tl.store(target, spread.shift, mask=rows.live)
     tl.store(target + parts.rows, spread.largest, mask=rows.live)
@@ -113,12 +114,12 @@ def attend_split(problem, parts, units, repairs, variant: tl.constexpr):
     if variant.reweight:
         peaks = find_peaks(problem, variant, factors.visible, merge_spreads(variant, parts, rows))
         sums = start_sharp_sums(variant, rows)
-        sums = sharpen_range(problem, variant, keys, rows, factors.factor, queries, peaks, sums, None, 0)
+        sums = sharpen_range(problem, variant, keys, rows, None, factors.factor, queries, peaks, sums, None, 0)
         shift = peaks.shift
         total = sums.weight_sum
     else:
         sums = start_sums(problem, variant, rows, False)
-        sums = attend_range(problem, variant, keys, rows, factors.factor, queries, sums)
+        sums = attend_range(problem, variant, keys, rows, None, factors.factor, queries, sums)
         shift = sums.shift
         total = sums.normalizer
     target = parts.sums + split.to(tl.int64) * 3 * parts.rows + rows.index

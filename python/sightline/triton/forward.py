@@ -5,7 +5,8 @@ tile before the next: under causality the last rows see most keys, so the longes
 ones fill the gaps. A program walks the key tiles that any of its rows sees (sweeps.py), those that all rows see
 without masks.
 
-In registers: the queries, the weighted sum of values and row quantities; keys and values stream through shared memory.
+In registers: the queries, the weighted sum of values and row quantities; keys and values stream through shared memory,
+loaded by pointers or, where the tile says so, by tensor descriptors (descriptors.py).
 Softplus needs no running maximum. Re-weighting sweeps twice, the second time past the tiles whose weights do not count
 (skipping.py), and keeps U beside the values when backward will need it.
 
@@ -19,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sightline.triton.descriptors import describe_keys
+from sightline.triton.key_range import visible_range
 from sightline.triton.products import is_finite
 from sightline.triton.rows import load_rows, row_factors, set_up_rows, store_rows
 from sightline.triton.skipping import list_tiles
@@ -30,7 +33,6 @@ from sightline.triton.sweeps import (
     start_sharp_sums,
     start_spread,
     start_sums,
-    visible_range,
 )
 from sightline.triton.weights import LOG_UNIT
 
@@ -50,13 +52,14 @@ def attention_forward(
     queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
     factors = row_factors(problem, variant, rows, queries)
     keys = visible_range(variant, rows)
+    descriptors = describe_keys(problem, variant, rows)
     if variant.reweight:
         spread = start_spread(variant, rows)
         if variant.skips:
             place = tl.program_id(0).to(tl.int64) * scratch.tiles
             maxima = scratch.maxima + place * variant.row_tile
             listed = scratch.listed + place
-            spread = measure_range(problem, variant, keys, rows, factors.factor, queries, spread, maxima)
+            spread = measure_range(problem, variant, keys, rows, descriptors, factors.factor, queries, spread, maxima)
             peaks = find_peaks(problem, variant, factors.visible, spread)
             whole = (keys.full_stop - keys.full_start) // variant.key_tile
             count = list_tiles(problem, variant, maxima, listed, keys.full_start, whole, factors.visible, peaks)
@@ -66,17 +69,19 @@ def attention_forward(
         else:
             listed = None
             count = 0
-            spread = measure_range(problem, variant, keys, rows, factors.factor, queries, spread, None)
+            spread = measure_range(problem, variant, keys, rows, descriptors, factors.factor, queries, spread, None)
             peaks = find_peaks(problem, variant, factors.visible, spread)
         sums = start_sharp_sums(variant, rows)
-        sums = sharpen_range(problem, variant, keys, rows, factors.factor, queries, peaks, sums, listed, count)
+        sums = sharpen_range(
+            problem, variant, keys, rows, descriptors, factors.factor, queries, peaks, sums, listed, count
+        )
         finite = is_finite(sums.value_sum)
         if variant.saves:
             finite = finite & is_finite(sums.response_values)
         store_sharp_rows(problem, variant, output, log_normalizer, saved, rows, spread.normalizer, peaks, sums)
     else:
         sums = start_sums(problem, variant, rows, True)
-        sums = attend_range(problem, variant, keys, rows, factors.factor, queries, sums)
+        sums = attend_range(problem, variant, keys, rows, descriptors, factors.factor, queries, sums)
         finite = is_finite(sums.value_sum)
         store_plain_rows(problem, variant, output, log_normalizer, saved, rows, sums)
     if not variant.safe:

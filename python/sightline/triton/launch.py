@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -19,15 +20,22 @@ from sightline.triton.arguments import (
     with_contiguous_rows,
 )
 from sightline.triton.backward import key_gradients, query_gradients
-from sightline.triton.compat import interpretable, launch_options, launching_on, multiprocessors
+from sightline.triton.compat import (
+    interpretable,
+    launch_options,
+    launching_on,
+    multiprocessors,
+    with_scratch_memory,
+)
 from sightline.triton.counting import count_visible_keys
 from sightline.triton.decode import Parts, attend_split, measure_split, merge_splits
+from sightline.triton.descriptors import keys_can_be_described
 from sightline.triton.forward import attention_forward
 from sightline.triton.gradients import PLAIN_COLUMNS, REWEIGHT_COLUMNS, prepare_rows
 from sightline.triton.mask_gradient import mask_gradient
 from sightline.triton.problem import Heads, Problem, SavedRows, Variant
 from sightline.triton.skipping import make_scratch, programs_at_once
-from sightline.triton.tiles import Tile, choose_tile
+from sightline.triton.tiles import Tile, can_be_specialized, choose_tile
 from sightline.triton.tuning import tile_for
 
 # Decoding: the most rows of a key head that are packed, programs per multiprocessor that keep it busy, key tiles that
@@ -48,12 +56,34 @@ def _tiles_of(length: int, tile: int) -> int:
     return -(-length // tile)
 
 
+def _described(problem: Problem, variant: Variant, tile: Tile) -> Variant:
+    """The variant that loads keys and values as the tile says, or by pointers where they suit no descriptor."""
+    described = tile.descriptors and keys_can_be_described(problem)
+    specialized = described and tile.specialized and problem.alibi_slopes is None and can_be_specialized(variant)
+    return replace(variant, descriptors=described, specialized=specialized)
+
+
+def _start(kernel: Any, programs: int, variant: Variant, tile: Tile, *arguments: Any) -> None:
+    """Launch a kernel once; the variant is the last of its arguments."""
+    options = launch_options(tile.warps, tile.stages, variant.specialized)
+    start = functools.partial(kernel[(programs,)], *arguments, variant, **options)
+    if variant.descriptors:
+        with_scratch_memory(start)
+    else:
+        start()
+
+
+def _repair(kernel: Any, programs: int, variant: Variant, tile: Tile, *arguments: Any) -> None:
+    """Launch a kernel again for the programs whose result was not finite."""
+    safe = _tiled(variant, tile, safe=True, descriptors=False, specialized=False)
+    kernel[(programs,)](*arguments, safe, **launch_options(tile.warps))
+
+
 def _launch(kernel: Any, programs: int, variant: Variant, tile: Tile, device: torch.device, *arguments: Any) -> None:
     """Launch a kernel, and again for the programs whose result was not finite."""
     repairs = torch.empty(programs, dtype=torch.int32, device=device)
-    for safe in (False, True):
-        launched = _tiled(variant, tile, safe=safe)
-        kernel[(programs,)](*arguments, repairs, launched, **launch_options(tile.warps, 1 if safe else tile.stages))
+    _start(kernel, programs, _tiled(variant, tile), tile, *arguments, repairs)
+    _repair(kernel, programs, variant, tile, *arguments, repairs)
 
 
 def with_visible_counts(problem: Problem, variant: Variant, query: Tensor, wanted: bool) -> Problem:
@@ -124,12 +154,13 @@ def _forward(
         tiles = _tiles_of(queries, tile.rows)
         key_tiles = _tiles_of(key.shape[2], tile.keys)
         arguments = (problem, output, log_normalizer, saved, units, tiles)
+        described = _described(problem, variant, tile)
         if variant.reweight and not variant.masked_everywhere and key_tiles >= LEAST_SKIPPING_TILES:
-            _launch_skipping(variant, tile, query.device, key_tiles, *arguments)
+            _launch_skipping(described, tile, query.device, key_tiles, *arguments)
         else:
-            _launch(attention_forward, units * tiles, variant, tile, query.device, *arguments, None, 0)
+            _launch(attention_forward, units * tiles, described, tile, query.device, *arguments, None, 0)
 
-    launch(tile_for("forward", variant, launch))
+    launch(tile_for("forward", variant, launch, functools.partial(keys_can_be_described, problem)))
 
 
 def _launch_skipping(variant: Variant, tile: Tile, device: torch.device, key_tiles: int, *arguments: Any) -> None:
@@ -141,11 +172,8 @@ def _launch_skipping(variant: Variant, tile: Tile, device: torch.device, key_til
     repairs = torch.empty(programs, dtype=torch.int32, device=device)
     skipping = _tiled(variant, tile, skips=True)
     for first in range(0, programs, wave):
-        grid = (min(wave, programs - first),)
-        options = launch_options(tile.warps, tile.stages)
-        attention_forward[grid](*arguments, scratch, first, repairs, skipping, **options)
-    safe = _tiled(variant, tile, safe=True)
-    attention_forward[(programs,)](*arguments, None, 0, repairs, safe, **launch_options(tile.warps))
+        _start(attention_forward, min(wave, programs - first), skipping, tile, *arguments, scratch, first, repairs)
+    _repair(attention_forward, programs, variant, tile, *arguments, None, 0, repairs)
 
 
 def attention(*arguments: Any) -> tuple[Tensor, ...]:
@@ -214,6 +242,9 @@ class Backward:
     def per_row(self, columns: int = 1) -> Tensor:
         return self.query.new_empty((columns, self.rows), dtype=torch.float32)
 
+    def describable(self) -> bool:
+        return keys_can_be_described(self.problem)
+
     def prepare(self, sink_terms: Tensor | None) -> None:
         tile = choose_tile("rows", self.variant)
         prepare_rows[(_tiles_of(self.queries, tile.rows) * self.units,)](
@@ -236,7 +267,7 @@ class Backward:
             _launch(
                 query_gradients,
                 tiles * self.units,
-                self.variant,
+                _described(self.problem, self.variant, tile),
                 tile,
                 self.query.device,
                 self.problem,
@@ -249,7 +280,7 @@ class Backward:
                 tiles,
             )
 
-        launch(tile_for("queries", self.variant, launch))
+        launch(tile_for("queries", self.variant, launch, self.describable))
 
     def differentiate_keys(self, grad_key: Tensor, grad_value: Tensor) -> None:
         key_units = self.key.shape[0] * self.key.shape[1]
@@ -270,7 +301,7 @@ class Backward:
                 key_units,
             )
 
-        launch(tile_for("keys", self.variant, launch))
+        launch(tile_for("keys", self.variant, launch, self.describable))
 
     def differentiate_mask(self, target: Tensor) -> None:
         tile = choose_tile("mask", self.variant)

@@ -100,6 +100,8 @@ class Variant:
     packed_heads: bool  # a tile holds rows of all query heads of a key head
     saves: bool
     skips: bool  # re-weighting leaves out key tiles whose weights do not count
+    descriptors: bool  # keys and values are loaded by tensor descriptors; before a tile is chosen: may be
+    specialized: bool  # warps of their own load, multiply and weigh; before a tile is chosen: may be
     safe: bool  # non-finite operands meet only weights that are not 0
 
     @property

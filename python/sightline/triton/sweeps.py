@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from sightline.triton.compat import round_to
+from sightline.triton.descriptors import load_key_tile, load_value_tile
 from sightline.triton.dropout import kept
 from sightline.triton.products import add_compensated, add_product, dot
-from sightline.triton.scores import key_factors, load_keys, score_tile
+from sightline.triton.scores import key_factors, score_tile
 from sightline.triton.skipping import keep_maxima
 from sightline.triton.weights import FLAT_ROW, LOG2_E, positive_part, reweigh, weigh
 
@@ -65,40 +66,6 @@ class SharpSums(NamedTuple):
     response_values: Any
 
 
-class KeyRange(NamedTuple):
-    """Keys from `start` to `stop`; the tiles from `full_start` to `full_stop` are visible to every row as a whole."""
-
-    start: Any
-    full_start: Any
-    full_stop: Any
-    stop: Any
-
-
-@triton.jit
-def visible_range(variant: tl.constexpr, rows):
-    """The key tiles that any of the rows sees."""
-    start = tl.min(rows.first) // variant.key_tile * variant.key_tile
-    stop = tl.max(rows.last) + 1
-    seen_by_all = (tl.min(rows.last) + 1) // variant.key_tile * variant.key_tile
-    if variant.window_left or variant.documents:
-        end = tl.cdiv(stop, variant.key_tile) * variant.key_tile
-        full_start = tl.maximum(tl.cdiv(tl.max(rows.first), variant.key_tile) * variant.key_tile, start)
-        full_start = tl.minimum(full_start, tl.maximum(end, start))
-    else:
-        full_start = start
-    return KeyRange(start, full_start, tl.maximum(full_start, seen_by_all), stop)
-
-
-@triton.jit
-def part_of_range(whole, first, last):
-    """The tiles of a range that lie in [first, last); both are multiples of the key tile."""
-    start = tl.maximum(whole.start, first)
-    end = tl.maximum(last, start)
-    full_start = tl.minimum(tl.maximum(whole.full_start, start), end)
-    full_stop = tl.minimum(tl.maximum(whole.full_stop, full_start), end)
-    return KeyRange(start, full_start, full_stop, tl.minimum(whole.stop, last))
-
-
 @triton.jit
 def finite_shift(shift):
     """-inf stands for no key so far; subtracting 0 in its place keeps exp(-inf) = 0."""
@@ -113,6 +80,7 @@ def attend(
     start,
     stop,
     rows,
+    descriptors,
     factor,
     queries,
     sums,
@@ -124,9 +92,13 @@ def attend(
     rounded = sums.rounded
     values = sums.value_sum
     values_lost = sums.value_sum_lost
-    for first_key in tl.range(start, stop, variant.key_tile):
+    # Triton 3.7 splits this loop among warps if one sum beside the values shrinks with them: all have to be one tensor.
+    PACKED: tl.constexpr = variant.specialized and not variant.softplus
+    if PACKED:
+        packed = tl.join(tl.join(normalizer, rounded), tl.join(normalizer_lost, tl.zeros_like(rounded)))
+    for first_key in tl.range(start, stop, variant.key_tile, warp_specialize=variant.specialized):
         keys = first_key + tl.arange(0, variant.key_tile)
-        key_vectors = load_keys(problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width)
+        key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
         key_factor = key_factors(variant, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         if variant.softplus:
@@ -145,10 +117,16 @@ def attend(
             decay = tl.exp2((shift - base) * LOG2_E)
             weights = weigh(scores, base[:, None], False)
             tile_sum = tl.sum(weights, 1)
-            normalizer = normalizer * decay
-            normalizer_lost = normalizer_lost * decay
-        normalizer, normalizer_lost = add_compensated(normalizer, normalizer_lost, tile_sum)
+            if not PACKED:
+                normalizer = normalizer * decay
+                normalizer_lost = normalizer_lost * decay
         weights = round_to(weights, variant)
+        if PACKED:
+            totals, lost = tl.split(packed * decay[:, None, None])
+            totals, lost = add_compensated(totals, lost, tl.join(tile_sum, tl.sum(weights.to(tl.float32), 1)))
+            packed = tl.join(totals, lost)
+        else:
+            normalizer, normalizer_lost = add_compensated(normalizer, normalizer_lost, tile_sum)
         if not variant.softplus or variant.dtype == "fp16":
             shift = raised
             if variant.safe:
@@ -158,48 +136,65 @@ def attend(
                 values = values * decay[:, None]
             if variant.dtype == "fp32":
                 values_lost = values_lost * decay[:, None]
-            else:
+            elif not PACKED:
                 rounded = rounded * decay
-        if variant.dtype != "fp32":
+        if variant.dtype != "fp32" and not PACKED:
             rounded += tl.sum(weights.to(tl.float32), 1)
         if variant.dropout:
             keep = kept(rows.dropout_key, keys, problem.dropout_threshold)
             weights = tl.where(keep, weights, tl.zeros_like(weights))
-        value_vectors = load_keys(
-            problem.value, rows, keys, problem.keys, MASKED, variant.value_width, variant.block_value_width
-        )
+        value_vectors = load_value_tile(problem, variant, MASKED, descriptors, rows, first_key)
         if variant.dtype == "fp32" and not variant.safe:
             product = dot(weights, value_vectors)
             values, values_lost = add_compensated(values, values_lost, product)
         else:
             values = add_product(values, weights, value_vectors, variant)
+    if PACKED:
+        totals, lost = tl.split(packed)
+        normalizer, rounded = tl.split(totals)
+        normalizer_lost, rounded_lost = tl.split(lost)
+        rounded -= rounded_lost
     return Sums(shift, normalizer, normalizer_lost, rounded, values, values_lost)
 
 
 @triton.jit
-def attend_range(problem, variant: tl.constexpr, keys, rows, factor, queries, start_sums):
+def attend_range(problem, variant: tl.constexpr, keys, rows, descriptors, factor, queries, start_sums):
     """Plain attention over a key range."""
     sums = start_sums
     if variant.masked_everywhere or variant.safe:
-        sums = attend(problem, variant, True, keys.start, keys.stop, rows, factor, queries, sums)
+        sums = attend(problem, variant, True, keys.start, keys.stop, rows, descriptors, factor, queries, sums)
     else:
         if variant.window_left or variant.documents:
-            sums = attend(problem, variant, True, keys.start, keys.full_start, rows, factor, queries, sums)
-        sums = attend(problem, variant, False, keys.full_start, keys.full_stop, rows, factor, queries, sums)
-        sums = attend(problem, variant, True, keys.full_stop, keys.stop, rows, factor, queries, sums)
+            sums = attend(problem, variant, True, keys.start, keys.full_start, rows, descriptors, factor, queries, sums)
+        sums = attend(
+            problem, variant, False, keys.full_start, keys.full_stop, rows, descriptors, factor, queries, sums
+        )
+        sums = attend(problem, variant, True, keys.full_stop, keys.stop, rows, descriptors, factor, queries, sums)
     return sums
 
 
 @triton.jit
-def measure(problem, variant: tl.constexpr, MASKED: tl.constexpr, start, stop, rows, factor, queries, spread, maxima):
+def measure(
+    problem,
+    variant: tl.constexpr,
+    MASKED: tl.constexpr,
+    start,
+    stop,
+    rows,
+    descriptors,
+    factor,
+    queries,
+    spread,
+    maxima,
+):
     """First sweep of re-weighting: the normaliser and the largest score; where there are `maxima`, each tile's too."""
     shift = spread.shift
     largest = spread.largest
     normalizer = spread.normalizer
     normalizer_lost = spread.normalizer_lost
-    for first_key in tl.range(start, stop, variant.key_tile):
+    for first_key in tl.range(start, stop, variant.key_tile, warp_specialize=variant.specialized):
         keys = first_key + tl.arange(0, variant.key_tile)
-        key_vectors = load_keys(problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width)
+        key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
         key_factor = key_factors(variant, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         top = tl.max(scores, 1)
@@ -220,18 +215,24 @@ def measure(problem, variant: tl.constexpr, MASKED: tl.constexpr, start, stop, r
 
 
 @triton.jit
-def measure_range(problem, variant: tl.constexpr, keys, rows, factor, queries, start_spread, maxima):
+def measure_range(problem, variant: tl.constexpr, keys, rows, descriptors, factor, queries, start_spread, maxima):
     """The first sweep over a key range; maxima of the tiles that all rows see as a whole, or None."""
     spread = start_spread
     if variant.masked_everywhere or variant.safe:
-        spread = measure(problem, variant, True, keys.start, keys.stop, rows, factor, queries, spread, None)
+        spread = measure(
+            problem, variant, True, keys.start, keys.stop, rows, descriptors, factor, queries, spread, None
+        )
     else:
         if variant.window_left or variant.documents:
-            spread = measure(problem, variant, True, keys.start, keys.full_start, rows, factor, queries, spread, None)
+            spread = measure(
+                problem, variant, True, keys.start, keys.full_start, rows, descriptors, factor, queries, spread, None
+            )
         spread = measure(
-            problem, variant, False, keys.full_start, keys.full_stop, rows, factor, queries, spread, maxima
+            problem, variant, False, keys.full_start, keys.full_stop, rows, descriptors, factor, queries, spread, maxima
         )
-        spread = measure(problem, variant, True, keys.full_stop, keys.stop, rows, factor, queries, spread, None)
+        spread = measure(
+            problem, variant, True, keys.full_stop, keys.stop, rows, descriptors, factor, queries, spread, None
+        )
     return spread
 
 
@@ -258,6 +259,7 @@ def sharpen(
     start,
     stop,
     rows,
+    descriptors,
     factor,
     queries,
     peaks,
@@ -277,12 +279,12 @@ def sharpen(
     values_lost = sums.value_sum_lost
     response_values = sums.response_values
     STEP: tl.constexpr = variant.key_tile if listed is None else 1
-    for place in tl.range(start, stop, STEP):
+    for place in tl.range(start, stop, STEP, warp_specialize=variant.specialized):
         first_key = place
         if listed is not None:
             first_key = tl.load(listed + place)
         keys = first_key + tl.arange(0, variant.key_tile)
-        key_vectors = load_keys(problem.key, rows, keys, problem.keys, MASKED, variant.head_width, variant.block_width)
+        key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
         key_factor = key_factors(variant, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         plain = weigh(scores, peaks.shift[:, None], variant.softplus)
@@ -296,9 +298,7 @@ def sharpen(
         if variant.dropout:
             keep = kept(rows.dropout_key, keys, problem.dropout_threshold)
             weights = tl.where(keep, weights, tl.zeros_like(weights))
-        value_vectors = load_keys(
-            problem.value, rows, keys, problem.keys, MASKED, variant.value_width, variant.block_value_width
-        )
+        value_vectors = load_value_tile(problem, variant, MASKED, descriptors, rows, first_key)
         if variant.dtype == "fp32" and not variant.safe:
             product = dot(weights, value_vectors)
             values, values_lost = add_compensated(values, values_lost, product)
@@ -316,23 +316,51 @@ def sharpen(
 
 
 @triton.jit
-def sharpen_range(problem, variant: tl.constexpr, keys, rows, factor, queries, peaks, start_sums, listed, count):
+def sharpen_range(
+    problem, variant: tl.constexpr, keys, rows, descriptors, factor, queries, peaks, start_sums, listed, count
+):
     """The second sweep over a key range; of the tiles that all rows see as a whole the `count` listed ones, or all."""
     sums = start_sums
     if variant.masked_everywhere or variant.safe:
-        sums = sharpen(problem, variant, True, keys.start, keys.stop, rows, factor, queries, peaks, sums, None)
+        sums = sharpen(
+            problem, variant, True, keys.start, keys.stop, rows, descriptors, factor, queries, peaks, sums, None
+        )
     else:
         if variant.window_left or variant.documents:
             sums = sharpen(
-                problem, variant, True, keys.start, keys.full_start, rows, factor, queries, peaks, sums, None
+                problem,
+                variant,
+                True,
+                keys.start,
+                keys.full_start,
+                rows,
+                descriptors,
+                factor,
+                queries,
+                peaks,
+                sums,
+                None,
             )
         if listed is None:
             sums = sharpen(
-                problem, variant, False, keys.full_start, keys.full_stop, rows, factor, queries, peaks, sums, None
+                problem,
+                variant,
+                False,
+                keys.full_start,
+                keys.full_stop,
+                rows,
+                descriptors,
+                factor,
+                queries,
+                peaks,
+                sums,
+                None,
             )
         else:
-            sums = sharpen(problem, variant, False, 0, count, rows, factor, queries, peaks, sums, listed)
-        sums = sharpen(problem, variant, True, keys.full_stop, keys.stop, rows, factor, queries, peaks, sums, None)
+            sums = sharpen(problem, variant, False, 0, count, rows, descriptors, factor, queries, peaks, sums, listed)
+        sums = sharpen(
+            problem, variant, True, keys.full_stop, keys.stop, rows, descriptors, factor, queries, peaks, sums, None
+        )
     return sums
 
 

@@ -2,14 +2,20 @@
 
 docs/triton_resources.md has the registers and shared memory of each entry, which were chosen so that nothing spills and
 everything fits where a GPU has 99 KiB of shared memory. What holds more than that is for those that have it. CANDIDATES
-are the few others that tuning.py tries on a device.
+are the few others that tuning.py tries on a device; which of them load by tensor descriptors or are specialised is a
+matter of what the device has. No default does: nothing of it was measured yet.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from sightline.triton.compat import INTERPRETED, has_hopper_memory
+from sightline.triton.compat import (
+    INTERPRETED,
+    has_hopper_memory,
+    has_tensor_descriptors,
+    has_warp_specialization,
+)
 from sightline.triton.problem import Variant
 
 
@@ -20,6 +26,12 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    descriptors: bool = False  # keys and values by tensor descriptors, where the tensors allow it
+    specialized: bool = False  # with descriptors: warps of their own for loads, products and weights
+
+    def __str__(self) -> str:
+        loads = "".join(f", {name}" for name in ("descriptors", "specialized") if getattr(self, name))
+        return f"{self.rows} x {self.keys}, {self.warps} warps, {self.stages} stages{loads}"
 
 
 # By kernel, operand ("half": fp16 and bf16) and the wider of the two head widths, rounded up to a power of two. A name
@@ -96,12 +108,46 @@ _INTERPRETED = Tile(32, 64, 4, 1)
 _INTERPRETED_ROWS = Tile(64, 64, 4, 1)
 
 
+_FORWARD_CANDIDATES = (
+    Tile(128, 64, 4, 3),
+    Tile(128, 128, 8, 2),
+    Tile(64, 64, 4, 3),
+    Tile(128, 32, 8, 3),
+    Tile(128, 64, 8, 3, descriptors=True),
+    Tile(128, 128, 8, 2, descriptors=True),
+    Tile(64, 64, 4, 3, descriptors=True),
+)
 # What else a kernel may be cut into, tried in this order by tuning.py.
 CANDIDATES: dict[tuple[str, str], tuple[Tile, ...]] = {
-    ("forward", "half"): (Tile(128, 64, 4, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3), Tile(128, 32, 8, 3)),
-    ("sharp forward", "half"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 32, 4, 2)),
-    ("saving forward", "half"): (Tile(64, 64, 8, 2), Tile(32, 64, 4, 2), Tile(128, 32, 8, 2)),
-    ("queries", "half"): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 4, 3)),
+    ("forward", "half"): (*_FORWARD_CANDIDATES, Tile(64, 64, 8, 2, descriptors=True, specialized=True)),
+    ("softplus forward", "half"): (
+        *_FORWARD_CANDIDATES,
+        Tile(128, 64, 8, 2, descriptors=True, specialized=True),
+        Tile(128, 128, 8, 2, descriptors=True, specialized=True),
+    ),
+    ("sharp forward", "half"): (
+        Tile(64, 64, 4, 3),
+        Tile(128, 64, 8, 2),
+        Tile(64, 128, 8, 2),
+        Tile(64, 32, 4, 2),
+        Tile(64, 64, 4, 2, descriptors=True),
+        Tile(128, 64, 8, 2, descriptors=True),
+        Tile(128, 64, 8, 2, descriptors=True, specialized=True),
+    ),
+    ("saving forward", "half"): (
+        Tile(64, 64, 8, 2),
+        Tile(32, 64, 4, 2),
+        Tile(128, 32, 8, 2),
+        Tile(32, 64, 4, 2, descriptors=True),
+        Tile(128, 64, 8, 2, descriptors=True, specialized=True),
+    ),
+    ("queries", "half"): (
+        Tile(64, 64, 4, 2),
+        Tile(128, 64, 8, 2),
+        Tile(64, 64, 8, 2),
+        Tile(64, 32, 4, 3),
+        Tile(64, 32, 8, 2, descriptors=True),
+    ),
     ("keys", "half"): (Tile(64, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
     ("forward", "fp32"): (Tile(64, 32, 8, 2), Tile(64, 64, 8, 1)),
     ("queries", "fp32"): (Tile(32, 32, 4, 1), Tile(64, 32, 8, 1)),
@@ -117,15 +163,37 @@ def operand_of(variant: Variant) -> str:
 def names_of(kernel: str, variant: Variant) -> tuple[str, ...]:
     """The names under which the tables know a kernel, the most special first."""
     if not variant.reweight:
-        return (kernel,)
+        return (f"softplus {kernel}", kernel) if variant.softplus else (kernel,)
     saving = (f"saving {kernel}",) if variant.saves else ()
     return (*saving, f"sharp {kernel}", kernel)
 
 
 def candidates(kernel: str, variant: Variant) -> tuple[Tile, ...]:
-    """The other tiles worth trying; none for kernels that are not tuned."""
+    """The other tiles worth trying on this device; none for kernels that are not tuned."""
     operand = operand_of(variant)
-    return next((CANDIDATES[name, operand] for name in names_of(kernel, variant) if (name, operand) in CANDIDATES), ())
+    tiles: tuple[Tile, ...] = next(
+        (CANDIDATES[name, operand] for name in names_of(kernel, variant) if (name, operand) in CANDIDATES), ()
+    )
+    if not (tiles and has_tensor_descriptors()):
+        return tuple(tile for tile in tiles if not tile.descriptors)
+    specializes = can_be_specialized(variant) and has_warp_specialization()
+    return tuple(tile for tile in tiles if specializes or not tile.specialized)
+
+
+def can_be_specialized(variant: Variant) -> bool:
+    """Whether Triton's compiler splits the loops of a forward kernel among warps without spilling.
+
+    What is compiled in tests: plain calls of models' widths, causal or not. With softmax wider than 64 the warps that
+    load spill a few registers. The running exponent of softplus in fp16 is too much for the compiler: it spills by
+    hundreds of bytes, or does not come to an end.
+    """
+    widths = {variant.block_width, variant.block_value_width, variant.head_width, variant.value_width}
+    options = (variant.masked_everywhere, variant.documents, variant.window_left, variant.softcap, variant.dropout)
+    if len(widths) != 1 or any(options):
+        return False
+    if variant.softplus:
+        return variant.dtype == "bf16" and widths <= {64, 128} and (not variant.reweight or variant.whole_power > 0)
+    return variant.dtype != "fp32" and widths == {64} and not variant.reweight
 
 
 def choose_tile(kernel: str, variant: Variant) -> Tile:

@@ -29,6 +29,7 @@ from sightline.triton.tiles import Tile, candidates, choose_tile
 
 Launch = Callable[[Tile], None]
 Timer = Callable[[Callable[[], None]], float]
+Describable = Callable[[], bool]
 
 _REPETITIONS = 7
 # A candidate replaces the default where it is this much faster: less may be noise.
@@ -77,7 +78,7 @@ class TunedTiles:
             content = json.loads(self.path.read_text())
             if content["kernels"] != kernels_fingerprint() or content["target"] != target_name():
                 return {}
-            return {name: Tile(*map(int, numbers)) for name, numbers in content["tiles"].items()}
+            return {name: _tile_of(numbers) for name, numbers in content["tiles"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
@@ -93,6 +94,12 @@ class TunedTiles:
             Path(file.name).replace(self.path)  # in one move: other processes tune too
         except OSError:
             return
+
+
+def _tile_of(numbers: list[int]) -> Tile:
+    """A tile as it stands in the file; what loads by pointers needs no more than four numbers."""
+    rows, keys, warps, stages = map(int, numbers[:4])
+    return Tile(rows, keys, warps, stages, *map(bool, numbers[4:]))
 
 
 @functools.cache
@@ -122,27 +129,40 @@ def fastest_tile(default: Tile, others: tuple[Tile, ...], launch: Launch, timer:
             seconds = timer(functools.partial(launch, tile))
         except does_not_fit():
             continue
+        except RuntimeError:
+            # All that Triton says of a loop that its passes cannot specialise.
+            if not tile.specialized:
+                raise
+            continue
         if seconds < least:
             best, least = tile, seconds
     return best
 
 
-def tile_for(kernel: str, variant: Variant, launch: Launch, timer: Timer = seconds_on_device) -> Tile:
+def tile_for(
+    kernel: str, variant: Variant, launch: Launch, describable: Describable, timer: Timer = seconds_on_device
+) -> Tile:
     """The tile of a kernel: as measured on this device, or the default.
 
     `launch` runs the kernel with a tile and may do so any number of times. It is called here only where
-    SIGHTLINE_AUTOTUNE=1 asks to measure a kind that is not in the file.
+    SIGHTLINE_AUTOTUNE=1 asks to measure a kind that is not in the file. `describable` says whether the tensors suit
+    tensor descriptors: to those that do not, tiles with descriptors are neither given nor measured on them.
     """
     default = choose_tile(kernel, variant)
+    if INTERPRETED:
+        return default
     others = tuple(tile for tile in candidates(kernel, variant) if tile != default)
-    if INTERPRETED or not others:
+    if not others:
         return default
     tuned = _tuned_tiles(tuning_file())
     name = kind(kernel, variant)
     if name in tuned.tiles:
-        return tuned.tiles[name]
+        tile = tuned.tiles[name]
+        return tile if not tile.descriptors or describable() else default
     if os.environ.get("SIGHTLINE_AUTOTUNE") != "1" or is_capturing():
         return default
+    if not describable():
+        others = tuple(tile for tile in others if not tile.descriptors)
     best = fastest_tile(default, others, launch, timer)
     tuned.keep(name, best)
     return best
