@@ -68,6 +68,7 @@ demo: env ## the main job: attention, then whole models, over real text at 1K to
 	$(BIN)/sightline demo --output build/demo $(MODEL_ARGS)
 
 bench: env ## measure sightline against its peers and regenerate docs/performance.md
+	$(BIN)/python benchmarks/attention_parts.py
 	$(BIN)/python benchmarks/attention_ratio.py
 	$(BIN)/python benchmarks/decoding_ratio.py
 	$(BIN)/python benchmarks/skipping_ratio.py

@@ -327,8 +327,41 @@ def transformers_section(document: dict[str, Any]) -> list[str]:
     return lines + markdown_table(["case", "attention", "ms (p10 - p90)", "x SDPA"], rows, 2)
 
 
+def parts_section(document: dict[str, Any]) -> list[str]:
+    """One run of attention_parts.py."""
+    lines = [f"## Parts of attention on {document['device']['name']}", "", *described(document)]
+    rates = "; ".join(
+        f"{threads} thread{'s' if int(threads) > 1 else ''}: "
+        + ", ".join(f"{rate:,.0f} GFLOP/s of {operands}" for operands, rate in found.items() if rate)
+        for threads, found in document["multiply_gflops"].items()
+    )
+    lines += [
+        f"What the machine multiplies in registers, {rates}. "
+        f"A sum reads {document['read_gigabytes_per_second']:.1f} GB/s.",
+        "",
+        "Nanoseconds per (row, key) pair on one thread, all keys visible; in brackets the share of the time, and for "
+        "the two products the share of what one thread multiplies in registers.",
+        "",
+    ]
+    rows = []
+    for found in document["timings"]:
+        times = found["nanoseconds"]
+        total = sum(times.values())
+        most = document["multiply_gflops"]["1"][found["dtype"]] or document["multiply_gflops"]["1"]["float32"]
+        row = [f"{found['dtype']}, {LABELS[found['weighting']]}, D = {found['head_dim']}, N = {found['length']:,}"]
+        for part, time in times.items():
+            shares = f"{time / total:.0%}"
+            if part in ("scores", "values"):
+                shares += f", {2 * found['head_dim'] / time / most:.0%} of peak"
+            row.append(f"{time:.3f} ({shares})")
+        rows.append([*row, f"{4 * found['head_dim'] / total:,.0f}"])
+    header = ["case", "packing", "scores", "weights", "weights times V", "GFLOP/s"]
+    return lines + markdown_table(header, rows, 1)
+
+
 SECTIONS = {
     "sightline-attention/1": attention_section,
+    "sightline-parts/1": parts_section,
     "sightline-decoding/1": decoding_section,
     "sightline-bench/1": stack_section,
     "sightline-skipping/1": skipping_section,

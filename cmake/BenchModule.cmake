@@ -16,7 +16,7 @@ if(NOT status EQUAL 0)
 endif()
 find_package(pybind11 CONFIG REQUIRED PATHS ${pybind11_dir} NO_DEFAULT_PATH)
 
-pybind11_add_module(_bench MODULE NO_EXTRAS csrc/bench/decode.cpp csrc/bench/module.cpp)
+pybind11_add_module(_bench MODULE NO_EXTRAS csrc/bench/decode.cpp csrc/bench/microbenchmarks.cpp csrc/bench/module.cpp)
 target_include_directories(_bench PRIVATE csrc)
 # Every decoding kernel is emulated: there is much of it, and it is slow anyway. The emulation jumps between stacks, which
 # a fortified longjmp takes for an error.

@@ -10,14 +10,11 @@
 #include <vector>
 
 #include "bench/decode.h"
-#include "cpu/kernel_table.h"
+#include "bench/microbenchmarks.h"
 
 namespace py = pybind11;
 
 namespace sightline::bench {
-namespace {
-
-using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
 const KernelTable& table_of(const std::string& isa) {
   const KernelTable* tables[8];
@@ -26,6 +23,10 @@ const KernelTable& table_of(const std::string& isa) {
     if (tables[index]->name == isa) return *tables[index];
   throw std::invalid_argument("isa: this machine cannot run '" + isa + "'");
 }
+
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
 std::vector<std::string> isas() {
   const KernelTable* tables[8];
@@ -133,6 +134,7 @@ PYBIND11_MODULE(_bench, module) {
              py::arg("weighting") = "softmax", py::arg("causal") = false, py::arg("threads") = 1,
              "Output (B,H,M,Dv) and log normalizer (B,H,M) of float32 arrays.");
   bind_decode(module);
+  bind_microbenchmarks(module);
 }
 
 }  // namespace sightline::bench

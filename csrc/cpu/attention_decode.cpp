@@ -32,7 +32,9 @@ float finish_row_scores(const AttentionProblem& problem, const DecodeScratch& sc
   const IntVec lanes = IntVec::load(kLanes);
   // Lane l is key + l: it is seen where key lies between first - l and last - l.
   const IntVec first = IntVec::broadcast(rows.first[row]) - lanes;
-  const IntVec last = IntVec::broadcast(rows.last[row]) - lanes;
+  // The rest of the last vector stands for keys of the next chunk.
+  const int32_t end = static_cast<int32_t>(unit.first + unit.count - 1);
+  const IntVec last = IntVec::broadcast(rows.last[row] < end ? rows.last[row] : end) - lanes;
   const IntVec position = IntVec::broadcast(rows.position[row]) - lanes;
   Vec top = minus_infinity;
   for (int64_t j = 0; j < unit.count; j += Vec::kWidth) {
@@ -224,7 +226,7 @@ void write_rows(const DecodePlan& plan, const DecodeResults& results) {
     zero(values, width);
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
       const int64_t place = (key_head * plan.chunks + chunk) * plan.rows + r;
-      weight_sum += results.sums[place].weight_sum;
+      if (reweighted) weight_sum += results.sums[place].weight_sum;
       const float decay = reweighted ? 1.0f : static_cast<float>(decay_of<Weight>(results.sums[place], row));
       // A decay of 0 forgets the chunk, NaN included.
       if (decay == 0.0f) continue;

@@ -26,11 +26,6 @@
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
 
-void track_largest(RowState& state, const float* tile_largest) {
-  for (int lane = 0; lane < state.rows.lanes; ++lane)
-    state.largest[lane] = tile_largest[lane] > state.largest[lane] ? tile_largest[lane] : state.largest[lane];
-}
-
 // Scores or products to pairs of weights, or in the first of two sweeps to what it gathers.
 template <class Weight, bool kReweight, bool kFirstSweep, TileHolds kHolds>
 void weigh_pair_tile(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,

@@ -16,11 +16,23 @@ void log2_one_plus_short_array(const float*, float*, int64_t);
 void tanh_array(const float*, float*, int64_t);
 void softplus_array(const float*, float*, float*, int64_t);
 void power_array(const float*, float, float*, int64_t);
+void attention_parts(const AttentionProblem&, int, AttentionParts&);
+double multiply_rate(bool, double);
 
 extern const KernelTable kTable;
-const KernelTable kTable = {
-    kIsaName,       attention_forward,   attention_backward, recurrence_forward,        recurrence_backward,
-    exp2_array,     log2_one_plus_array, exp2_short_array,   log2_one_plus_short_array, tanh_array,
-    softplus_array, power_array};
+const KernelTable kTable = {kIsaName,
+                            attention_forward,
+                            attention_backward,
+                            recurrence_forward,
+                            recurrence_backward,
+                            exp2_array,
+                            log2_one_plus_array,
+                            exp2_short_array,
+                            log2_one_plus_short_array,
+                            tanh_array,
+                            softplus_array,
+                            power_array,
+                            attention_parts,
+                            multiply_rate};
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

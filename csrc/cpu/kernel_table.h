@@ -8,6 +8,12 @@
 
 namespace sightline {
 
+// Seconds that the parts of attention's forward pass have taken, and of how many (row, key) pairs.
+struct AttentionParts {
+  double packing = 0.0, scores = 0.0, weights = 0.0, values = 0.0;
+  int64_t entries = 0;
+};
+
 struct KernelTable {
   const char* name;
   void (*attention_forward)(const AttentionProblem&, const Parallel&);
@@ -22,6 +28,9 @@ struct KernelTable {
   void (*tanh)(const float* x, float* result, int64_t count);
   void (*softplus)(const float* x, float* result, float* derivative, int64_t count);
   void (*power)(const float* x, float exponent, float* result, int64_t count);
+  // For the bench module too: a plain call's first unit of work part by part, and operations per second of one thread.
+  void (*attention_parts)(const AttentionProblem&, int repetitions, AttentionParts&);
+  double (*multiply_rate)(bool pairs, double seconds);
 };
 
 // The table chosen at load: the fastest instruction set of this machine, or the one that SIGHTLINE_ISA names.

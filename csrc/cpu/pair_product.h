@@ -132,6 +132,9 @@ SIGHTLINE_INLINE void move_transposed(float* from, int64_t columns, int64_t lane
 
 #if defined(__AMX_BF16__)
 
+// The intrinsics that load tiles do not tell the compiler which memory they read: what was stored before stays before.
+SIGHTLINE_INLINE void tell_memory() { asm volatile("" : : : "memory"); }
+
 // The configuration of this thread's tile unit, for as long as it is wanted.
 class TileUnit {
  public:
@@ -142,6 +145,7 @@ class TileUnit {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } configuration;
+    tell_memory();
     _tile_loadconfig(&configuration);
   }
   ~TileUnit() {
@@ -157,6 +161,7 @@ class TileUnit {
 // Tiles 0 to 3 as the sums of one or two tiles of rows by one or two of lanes: from C or from 0, and back.
 template <int kRowTiles, int kLaneTiles, bool kAccumulate>
 SIGHTLINE_INLINE void start_sums(const float* c, int64_t c_bytes) {
+  tell_memory();
   const float* below = c + 16 * (c_bytes / 4);
   if (kAccumulate) {
     _tile_loadd(0, c, c_bytes);

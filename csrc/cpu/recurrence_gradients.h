@@ -186,7 +186,9 @@ struct BackwardScratch {
   for (int64_t c = 0; c < scratch.value_stride; ++c)
     for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth) {
       float* entry = scratch.transposed_state + c * chunk.stride + d;
-      store(entry, Vec::load(entry) * Vec::load(chunk.factors + d));
+      const Vec factor = Vec::load(chunk.factors + d);
+      // A factor of 0 forgets what was, NaN included.
+      store(entry, select(equal(factor, Vec::broadcast(0.0f)), factor, Vec::load(entry) * factor));
     }
 }
 

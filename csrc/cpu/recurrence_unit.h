@@ -115,7 +115,7 @@ struct Unit {
   const bool given = problem.initial_memory != nullptr;
   for (int64_t d = 0; d < problem.key_width; ++d) {
     const int64_t row = unit.state_row(problem, d);
-    problem.final_log_normalizer[row] = given ? problem.initial_log_normalizer[row] : -INFINITY;
+    if (unit.column == 0) problem.final_log_normalizer[row] = given ? problem.initial_log_normalizer[row] : -INFINITY;
     for (int64_t column = row * problem.value_width + unit.column, left = unit.columns; left > 0; --left, ++column)
       problem.final_memory[column] = given ? problem.initial_memory[column] : 0.0f;
   }

@@ -35,6 +35,11 @@ struct RowState {
 // to e^5.5 = 245 lose nothing, and after its first keys a row is hardly ever rescaled.
 constexpr float kShiftSlack = 5.5f;
 
+[[maybe_unused]] static void track_largest(RowState& state, const float* tile_largest) {
+  for (int lane = 0; lane < state.rows.lanes; ++lane)
+    state.largest[lane] = tile_largest[lane] > state.largest[lane] ? tile_largest[lane] : state.largest[lane];
+}
+
 // Softmax: a much larger maximum rescales what the row has gathered.
 [[maybe_unused]] static void raise_shift(RowState& state, const float* tile_largest, int64_t padded_width, bool pairs) {
   alignas(64) float decays[kRowTile];
@@ -143,7 +148,9 @@ static Peak find_peak(const AttentionProblem& problem, float visible, float shif
   const float mean =
       exempt || visible == 0.0f ? 0.0f : static_cast<float>(problem.reweight.offset * normalizer / visible);
   const float peak = largest_weight - mean;
-  const bool flat = (!exempt && !(peak > core::kFlatRow * largest_weight)) || !(peak > 0.0f);
+  // A NaN that no largest score has kept is in the normaliser: no tile of such a row may be left out.
+  const bool flat =
+      (!exempt && !(peak > core::kFlatRow * largest_weight)) || !(peak > 0.0f) || normalizer != normalizer;
   return {mean, flat ? 0.0f : 1.0f / peak, peak, flat};
 }
 

@@ -25,6 +25,7 @@ inline void set_up_sizes(const Tensor& query, const Tensor& key, const Tensor& v
   STD_TORCH_CHECK(value.size(1) == problem.key_heads && value.size(2) == problem.keys,
                   "value: expected the heads and rows of key");
   STD_TORCH_CHECK(key.size(3) == problem.head_width, "key: expected the width of query");
+  STD_TORCH_CHECK(problem.head_width > 0 && problem.value_width > 0, "query and value: expected a width of at least 1");
   STD_TORCH_CHECK(problem.key_heads > 0 && problem.heads % problem.key_heads == 0,
                   "query: expected a multiple of the key heads");
   STD_TORCH_CHECK(problem.queries <= kLargestIndex && problem.keys <= kLargestIndex,

@@ -24,6 +24,8 @@ from attention_cases import (
 )
 from attention_checks import assert_outputs_are_close
 
+import sightline as sl
+
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 every_pair = pytest.mark.parametrize(("weighting", "dtype"), PAIRS.values(), ids=PAIRS.keys())
 option_pairs = pytest.mark.parametrize(("weighting", "dtype"), OPTION_PAIRS.values(), ids=OPTION_PAIRS.keys())
@@ -49,6 +51,29 @@ def test_every_weighting(keys: int, weighting: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("keys", [2, 15, 2048, 2049, 4500])
 def test_any_number_of_keys(keys: int, weighting: Any, dtype: torch.dtype) -> None:
     decode(random_problem(replace(DECODING, keys=keys), dtype, causal=True), weighting)
+
+
+@pytest.mark.isa
+@every_dtype
+@main_weightings
+@pytest.mark.parametrize(("keys", "left"), [(2100, 100), (4100, 2070), (4097, 60), (6200, 4137)])
+def test_first_visible_key_within_a_chunk(keys: int, left: int, weighting: Any, dtype: torch.dtype) -> None:
+    """The keys of the first chunk end with it, at no multiple of a vector, and those of the next are visible too."""
+    decode(random_problem(replace(DECODING, keys=keys), dtype, causal=True, window=(left, None)), weighting)
+
+
+@main_weightings
+def test_first_document_with_a_row_begins_within_a_chunk(weighting: Any) -> None:
+    cuts = {"cu_seqlens_q": torch.tensor([0, 0, 1], dtype=torch.int32), "cu_seqlens_k": torch.tensor([0, 1999, 2100], dtype=torch.int32)}
+    decode(random_problem(replace(DECODING, batch=1), torch.float32, causal=True, **cuts), weighting)
+
+
+def test_equal_keys_share_the_weight_across_chunks() -> None:
+    query, key, value = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 2100, 64), torch.ones(1, 1, 2100, 64)
+    options = {"causal": True, "window": (100, None), "observe": sl.Observe(log_normalizer=True)}
+    output, stats = sl.attention(query, key, value, **options)
+    torch.testing.assert_close(output, torch.ones(1, 1, 1, 64))
+    torch.testing.assert_close(stats.log_normalizer, torch.full((1, 1, 1), math.log(101)))
 
 
 @every_dtype

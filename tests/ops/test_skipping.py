@@ -59,3 +59,11 @@ def test_one_row_for_which_a_tile_counts_makes_it_count() -> None:
     problem, _ = looking_away_from_nan(torch.float32)
     problem.query[:, :, 7] = problem.key[:, :, 400].repeat_interleave(2, 1)
     assert run(problem, EVERY_KEY_WEIGHS, "native")["output"].isnan().all()
+
+
+@every_dtype
+def test_a_nan_in_a_key_of_a_tile_that_would_be_left_out_reaches_every_row(dtype: torch.dtype) -> None:
+    problem, _ = looking_away_from_nan(dtype)
+    problem.value.nan_to_num_()
+    problem.key[:, :, 400, 3] = math.nan
+    assert run(problem, EVERY_KEY_WEIGHS, "native")["output"].isnan().all()

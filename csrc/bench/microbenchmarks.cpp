@@ -1,0 +1,102 @@
+// The parts of attention's forward pass timed apart, and the machine's own rates.
+#include "bench/microbenchmarks.h"
+
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/half.h"
+#include "cpu/kernel_table.h"
+
+namespace py = pybind11;
+
+namespace sightline::bench {
+namespace {
+
+// (rows, width) of normal numbers, in fp32 or bfloat16.
+class RandomRows {
+ public:
+  RandomRows(int64_t rows, int64_t width, DType dtype, std::mt19937& random)
+      : width_(width), dtype_(dtype), numbers_(static_cast<size_t>(rows * width)) {
+    std::normal_distribution<float> normal;
+    for (float& number : numbers_) number = normal(random);
+    if (dtype != DType::kBFloat16) return;
+    for (const float number : numbers_) bits_.push_back(core::float_to_bfloat16(number));
+  }
+  HeadsView view() {
+    void* data = dtype_ == DType::kBFloat16 ? static_cast<void*>(bits_.data()) : numbers_.data();
+    return {data, 0, 0, width_};
+  }
+
+ private:
+  int64_t width_;
+  DType dtype_;
+  std::vector<float> numbers_;
+  std::vector<uint16_t> bits_;
+};
+
+py::dict time_attention_parts(const std::string& isa, const std::string& dtype, const std::string& weighting,
+                              int64_t rows, int64_t keys, int64_t width, int repetitions) {
+  if (dtype != "float32" && dtype != "bfloat16")
+    throw std::invalid_argument("dtype: expected 'float32' or 'bfloat16', got '" + dtype + "'");
+  if (weighting != "softmax" && weighting != "lssa")
+    throw std::invalid_argument("weighting: expected 'softmax' or 'lssa', got '" + weighting + "'");
+  if (rows < 1 || keys < 1 || width < 1 || width > 512 || repetitions < 1)
+    throw std::invalid_argument("rows, keys, width and repetitions: expected at least 1, and a width of at most 512");
+  const bool softplus = weighting == "lssa";
+  AttentionProblem problem;
+  problem.dtype = dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
+  std::mt19937 random(1);
+  RandomRows query(rows, width, problem.dtype, random), key(keys, width, problem.dtype, random);
+  RandomRows value(keys, width, problem.dtype, random);
+  problem.query = query.view();
+  problem.key = key.view();
+  problem.value = value.view();
+  problem.batch = problem.heads = problem.key_heads = 1;
+  problem.queries = rows;
+  problem.keys = keys;
+  problem.head_width = problem.value_width = width;
+  const float scale = softplus ? std::log(static_cast<float>(width)) : 1.0f / std::sqrt(static_cast<float>(width));
+  problem.scales = &scale;
+  problem.weight_function = softplus ? WeightFunction::kSoftplus : WeightFunction::kSoftmax;
+  problem.length_scale = problem.normalize_qk = softplus;
+  AttentionParts warm_up, parts;
+  {
+    const py::gil_scoped_release release;
+    table_of(isa).attention_parts(problem, 1, warm_up);
+    table_of(isa).attention_parts(problem, repetitions, parts);
+  }
+  py::dict result;
+  result["packing"] = parts.packing;
+  result["scores"] = parts.scores;
+  result["weights"] = parts.weights;
+  result["values"] = parts.values;
+  result["entries"] = parts.entries;
+  return result;
+}
+
+double multiply_rate(const std::string& isa, const std::string& operands, double seconds) {
+  if (operands != "float32" && operands != "bfloat16")
+    throw std::invalid_argument("operands: expected 'float32' or 'bfloat16', got '" + operands + "'");
+  const KernelTable& table = table_of(isa);
+  const py::gil_scoped_release release;
+  return table.multiply_rate(operands == "bfloat16", seconds);
+}
+
+}  // namespace
+
+void bind_microbenchmarks(py::module_& module) {
+  module.def(
+      "attention_parts", time_attention_parts, py::arg("isa"), py::arg("dtype"), py::arg("weighting"), py::arg("rows"),
+      py::arg("keys"), py::arg("width"), py::arg("repetitions") = 10,
+      "Seconds on one thread of packing, scores, weights and values (weights times V) of one head's first rows, as "
+      "many as a unit of work takes, against all keys; `entries` is the number of (row, key) pairs.");
+  module.def("multiply_rate", multiply_rate, py::arg("isa"), py::arg("operands"), py::arg("seconds") = 0.2,
+             "The most floating-point operations per second of one thread: fused multiply-adds in float32, or products "
+             "of bfloat16 in pairs (0 where the instruction set has none).");
+}
+
+}  // namespace sightline::bench

@@ -1,0 +1,54 @@
+"""The parts of attention that the bench module times, and the machine's rates: that they are measured, not how fast."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+PARTS = ("packing", "scores", "weights", "values")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weighting", ["softmax", "lssa"])
+@pytest.mark.parametrize(("rows", "keys", "width"), [(1, 1, 1), (70, 130, 20), (600, 100, 64)])
+def test_every_part_takes_time(
+    bench: ModuleType, isa: str, dtype: str, weighting: str, rows: int, keys: int, width: int
+) -> None:
+    found = bench.attention_parts(isa, dtype, weighting, rows=rows, keys=keys, width=width, repetitions=3)
+    assert all(0 < found[part] < 10 for part in PARTS)
+    # The rows of a unit of work: at most 512 (csrc/cpu/forward_unit.h).
+    assert found["entries"] % (3 * keys) == 0
+    assert 1 <= found["entries"] // (3 * keys) <= min(rows, 512)
+
+
+def test_more_keys_take_more_time_but_for_rows_that_are_packed_once(bench: ModuleType, isa: str) -> None:
+    few, many = (bench.attention_parts(isa, "float32", "lssa", rows=64, keys=keys, width=64) for keys in (64, 6400))
+    assert many["entries"] == 100 * few["entries"]
+    for part in ("scores", "weights", "values"):
+        assert many[part] > 10 * few[part]
+
+
+def test_rates_are_positive_where_there_is_an_instruction(bench: ModuleType, isa: str) -> None:
+    assert 1e8 < bench.multiply_rate(isa, "float32", 0.02) < 1e13
+    pairs = bench.multiply_rate(isa, "bfloat16", 0.02)
+    assert (1e9 < pairs < 1e14) if isa.endswith("bf16") else pairs == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"isa": "sse9"}, "isa"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"weighting": "lssar"}, "weighting"),
+        ({"rows": 0}, "rows"),
+        ({"width": 513}, "width"),
+        ({"repetitions": 0}, "repetitions"),
+    ],
+)
+def test_wrong_arguments_are_named(bench: ModuleType, changes: dict[str, object], message: str) -> None:
+    arguments = {"isa": "generic", "dtype": "float32", "weighting": "lssa", "rows": 1, "keys": 1, "width": 1}
+    with pytest.raises(ValueError, match=message):
+        bench.attention_parts(**{**arguments, **changes})
+    with pytest.raises(ValueError, match="operands"):
+        bench.multiply_rate("generic", "int8")
