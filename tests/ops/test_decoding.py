@@ -64,7 +64,10 @@ def test_first_visible_key_within_a_chunk(keys: int, left: int, weighting: Any, 
 
 @main_weightings
 def test_first_document_with_a_row_begins_within_a_chunk(weighting: Any) -> None:
-    cuts = {"cu_seqlens_q": torch.tensor([0, 0, 1], dtype=torch.int32), "cu_seqlens_k": torch.tensor([0, 1999, 2100], dtype=torch.int32)}
+    cuts = {
+        "cu_seqlens_q": torch.tensor([0, 0, 1], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 1999, 2100], dtype=torch.int32),
+    }
     decode(random_problem(replace(DECODING, batch=1), torch.float32, causal=True, **cuts), weighting)
 
 
