@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("packing", "scores", "weights", "values")
 OPERANDS = ("float32", "bfloat16")
 WEIGHTINGS = ("softmax", "lssa")
-ROWS = 512  # more than a unit of work takes
+ROWS = 4096  # of one head: so many that a unit of work is full
 
 
 def bench_module() -> ModuleType:

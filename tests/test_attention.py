@@ -182,3 +182,12 @@ def test_wrong_instruction_set_is_named_at_the_first_call():
     assert result.returncode == 1
     assert "SIGHTLINE_ISA: expected one of generic" in result.stderr
     assert "got mmx" in result.stderr
+
+
+def test_the_formula_has_a_shape_where_there_is_no_autocast() -> None:
+    query, key = (torch.empty(1, 2, rows, 8, device="meta", dtype=torch.float64) for rows in (3, 5))
+    assert sl.attention(query, key, key).shape == (1, 2, 3, 8)
+    assert sl.attention_rows(query, key, torch.tensor([0, 2], device="meta")).shape == (1, 2, 2, 5)
+    output, state = sl.additive_recurrence(key, key, key, output_final_state=True)
+    assert output.shape == (1, 2, 5, 8)
+    assert state.memory.shape == (1, 2, 8, 8)

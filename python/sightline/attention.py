@@ -19,7 +19,7 @@ from sightline.ops import (
     requested_backend,
     takes_decode_shortcut,
 )
-from sightline.ops.autocast import autocast_dtype
+from sightline.ops.autocast import autocast_dtype, without_autocast
 from sightline.weighting import Softmax, Softplus
 
 if native_library().loaded:
@@ -262,7 +262,7 @@ def attention_rows(
         "cu_seqlens_k": cu_seqlens_k,
     }
     check_attention_rows(query, key, rows, **options)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         return reference.attention_weights(query, key, rows=rows, **options)[0]
 
 
@@ -302,7 +302,7 @@ def _reference_in_chunks(query: Tensor, key: Tensor, value: Tensor, **options: A
 
     Without autocast, which would round the products of row and key factors too.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         return _reference_blocks(query, key, value, **options)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sightline import reference
 from sightline._recurrence_checks import check_recurrence
 from sightline.ops import choose_recurrence_backend, native_library
-from sightline.ops.autocast import autocast_dtype
+from sightline.ops.autocast import autocast_dtype, without_autocast
 
 if native_library().loaded:
     from sightline.ops.recurrence import call_recurrence
@@ -132,7 +131,7 @@ def additive_recurrence(
             output_final_state,
         )
     else:
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             output, (log_normalizer, memory) = reference.additive_recurrence(
                 query,
                 key,

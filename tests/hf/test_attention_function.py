@@ -243,3 +243,18 @@ def test_argument_of_the_eager_attention_that_is_not_known_here_is_refused(monke
     monkeypatch.setattr(interface, "_parameters", {})
     with pytest.raises(NotImplementedError, match="tilt: LlamaAttention passes this argument"):
         output(model, **inputs, tilt=3)
+
+
+def one_row(width=8):
+    return torch.randn(2, 4, 1, width), torch.randn(2, 2, 6, width), torch.randn(2, 2, 6, width)
+
+
+@torch.no_grad()
+def test_a_new_token_is_refused_what_many_are():
+    mask = sightline_mask(2, 1, 6, q_offset=5)
+    with pytest.raises(ValueError, match="scale"):
+        attention_forward(layer(), *one_row(), mask, scaling=float("inf"))
+    with pytest.raises(ValueError, match=r"ln\(D\)"):
+        attention_forward(layer(sl.LSSA()), *one_row(width=1), mask)
+    with pytest.raises(NotImplementedError, match="sinks"):
+        attention_forward(layer(sl.Softmax(reweight=sl.Reweight())), *one_row(), mask, s_aux=torch.zeros(4))

@@ -42,6 +42,14 @@ def test_every_layer_is_swapped_and_restored(family):
     assert state(model) == before
 
 
+def test_a_model_that_has_run_is_restored_to_the_last_attribute():
+    family = BY_NAME["llama"]
+    model = sl.swap_attention(family.model(), sl.LSSA())
+    model(**family.inputs())
+    sl.restore_attention(model)
+    assert not [name for module in model.modules() for name in vars(module) if "sightline" in name]
+
+
 def test_some_layers_only():
     family = BY_NAME["llama"]
     model, inputs = family.model(), family.inputs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 
 import pytest
 import torch
@@ -78,6 +79,20 @@ def test_packed_documents_do_not_see_each_other(position_encoding):
     both = model(rows, position_ids=positions.expand(2, -1), output_hidden_states=True)
     assert_same(both.logits[:1], apart)
     assert [tuple(state.shape) for state in both.hidden_states] == [(2, 12, 32)] * 3
+
+
+def test_states_of_layers_are_kept_for_those_who_ask_alone():
+    model, input_ids, alive = build(), tokens(1, 12), []
+
+    def note(module, arguments, output):
+        alive.append(weakref.ref(output))
+
+    model.model.layers[0].register_forward_hook(note)
+    model.model.norm.register_forward_pre_hook(lambda *_: alive.append(alive[-1]() is not None))
+    with torch.no_grad():
+        model(input_ids)
+        model(input_ids, output_hidden_states=True)
+    assert alive[1::2] == [False, True]
 
 
 def test_positions_that_count_on_are_one_document():

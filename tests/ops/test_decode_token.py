@@ -75,3 +75,15 @@ def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
         new_token(query, key[..., :16], value)
     with pytest.raises(RuntimeError, match="value: expected the heads and rows of key"):
         new_token(query, key, value[:, :, :-1])
+
+
+def test_a_function_transform_takes_the_long_way() -> None:
+    query, key, value = inputs()
+    seen = []
+
+    def one_of_many(query: torch.Tensor) -> torch.Tensor:
+        seen.append(new_token(query, key, value))
+        return query
+
+    torch.func.vmap(one_of_many)(query[None])
+    assert seen == [None]

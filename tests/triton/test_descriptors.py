@@ -35,7 +35,7 @@ def memory(*shape: int, dtype: torch.dtype = torch.float16, elements_in: int = 0
 
 FITTING: dict[str, Callable[[], Tensor]] = {
     "contiguous": lambda: memory(*WHOLE),
-    "fp32": lambda: memory(2, 3, 40, 4, dtype=torch.float32),
+    "fp32": lambda: memory(2, 3, 40, 16, dtype=torch.float32),
     "heads inside": lambda: memory(2, 40, 3, 64).transpose(1, 2),
     "part of wide rows": lambda: memory(2, 3, 40, 192)[..., 64:128],
     "shared heads": lambda: memory(1, 1, 40, 64).expand(2, 3, 40, 64),
@@ -51,6 +51,7 @@ UNFIT: dict[str, Callable[[], Tensor]] = {
     "odd batches": lambda: memory(2 * 3 * 40 * 65).as_strided(WHOLE, (3 * 40 * 64 + 1, 40 * 64, 64, 1)),
     "width of 80": lambda: memory(2, 3, 40, 80),
     "eight bytes wide": lambda: memory(2, 3, 40, 4),
+    "narrower than a tile": lambda: memory(2, 3, 40, 8),
     "no keys": lambda: memory(2, 3, 0, 64),
     "one row for all keys": lambda: memory(2, 3, 1, 64).expand(WHOLE),
 }

@@ -17,7 +17,7 @@ import sightline as sl
 
 pytest.importorskip("triton")
 
-from sightline.triton import launch, tiles
+from sightline.triton import tiles, tuning
 
 pytestmark = pytest.mark.gpu
 
@@ -64,7 +64,7 @@ def test_every_tile_that_tuning_may_choose_is_right(
             tried += described[place : place + 1]
             return described[place] if place < len(described) else tiles.choose_tile(kernel, variant)
 
-        monkeypatch.setattr(launch, "tile_for", tile_for)
+        monkeypatch.setattr(tuning, "tile_for", tile_for)
         problem = random_problem(Sizes(1, 4, 2, 700, 1100, width, width), dtype, causal=True)
         assert_results_are_close(problem, weighting, "triton", outputs=True)
         if not tried:

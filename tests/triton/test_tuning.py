@@ -16,6 +16,8 @@ from sightline.attention import weighting_scalars
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
+
 from sightline.triton import tiles, tuning
 from sightline.triton.arguments import Options, make_variant
 from sightline.triton.problem import Variant
@@ -102,8 +104,6 @@ def test_nothing_is_measured_inside_a_graph(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_candidate_that_does_not_fit_is_passed_over() -> None:
-    from triton.runtime.errors import OutOfResources
-
     *_, last = CANDIDATES["queries", "half"]
 
     def seconds(tile: Tile) -> float:
@@ -312,3 +312,50 @@ def test_the_file_lies_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delenv("SIGHTLINE_TUNING")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tuning.tuning_file() == tmp_path / "sightline" / "tiles-cuda-90.json"
+
+
+def test_a_tuned_tile_that_does_not_fit_another_call_gives_way_to_the_default(hopper: Path) -> None:
+    wanted = CANDIDATES["forward", "half"][1]
+    variant = variant_of(sl.Softmax())
+    tune(Launches(lambda tile: 1.0 if tile == wanted else 2.0), "forward", variant)
+    tried = []
+
+    def launch(tile: Tile) -> None:
+        tried.append(tile)
+        if tile == wanted:
+            raise OutOfResources(300000, 232448, "shared memory")
+
+    tuning.launch_tuned("forward", variant, launch, lambda: True)
+    assert tried == [wanted, tiles.choose_tile("forward", variant)]
+
+
+def test_the_default_that_does_not_fit_says_so(hopper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SIGHTLINE_AUTOTUNE")
+
+    def launch(tile: Tile) -> None:
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    with pytest.raises(OutOfResources):
+        tuning.launch_tuned("forward", variant_of(sl.Softmax()), launch, lambda: True)
+
+
+def test_the_tiles_of_another_gpu_in_the_same_process_are_not_taken(
+    hopper: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = CANDIDATES["forward", "half"][1]
+    tune(Launches(lambda tile: 1.0 if tile == wanted else 2.0), "forward", variant_of(sl.Softmax()))
+    monkeypatch.delenv("SIGHTLINE_AUTOTUNE")
+    monkeypatch.setattr(tuning, "target_name", lambda: "cuda-80")
+    default = tiles.choose_tile("forward", variant_of(sl.Softmax()))
+    assert tune(Launches(pytest.fail), "forward", variant_of(sl.Softmax())) == default
+
+
+def test_a_user_without_a_home_has_a_tuning_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("SIGHTLINE_TUNING", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(tuning, "target_name", lambda: "cuda-90")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert tuning.tuning_file().name == "tiles-cuda-90.json"

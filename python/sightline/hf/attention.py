@@ -1,5 +1,7 @@
 """The attention function registered as "sightline": one call of `sightline.attention` for one layer of a model.
 
+A new token on the CPU goes past the checks of that function straight to the decoding kernel (`_new_token`).
+
 Softmax honours what the model asks for: scaling, softcap, sinks, position bias, dropout. Softplus replaces the softmax,
 and with it scaling, softcap and sinks. Masks come as a `Visibility` from `sightline.hf.masks`, or as a user's 4-D mask.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -152,11 +155,15 @@ def _new_token(
     scale = scaling if softmax and not weighting.normalize_qk else None
     if scale is None:
         scale = scale_number(None, weighting, query)
-    scalars = (scale, *weighting_scalars(weighting))
     sinks = sinks if softmax else None
+    # What the long way refuses, in its words.
+    unusable = not math.isfinite(scale) or (sinks is not None and weighting.reweight is not None)
+    if unusable or (weighting.normalize_qk and query.shape[3] == 1):
+        return None
+    scalars = (scale, *weighting_scalars(weighting))
     if mask is None:
         return decode_token(query, key, value, None, None, sinks, False, -1, -1, *scalars)
-    if type(mask) is not Visibility or mask.document_offsets is not None:
+    if type(mask) is not Visibility or mask.document_offsets is not None or mask.batch != query.shape[0]:
         return None
     _check_lengths(module, mask, query, key)
     sides = window_sides(mask.window)
@@ -222,6 +229,12 @@ def _weighting(
     _say_what_is_replaced(module, weighting, [name for name, is_set in replaced.items() if is_set])
     setattr(module, _CACHED, (copy.deepcopy(settings), softcap, weighting))
     return weighting
+
+
+def forget_weightings(model: nn.Module) -> None:
+    """Take away what the modules of a model have kept of their weighting."""
+    for module in model.modules():
+        vars(module).pop(_CACHED, None)
 
 
 def _read(settings: Any, layer: int | None, softcap: float | None) -> Softmax | Softplus:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sightline.hf.attention import forget_weightings
 from sightline.hf.interface import attention_modules
 from sightline.hf.settings import NAME, write_settings
 from sightline.weighting import Softmax, Softplus
@@ -115,6 +116,7 @@ def restore_attention(model: Model) -> Model:
             "set_attn_implementation chooses another implementation"
         )
     _put_back(model.__dict__.pop(_RECORD))
+    forget_weightings(model)
     return model
 
 

@@ -156,10 +156,12 @@ class LightNetModel(LightNetPreTrainedModel):
             output_hidden_states = bool(self.config.output_hidden_states)
         states = []
         for layer in self.layers:
-            states.append(hidden)
+            if output_hidden_states:
+                states.append(hidden.view(batch, length, -1))
             hidden = layer(hidden, past_key_values=past_key_values, **arguments)
         hidden = self.norm(hidden)
-        states = [state.view(batch, length, -1) for state in (*states, hidden)] if output_hidden_states else []
+        if output_hidden_states:
+            states.append(hidden.view(batch, length, -1))
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden.view(batch, length, -1),
             past_key_values=past_key_values,
@@ -243,7 +245,10 @@ class LightNetForCausalLM(LightNetPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"assistant_model: expected a model whose cache can give tokens back, got {type(self).__name__}"
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+        if model_kwargs.get("past_key_values") is not None:
+            # As the method that this one replaces marks it: the caller goes on with this cache.
+            model_kwargs["past_key_values"]._is_user_defined = True
+        elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = RecurrenceCache(self.config.num_hidden_layers)
 
 

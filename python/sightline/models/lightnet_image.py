@@ -97,7 +97,8 @@ class LightNetImageModel(LightNetImagePreTrainedModel):
             output_hidden_states = bool(config.output_hidden_states)
         states = []
         for layer in self.layers:
-            states.append(hidden)
+            if output_hidden_states:
+                states.append(hidden)
             hidden = layer(hidden, **arguments)
         hidden = self.norm(hidden)
         output = BaseModelOutputWithPooling(

@@ -72,6 +72,7 @@ def decode_token(
     """
     if (
         torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
         or not (_USABLE and query.is_cpu and query.shape[2] == 1)
         or not query.dtype == key.dtype == value.dtype
         or query.dtype not in _DTYPES

@@ -19,6 +19,7 @@ from sightline.triton.problem import Problem
 from sightline.triton.scores import load_keys
 
 _ALIGNMENT = 16  # bytes
+_LEAST_WIDTH = 16  # of a tile that meets another in a product: a descriptor pads no columns
 
 
 class KeyDescriptors(NamedTuple):
@@ -36,7 +37,7 @@ def can_be_described(tensor: Tensor) -> bool:
     return (
         rows > 0
         and width & (width - 1) == 0
-        and width * size >= _ALIGNMENT
+        and width >= _LEAST_WIDTH
         and tensor.stride(3) == 1
         and tensor.stride(2) >= width
         and all(stride * size % _ALIGNMENT == 0 for stride in (*strides, tensor.stride(2)))

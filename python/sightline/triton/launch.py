@@ -36,7 +36,7 @@ from sightline.triton.mask_gradient import mask_gradient
 from sightline.triton.problem import Heads, Problem, SavedRows, Variant
 from sightline.triton.skipping import make_scratch, programs_at_once
 from sightline.triton.tiles import Tile, can_be_specialized, choose_tile
-from sightline.triton.tuning import tile_for
+from sightline.triton.tuning import launch_tuned
 
 # Decoding: the most rows of a key head that are packed, programs per multiprocessor that keep it busy, key tiles that
 # are worth a program, and parts that are worth a merge.
@@ -160,7 +160,7 @@ def _forward(
         else:
             _launch(attention_forward, units * tiles, described, tile, query.device, *arguments, None, 0)
 
-    launch(tile_for("forward", variant, launch, functools.partial(keys_can_be_described, problem)))
+    launch_tuned("forward", variant, launch, functools.partial(keys_can_be_described, problem))
 
 
 def _launch_skipping(variant: Variant, tile: Tile, device: torch.device, key_tiles: int, *arguments: Any) -> None:
@@ -280,7 +280,7 @@ class Backward:
                 tiles,
             )
 
-        launch(tile_for("queries", self.variant, launch, self.describable))
+        launch_tuned("queries", self.variant, launch, self.describable)
 
     def differentiate_keys(self, grad_key: Tensor, grad_value: Tensor) -> None:
         key_units = self.key.shape[0] * self.key.shape[1]
@@ -301,7 +301,7 @@ class Backward:
                 key_units,
             )
 
-        launch(tile_for("keys", self.variant, launch, self.describable))
+        launch_tuned("keys", self.variant, launch, self.describable)
 
     def differentiate_mask(self, target: Tensor) -> None:
         tile = choose_tile("mask", self.variant)

@@ -62,7 +62,10 @@ def tuning_file() -> Path:
     named = os.environ.get("SIGHTLINE_TUNING")
     if named:
         return Path(named)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        cache = Path(tempfile.gettempdir())
     return cache / "sightline" / f"tiles-{target_name()}.json"
 
 
@@ -103,7 +106,8 @@ def _tile_of(numbers: list[int]) -> Tile:
 
 
 @functools.cache
-def _tuned_tiles(path: Path) -> TunedTiles:
+def _tuned_tiles(path: Path, target: str) -> TunedTiles:
+    """The tiles of a file for one kind of GPU: a process may have two."""
     return TunedTiles(path)
 
 
@@ -154,7 +158,7 @@ def tile_for(
     others = tuple(tile for tile in candidates(kernel, variant) if tile != default)
     if not others:
         return default
-    tuned = _tuned_tiles(tuning_file())
+    tuned = _tuned_tiles(tuning_file(), target_name())
     name = kind(kernel, variant)
     if name in tuned.tiles:
         tile = tuned.tiles[name]
@@ -166,3 +170,18 @@ def tile_for(
     best = fastest_tile(default, others, launch, timer)
     tuned.keep(name, best)
     return best
+
+
+def launch_tuned(kernel: str, variant: Variant, launch: Launch, describable: Describable) -> None:
+    """Launch a kernel with the tile that `tile_for` gives; with the default where that does not fit.
+
+    What a kind shares its tile with, a mask above all, may need more memory than the call that was measured.
+    """
+    tile = tile_for(kernel, variant, launch, describable)
+    try:
+        launch(tile)
+    except does_not_fit():
+        default = choose_tile(kernel, variant)
+        if tile == default:
+            raise
+        launch(default)

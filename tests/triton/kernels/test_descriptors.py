@@ -28,7 +28,7 @@ from attention_cases import (
 from attention_checks import assert_results_are_close, random_gradients
 
 from sightline.ops.backends import INTERPRETS_TRITON
-from sightline.triton import launch
+from sightline.triton import launch, tuning
 from sightline.triton.compat import has_tensor_descriptors
 from sightline.triton.problem import Variant
 from sightline.triton.skipping import count_tiles
@@ -71,7 +71,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
             described.append(variant.descriptors)
             start(kernel, programs, variant, *arguments)
 
-        monkeypatch.setattr(launch, "tile_for", tile_for)
+        monkeypatch.setattr(tuning, "tile_for", tile_for)
         monkeypatch.setattr(launch, "_start", noting)
         return described
 
