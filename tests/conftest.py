@@ -36,6 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest first: a worker that began one of them when the others had ended would keep them waiting.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"random numbers: {SEED_VARIABLE}={os.environ[SEED_VARIABLE]}"
 

@@ -29,7 +29,7 @@ from triton.runtime import driver
 
 import sightline as sl
 from sightline.attention import weighting_scalars  # the operator takes a weighting as plain numbers
-from sightline.triton import launch
+from sightline.triton import launch, tuning
 from sightline.triton.tiles import Tile, candidates, choose_tile
 
 PAGE = Path(__file__).parent.parent / "docs" / "triton_resources.md"
@@ -155,16 +155,18 @@ def measure(
     os.environ["SIGHTLINE_TUNING"] = os.devnull  # the defaults are meant, whatever this machine has tuned
     driver.set_active(Architecture(arch))
     compiled: list[tuple[str, Any, Any]] = []
-    originals = {name: getattr(launch, name) for name in (*KERNELS, "tile_for")}
+    originals = {name: getattr(launch, name) for name in KERNELS}
+    tile_for = tuning.tile_for
     for name in KERNELS:
         setattr(launch, name, CompileOnly(originals[name], compiled))
     if of_candidates:
-        launch.tile_for = _launch_candidates
+        tuning.tile_for = _launch_candidates
     try:
         _call_operators(WEIGHTINGS[weighting], DTYPES[dtype], width, kernels)
     finally:
         for name, kernel in originals.items():
             setattr(launch, name, kernel)
+        tuning.tile_for = tile_for
     for name, variant, result in compiled:
         if name in kernels and variant.descriptors == of_candidates:
             registers, spilled = _assembled(result, arch)

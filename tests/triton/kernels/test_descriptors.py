@@ -38,7 +38,7 @@ if not has_tensor_descriptors():
     pytest.skip("this device has no tensor descriptors", allow_module_level=True)
 
 Loads = Callable[..., list[bool]]
-SIZES = Sizes(batch=2, heads=4, key_heads=2, queries=70, keys=150, width=16, value_width=32)
+SIZES = Sizes(batch=2, heads=4, key_heads=2, queries=40, keys=150, width=16, value_width=32)
 PACKED_SIZES = Sizes(batch=1, heads=2, key_heads=1, queries=70, keys=90, width=16, value_width=16)
 MASKS = [
     *("causal", "left_window", "window", "lengths", "causal_lengths", "key_mask", "left_padding", "bool_mask"),
@@ -82,6 +82,21 @@ def assert_close(problem: Problem, weighting: Any) -> None:
     assert_results_are_close(problem, weighting, "triton", outputs=True)
 
 
+def assert_as_by_pointers(problem: Problem, weighting: Any, loads: Loads) -> None:
+    """The bits of loading by pointers, which other tests compare with the reference; a compiler may order sums anew."""
+    described = loads()
+    if INTERPRETS_TRITON:
+        gradients = random_gradients(problem)
+        actual = run(problem, weighting, "triton", *gradients)
+        loads(descriptors=False)
+        expected = run(problem, weighting, "triton", *gradients)
+        for name in expected:
+            assert torch.equal(actual[name], expected[name]), name
+    else:
+        assert_close(problem, weighting)
+    assert any(described)
+
+
 @pytest.mark.parametrize(
     ("size", "weighting", "dtype"), in_turn([(1, 1), (3, 3), (63, 65), (70, 203)], MAIN_WEIGHTINGS)
 )
@@ -103,17 +118,14 @@ def test_widths_of_models(width: int, dtype: str, weighting: str, loads: Loads) 
 
 @pytest.mark.parametrize(("option", "weighting", "dtype"), in_turn(MASKS, ["lssa", "lssar"]))
 def test_whatever_hides_keys_hides_them(option: str, weighting: str, dtype: str, loads: Loads) -> None:
-    described = loads()
-    assert_close(random_problem(SIZES, DTYPES[dtype], **OPTIONS[option](SIZES)), WEIGHTINGS[weighting])
-    assert any(described)
+    problem = random_problem(SIZES, DTYPES[dtype], **OPTIONS[option](SIZES))
+    assert_as_by_pointers(problem, WEIGHTINGS[weighting], loads)
 
 
 @pytest.mark.parametrize(("packing", "weighting"), in_turn(PACKINGS, last=MAIN_WEIGHTINGS))
 def test_packed_documents(packing: str, weighting: str, loads: Loads) -> None:
-    described = loads()
     problem = random_problem(PACKED_SIZES, torch.float16, **PACKINGS[packing](PACKED_SIZES))
-    assert_close(problem, WEIGHTINGS[weighting])
-    assert any(described)
+    assert_as_by_pointers(problem, WEIGHTINGS[weighting], loads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -29,9 +29,10 @@ def skipping_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tiles_are_skipped_and_outputs_and_gradients_stay_close(causal: bool, dtype: torch.dtype) -> None:
     problem = clustered_problem(dtype, causal=causal)
     with count_tiles() as counts:
-        assert_results_are_close(problem, sl.LSSAR(), "triton", outputs=True)
+        run(problem, sl.LSSAR(), "triton")
     assert len(counts.calls) == 1
     assert counts.skipped_share > 0.3
+    assert_results_are_close(problem, sl.LSSAR(), "triton", outputs=True)
 
 
 @every_dtype
