@@ -311,8 +311,7 @@ void run_without_order(const Head& head, BackwardScratch& scratch) {
   const Vec scale = Vec::broadcast(problem.scale);
   for (int64_t first = begin; first < end; first += kChunkRows) {
     const int rows = static_cast<int>(core::smaller(kChunkRows, end - first));
-    for (int64_t query_head = head.key_head * head.group(); query_head < (head.key_head + 1) * head.group();
-         ++query_head) {
+    head.for_each_query_head([&](int64_t query_head) {
       const bool finite = load_grad_outputs(head, query_head, first, rows, scratch);
       load_scaled_queries(head, query_head, first, rows, chunk.inverse, 0, scratch);
       product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
@@ -330,7 +329,7 @@ void run_without_order(const Head& head, BackwardScratch& scratch) {
       }
       accumulate_product(finite, {scratch.queries, 1, chunk.stride}, scratch.grad_outputs, scratch.value_stride,
                          scratch.state_gradient, scratch.value_stride, width, scratch.value_stride, rows);
-    }
+    });
   }
   set_response_to_state(head, scratch);
   for (int64_t first = begin; first < end; first += chunk.rows) {

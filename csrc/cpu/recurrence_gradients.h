@@ -16,10 +16,10 @@ struct BackwardPlan {
   const RecurrenceGradients* gradients;
   int64_t longest;   // sequence
   int64_t segments;  // of the longest sequence
-  Parts parts;
+  Parts parts;       // without order products are in fp32
 
   BackwardPlan(const RecurrenceProblem& task, const RecurrenceGradients& wanted)
-      : problem(&task), gradients(&wanted), parts(split_parts(task.dtype)) {
+      : problem(&task), gradients(&wanted), parts(task.causal ? split_parts(task.dtype) : Parts{0, 0}) {
     longest = 0;
     for (int64_t index = 0; index < task.sequences(); ++index) {
       const Sequence sequence = find_sequence(task, index);

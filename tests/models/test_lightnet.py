@@ -226,6 +226,8 @@ def test_generation_goes_on_from_a_cache():
     second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
     expected = greedy(model, input_ids, 8)
     assert torch.equal(second, expected)
+    # transformers looks for it before it runs ahead of the tokens that it returns.
+    assert first.past_key_values._is_user_defined
     again = model.generate(first.sequences, past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert torch.equal(again, expected)
 

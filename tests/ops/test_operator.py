@@ -327,7 +327,7 @@ def test_deepcopied_and_meta_tensors_go_through_the_fake_kernel():
     assert stats.log_normalizer.shape == (2, 4, 9)
 
 
-@pytest.mark.parametrize("problem", ["width", "heads", "dtype", "mask"])
+@pytest.mark.parametrize("problem", ["width", "heads", "dtype", "mask", "no width"])
 def test_raw_operator_refuses_what_would_read_out_of_bounds(problem):
     query, key, value = make_inputs()
     options = {}
@@ -337,6 +337,8 @@ def test_raw_operator_refuses_what_would_read_out_of_bounds(problem):
         key, value = torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 8)
     elif problem == "dtype":
         value = value.half()
+    elif problem == "no width":
+        query, key, value = query[..., :0], key[..., :0], value[..., :0]
     else:
         options["key_mask"] = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="expected"):

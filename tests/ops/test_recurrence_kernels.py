@@ -366,8 +366,9 @@ def test_masked_keys_may_hold_anything(dtype, causal):
         assert not results[name][off.expand_as(results[name])].any(), name
 
 
-def test_a_gradient_that_is_not_finite_reaches_earlier_rows_alone():
-    problem = random_problem(Sizes(length=150))
+@EVERY_DTYPE
+def test_a_gradient_that_is_not_finite_reaches_earlier_rows_alone(dtype):
+    problem = random_problem(Sizes(length=150), dtype)
     gradients = {"output": torch.randn(2, 4, 150, 37)}
     clean = run(problem, "native", gradients)
     gradients["output"][1, 0, 70, 5] = math.nan
@@ -377,6 +378,18 @@ def test_a_gradient_that_is_not_finite_reaches_earlier_rows_alone():
         touched[1, 0, :71] = True
         torch.testing.assert_close(spoilt[name][~touched], clean[name][~touched])
         assert spoilt[name][touched].isnan().any(-1).all()
+
+
+@EVERY_DTYPE
+def test_keys_that_climb_far_enough_forget_a_value_that_is_not_finite(dtype):
+    problem = random_problem(Sizes(batch=1, length=150), dtype)
+    problem.key[:, :, 0] = 0.0
+    problem.key[:, :, 70:] += 150.0
+    problem.value[0, 1, 0, 5] = math.nan
+    results = run(problem, "native", {"output": torch.randn(1, 4, 150, 37)})
+    assert results["output"][:, 2:, 69].isnan().any(-1).all()
+    for name in ("output", "query"):
+        assert results[name][:, :, 70:].isfinite().all(), name
 
 
 def test_a_single_key_has_no_gradient():
