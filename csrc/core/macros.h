@@ -11,6 +11,9 @@
 #define SIGHTLINE_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
 #endif
 
+// After the parameters of a lambda that is called more than once in the innermost loop.
+#define SIGHTLINE_INLINE_LAMBDA __attribute__((always_inline))
+
 // Before a loop whose bounds the compiler knows: a register array is indexed by constants only when it is unrolled.
 #if defined(__CUDACC__)
 #define SIGHTLINE_PRAGMA(text) _Pragma(#text)

@@ -1,9 +1,10 @@
 // exp2, log2(1 + y), log2 and tanh as short polynomials on the FMA units, for any vector type V.
 //
 // V is a type with arithmetic operators and these free functions found by its namespace: fma, maximum, select, less,
-// equal, reciprocal, round_to_integer, times_power_of_two, split_exponent, absolute; V::broadcast(float). On a GPU it
-// is scalar.h's. The coefficients are minimax in relative error (tools/fit_polynomials.py);
-// tests/csrc/test_elementwise.py sweeps the whole range per instruction set.
+// equal, reciprocal, round_to_integer, times_power_of_two, fraction, times_power_of_floor, split_exponent, absolute;
+// V::broadcast(float). On a GPU it is scalar.h's, which lacks what only the short ones need. The coefficients are
+// minimax in relative error (tools/fit_polynomials.py); tests/csrc/test_elementwise.py sweeps the whole range per
+// instruction set.
 #pragma once
 
 #include "core/macros.h"
@@ -50,14 +51,15 @@ SIGHTLINE_INLINE V log2_one_plus(V y) {
   return y * polynomial(kLog2OnePlus, y);
 }
 
-// The same two with errors of 9.1e-08 and 2.1e-07, exact at 0 and 1: weights that are rounded to bfloat16 next need
+// The same two with errors of 8.2e-08 and 2.1e-07, exact at 0 and 1: weights that are rounded to bfloat16 next need
 // no more, nor the logarithm of their sum.
 template <class V>
 SIGHTLINE_INLINE V exp2_short(V x) {
-  constexpr float kExp2[] = {1.000000000e+00f, 6.931469776e-01f, 2.402224207e-01f,
-                             5.550733745e-02f, 9.671513454e-03f, 1.326472955e-03f};
-  const V whole = round_to_integer(x);
-  return times_power_of_two(polynomial(kExp2, x - whole), whole, x);
+  // On [0, 1]: AVX-512 has an instruction for the fraction above the next lower integer, and one that takes that
+  // integer off x by itself.
+  constexpr float kExp2[] = {1.000000000e+00f, 6.931513119e-01f, 2.401644492e-01f,
+                             5.579991677e-02f, 9.017025196e-03f, 1.867132492e-03f};
+  return times_power_of_floor(polynomial(kExp2, fraction(x)), x);
 }
 template <class V>
 SIGHTLINE_INLINE V log2_one_plus_short(V y) {

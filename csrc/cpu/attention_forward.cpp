@@ -8,8 +8,9 @@
 // Sums: fp32 within a key tile, fp64 across tiles for the normalisers. Weighted values are summed in fp32 over a chunk
 // of 2048 keys and chunks are added up, which keeps the error flat in N.
 //
-// bfloat16 goes through products of pairs where the machine has them (pair_product.h): weights are rounded to bfloat16
-// and the output is divided by the sum of the rounded ones. Dropout keeps to fp32.
+// Products of pairs (pair_product.h) take their place where the machine has them. bfloat16 is multiplied as it is:
+// weights are rounded to it and the output is divided by the sum of the rounded ones. On the tile unit float16 is two
+// matrices of bfloat16, and so are sixteen bits of its weights. Dropout keeps to fp32.
 //
 // Re-weighting sweeps twice: the first finds Z and the largest scores, the second weighs. Softplus weights of the first
 // are kept for the second where they fit a second-level cache, else the scores are computed again. The second leaves
@@ -26,62 +27,113 @@
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
 
+// Tiles of weights whose products with the values are due, for one tile of rows.
+template <int kParts>
+class PairValues {
+ public:
+  PairValues(const AttentionProblem& problem, const AttentionForwardScratch& scratch, RowState& state)
+      : scratch_(scratch), state_(state), saves_(problem.saved_values != nullptr) {}
+
+  uint32_t* weights() const { return scratch_.weight_pairs + count_ * kParts * scratch_.weight_part; }
+  uint32_t* responses() const { return scratch_.response_pairs + count_ * kParts * scratch_.weight_part; }
+
+  // What weights() and, if they are saved, responses() hold goes with the values of this tile.
+  void add(const KeyTile& keys) {
+    const SplitRows columns{keys.value_columns, kKeyTile, scratch_.column_part};
+    const int64_t depth = core::round_up(keys.count, kPairDepth), lanes = state_.rows.lanes;
+    weighted_[count_] = {columns, {weights(), kPanelLanes, scratch_.weight_part, lanes}, depth};
+    if (saves_) responded_[count_] = {columns, {responses(), kPanelLanes, scratch_.weight_part, lanes}, depth};
+    ++count_;
+  }
+
+  void multiply() {
+    if (count_ == 0) return;
+    multiply(weighted_, state_.chunk_values);
+    if (saves_) multiply(responded_, state_.chunk_response_values);
+    count_ = 0;
+  }
+
+ private:
+  void multiply(const TileFactors* factors, float* sums) const {
+    const int64_t columns = scratch_.padded_width, lanes = state_.rows.lanes;
+    pair_products<kParts, true>(factors, count_, sums, columns, lanes);
+  }
+
+  const AttentionForwardScratch& scratch_;
+  RowState& state_;
+  TileFactors weighted_[kPairKeyTiles], responded_[kPairKeyTiles];
+  int count_ = 0;
+  bool saves_;
+};
+
 // Scores or products to pairs of weights, or in the first of two sweeps to what it gathers.
-template <class Weight, bool kReweight, bool kFirstSweep, TileHolds kHolds>
+template <class Weight, bool kReweight, bool kFirstSweep, int kParts, TileHolds kHolds, bool kMasked>
 void weigh_pair_tile(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
-                     bool keeps, float* tile, float* tile_largest, RowState& state) {
+                     bool keeps, float* tile, float* tile_largest, RowState& state, const PairValues<kParts>& due) {
+  const int64_t part = scratch.weight_part;
   if constexpr (!kReweight) {
-    weigh_pairs<Weight, kHolds, false>(state, keys, tile, scratch.weight_pairs, tile_largest);
+    weigh_pairs<Weight, kParts, kHolds, kMasked, false>(state, keys, tile, due.weights(), part, tile_largest);
   } else if constexpr (kFirstSweep) {
     if (keeps)
-      weigh_pairs<Weight, kHolds, true>(state, keys, tile, nullptr, tile_largest);
+      weigh_pairs<Weight, kParts, kHolds, kMasked, true>(state, keys, tile, nullptr, part, tile_largest);
     else
-      weigh_pairs<Weight, kHolds, false>(state, keys, tile, nullptr, tile_largest);
+      weigh_pairs<Weight, kParts, kHolds, kMasked, false>(state, keys, tile, nullptr, part, tile_largest);
   } else if (problem.saved_values == nullptr) {
-    reweigh_pairs<Weight, kHolds, false>(problem, state, keys, tile, scratch.weight_pairs, nullptr);
+    reweigh_pairs<Weight, kParts, kHolds, kMasked, false>(problem, state, keys, tile, due.weights(), part, nullptr);
   } else {
-    reweigh_pairs<Weight, kHolds, true>(problem, state, keys, tile, scratch.weight_pairs, scratch.responses);
+    reweigh_pairs<Weight, kParts, kHolds, kMasked, true>(problem, state, keys, tile, due.weights(), part,
+                                                         scratch.responses);
+    round_responses<kParts>(state, keys.count, scratch.responses, due.responses(), part);
   }
 }
 
-template <class Weight, bool kReweight, bool kFirstSweep>
+// A new shift rescales what has been gathered, not what is still due.
+template <int kParts>
+void raise_shift_of_pairs(RowState& state, const float* tile_largest, int64_t padded_width, PairValues<kParts>& due) {
+  if (!shift_rises(state, tile_largest)) return;
+  due.multiply();
+  raise_shift(state, tile_largest, padded_width, true);
+}
+
+template <class Weight, bool kReweight, bool kFirstSweep, int kParts, bool kMasked>
+void weigh_product_tile(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
+                        bool keeps, float* tile, float* tile_largest, RowState& state, PairValues<kParts>& due) {
+  if (Weight::kShifted && (!kReweight || kFirstSweep)) {
+    find_largest_scores<kMasked>(state.rows, keys, tile, tile_largest);
+    track_largest(state, tile_largest);
+    raise_shift_of_pairs(state, tile_largest, scratch.padded_width, due);
+  }
+  weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kProducts, kMasked>(
+      problem, scratch, keys, keeps, tile, tile_largest, state, due);
+}
+
+template <class Weight, bool kReweight, bool kFirstSweep, int kParts>
 void find_pair_weights(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
-                       bool keeps, float* tile, float* tile_largest, RowState& state) {
+                       bool keeps, float* tile, float* tile_largest, RowState& state, PairValues<kParts>& due) {
   if constexpr (kReweight && !kFirstSweep && !Weight::kShifted)
     if (keeps)
-      return weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kWeights>(problem, scratch, keys, keeps, tile,
-                                                                                  tile_largest, state);
-  pair_product<false>(keys.key_bits, keys.key_bits_stride, state.query_pairs, tile,
-                      core::round_up(keys.count, kPairRows), state.rows.lanes, scratch.padded_depth);
-  // A shift has to be known before the first weight.
-  if (Weight::kShifted || has_extras(problem) || has_masked_entries(state.rows, keys)) {
+      return weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kWeights, false>(
+          problem, scratch, keys, keeps, tile, tile_largest, state, due);
+  const int64_t lanes = state.rows.lanes;
+  const TileFactors factors{{keys.key_bits, keys.key_bits_stride, keys.key_bits_part},
+                            {state.query_pairs, kPanelLanes, scratch.query_part, lanes},
+                            scratch.padded_depth};
+  pair_products<kParts, false, true>(&factors, 1, tile, core::round_up(keys.count, kPairRows), lanes);
+  if (has_extras(problem)) {
     finish_tile(problem, state.rows, keys, scratch.bias, tile, tile_largest);
     if (!kReweight || kFirstSweep) {
       track_largest(state, tile_largest);
-      if (Weight::kShifted) raise_shift(state, tile_largest, scratch.padded_width, true);
+      if (Weight::kShifted) raise_shift_of_pairs(state, tile_largest, scratch.padded_width, due);
     }
-    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kScores>(problem, scratch, keys, keeps, tile,
-                                                                        tile_largest, state);
-  } else if constexpr (!Weight::kShifted) {
-    weigh_pair_tile<Weight, kReweight, kFirstSweep, TileHolds::kProducts>(problem, scratch, keys, keeps, tile,
-                                                                          tile_largest, state);
+    weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kScores, false>(problem, scratch, keys, keeps,
+                                                                                       tile, tile_largest, state, due);
+  } else if (has_masked_entries(state.rows, keys)) {
+    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, true>(problem, scratch, keys, keeps, tile, tile_largest,
+                                                                     state, due);
+  } else {
+    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, false>(problem, scratch, keys, keeps, tile, tile_largest,
+                                                                      state, due);
   }
-}
-
-// process_tile with products of pairs.
-template <class Weight, bool kReweight, bool kFirstSweep>
-void process_pair_tile(const AttentionProblem& problem, AttentionForwardScratch& scratch, const KeyTile& keys,
-                       bool keeps, float* tile, float* tile_largest, RowState& state) {
-  find_pair_weights<Weight, kReweight, kFirstSweep>(problem, scratch, keys, keeps, tile, tile_largest, state);
-  if (kFirstSweep) return;
-  const int64_t depth = core::round_up(keys.count, kPairDepth);
-  const auto add_values = [&](const uint32_t* pairs, float* sums) {
-    pair_product<true>(keys.value_columns, kKeyTile, pairs, sums, scratch.padded_width, state.rows.lanes, depth);
-  };
-  add_values(scratch.weight_pairs, state.chunk_values);
-  if (problem.saved_values == nullptr) return;
-  round_responses(state, keys.count, scratch.responses, scratch.response_pairs);
-  add_values(scratch.response_pairs, state.chunk_response_values);
 }
 
 // One tile of scores of one tile of rows: weights into the normaliser (first sweep) or into the output. `tile` has room
@@ -90,9 +142,6 @@ void process_pair_tile(const AttentionProblem& problem, AttentionForwardScratch&
 template <class Weight, bool kReweight, bool kFirstSweep>
 void process_tile(const AttentionProblem& problem, const AttentionForwardUnit& unit, AttentionForwardScratch& scratch,
                   const KeyTile& keys, float* tile, float* tile_largest, RowState& state) {
-  if (unit.pairs)
-    return process_pair_tile<Weight, kReweight, kFirstSweep>(problem, scratch, keys, unit.keeps, tile, tile_largest,
-                                                             state);
   const bool weighed = kReweight && !kFirstSweep && unit.keeps;
   if (!weighed) compute_scores(problem, state.rows, keys, state.transposed_queries, scratch.bias, tile, tile_largest);
   if (!kReweight || kFirstSweep) {
@@ -133,32 +182,45 @@ struct KeyTiles {
   }
 };
 
-template <class Weight, bool kReweight, bool kFirstSweep>
+// Walks the key tiles of one unit, in products of pairs of kParts parts or, where that is 0, of fp32.
+template <class Weight, bool kReweight, bool kFirstSweep, int kParts>
 void sweep(const AttentionProblem& problem, const AttentionForwardUnit& unit, AttentionForwardScratch& scratch,
            int tiles) {
   constexpr bool kSecondSweep = kReweight && !kFirstSweep;
+  constexpr int64_t kTogether = kParts > 0 ? kPairKeyTiles : 1;
   alignas(64) float unused[kRowTile];
   const KeyTiles range(scratch, tiles);
-  KeyTile keys;
-  for (int64_t key_tile = range.first; key_tile < range.end; ++key_tile) {
-    const int64_t first_key = key_tile * kKeyTile;
-    bool loaded = false;
+  for (int64_t begin = range.first, end; begin < range.end; begin = end) {
+    end = core::smaller(range.end, core::round_up(begin + 1, kTogether));
+    bool loaded[kTogether] = {};
     for (int tile = 0; tile < tiles; ++tile) {
       RowState& state = scratch.states[tile];
-      if (!tile_is_visible_to_any(state.rows, first_key, core::smaller(kKeyTile, problem.keys - first_key))) continue;
-      const int64_t place = (key_tile - range.first) * tiles + tile;
-      float* tile_largest = kReweight ? scratch.tile_largest + place * kRowTile : unused;
-      if (kSecondSweep && !tile_counts<Weight>(state, tile_largest)) continue;
-      if (!loaded) load_key_tile(problem, unit, scratch, first_key, !kFirstSweep, keys);
-      loaded = true;
-      float* target = kReweight && unit.keeps ? scratch.kept + place * kKeyTile * kRowTile : scratch.scores;
-      process_tile<Weight, kReweight, kFirstSweep>(problem, unit, scratch, keys, target,
-                                                   kSecondSweep ? unused : tile_largest, state);
+      PairValues<kParts> due(problem, scratch, state);
+      for (int64_t key_tile = begin; key_tile < end; ++key_tile) {
+        const int64_t first_key = key_tile * kKeyTile, slot = key_tile - begin;
+        if (!tile_is_visible_to_any(state.rows, first_key, core::smaller(kKeyTile, problem.keys - first_key))) continue;
+        const int64_t place = (key_tile - range.first) * tiles + tile;
+        float* tile_largest = kReweight ? scratch.tile_largest + place * kRowTile : unused;
+        if (kSecondSweep && !tile_counts<Weight>(state, tile_largest)) continue;
+        if (!loaded[slot]) load_key_tile<kParts>(problem, unit, scratch, first_key, !kFirstSweep, slot);
+        loaded[slot] = true;
+        const KeyTile& keys = scratch.key_tiles[slot];
+        float* target = kReweight && unit.keeps ? scratch.kept + place * kKeyTile * kRowTile : scratch.scores;
+        float* largest = kSecondSweep ? unused : tile_largest;
+        if constexpr (kParts == 0) {
+          process_tile<Weight, kReweight, kFirstSweep>(problem, unit, scratch, keys, target, largest, state);
+        } else {
+          find_pair_weights<Weight, kReweight, kFirstSweep>(problem, scratch, keys, unit.keeps, target, largest, state,
+                                                            due);
+          if (!kFirstSweep) due.add(keys);
+        }
+      }
+      if constexpr (kParts > 0) due.multiply();
     }
-    if (!kFirstSweep && (key_tile + 1) % (kChunkKeys / kKeyTile) == 0)
-      finish_chunks(problem, scratch, scratch.states, tiles, unit.pairs);
+    if (!kFirstSweep && end % (kChunkKeys / kKeyTile) == 0)
+      finish_chunks(problem, scratch, scratch.states, tiles, kParts > 0);
   }
-  if (!kFirstSweep) finish_chunks(problem, scratch, scratch.states, tiles, unit.pairs);
+  if (!kFirstSweep) finish_chunks(problem, scratch, scratch.states, tiles, kParts > 0);
 }
 
 template <class Weight>
@@ -172,7 +234,7 @@ bool write_rows(const AttentionProblem& problem, AttentionForwardScratch& scratc
     const int64_t row_index =
         (state.rows.batch * problem.heads + state.rows.head[lane]) * problem.queries + state.rows.query[lane];
     const double divisor = reweighted ? state.weight_sum[lane] : state.normalizer[lane];
-    const double applied = unit.pairs ? state.rounded_sum[lane] : divisor;
+    const double applied = unit.parts == 1 ? state.rounded_sum[lane] : divisor;
     const float inverse = applied == 0.0 ? 0.0f : static_cast<float>(1.0 / applied);
     float* values = state.values + lane * scratch.padded_width;
     state.done[lane] = is_finite(values, problem.value_width);
@@ -215,7 +277,7 @@ bool write_rows(const AttentionProblem& problem, AttentionForwardScratch& scratc
   return finite;
 }
 
-template <class Weight>
+template <class Weight, int kParts>
 bool attend(const AttentionProblem& problem, AttentionForwardUnit& unit, AttentionForwardScratch& scratch) {
   const int tiles = static_cast<int>((unit.end - unit.begin + kRowTile - 1) / kRowTile);
   const bool reweighted = problem.reweight.power > 0.0f;
@@ -224,32 +286,41 @@ bool attend(const AttentionProblem& problem, AttentionForwardUnit& unit, Attenti
     const int64_t begin = unit.begin + tile * kRowTile;
     set_up_rows(problem, unit.batch, unit.key_head, begin, static_cast<int>(core::smaller(kRowTile, unit.end - begin)),
                 state.rows, scratch.queries, problem.head_width, state.transposed_queries);
-    if (unit.pairs)
-      round_to_pairs(state.transposed_queries, problem.head_width, scratch.padded_depth, state.rows.lanes,
-                     state.query_pairs);
+    if constexpr (kParts > 0)
+      rows_to_pairs<kParts>(state.transposed_queries, problem.head_width, scratch.padded_depth, state.rows.lanes,
+                            state.query_pairs, scratch.query_part);
     start_rows(problem, scratch, state);
     for (int lane = 0; unit.finite && lane < state.rows.lanes; ++lane) state.done[lane] = false;
   }
   if (reweighted) {
     const KeyTiles range(scratch, tiles);
     unit.keeps &= tiles * AttentionForwardPlan::kept_bytes((range.end - range.first) * kKeyTile) <= kKeptBytes;
-    sweep<Weight, true, true>(problem, unit, scratch, tiles);
+    sweep<Weight, true, true, kParts>(problem, unit, scratch, tiles);
     for (int tile = 0; tile < tiles; ++tile) {
-      find_peaks<Weight>(problem, scratch.states[tile], unit.pairs);
+      find_peaks<Weight>(problem, scratch.states[tile], kParts > 0);
       for (int lane = 0; lane < scratch.states[tile].rows.lanes; ++lane) scratch.states[tile].chunk_decay[lane] = 1.0f;
     }
-    sweep<Weight, true, false>(problem, unit, scratch, tiles);
+    sweep<Weight, true, false, kParts>(problem, unit, scratch, tiles);
   } else {
-    sweep<Weight, false, false>(problem, unit, scratch, tiles);
+    sweep<Weight, false, false, kParts>(problem, unit, scratch, tiles);
   }
   bool finite = true;
   for (int tile = 0; tile < tiles; ++tile) finite &= write_rows<Weight>(problem, scratch, scratch.states[tile], unit);
   return finite;
 }
 
+template <class Weight>
 bool attend_unit(const AttentionProblem& problem, AttentionForwardUnit& unit, AttentionForwardScratch& scratch) {
-  return problem.weight_function == WeightFunction::kSoftmax ? attend<core::Exponential>(problem, unit, scratch)
-                                                             : attend<core::SoftPlus>(problem, unit, scratch);
+  if constexpr (kHasPairProducts)
+    if (unit.parts == 1) return attend<Weight, 1>(problem, unit, scratch);
+  if constexpr (kHasTileUnit)
+    if (unit.parts == 2) return attend<Weight, 2>(problem, unit, scratch);
+  return attend<Weight, 0>(problem, unit, scratch);
+}
+
+bool attend_unit(const AttentionProblem& problem, AttentionForwardUnit& unit, AttentionForwardScratch& scratch) {
+  return problem.weight_function == WeightFunction::kSoftmax ? attend_unit<core::Exponential>(problem, unit, scratch)
+                                                             : attend_unit<core::SoftPlus>(problem, unit, scratch);
 }
 
 }  // namespace
@@ -269,10 +340,11 @@ void attention_forward(const AttentionProblem& problem, const Parallel& parallel
                                   block * plan.unit_rows,
                                   core::smaller(plan.rows, (block + 1) * plan.unit_rows),
                                   true,
-                                  plan.pairs,
+                                  plan.parts,
                                   plan.keeps};
         if (attend_unit(task, unit, scratch)) return;
-        unit.finite = unit.pairs = false;
+        unit.finite = false;
+        unit.parts = 0;
         attend_unit(task, unit, scratch);
       });
 }

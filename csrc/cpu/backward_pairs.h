@@ -85,11 +85,11 @@ struct PairOperands {
                                             const float* transposed_queries, const float* output_gradients,
                                             const float* transposed_output_gradients, PairOperands& pairs) {
   const int64_t row_depth = core::round_up(rows.lanes, kPairDepth);
-  round_to_pairs(transposed_queries, problem.head_width, pairs.depth, rows.lanes, pairs.queries);
-  round_to_pairs(transposed_output_gradients, problem.value_width, pairs.value_depth, rows.lanes,
-                 pairs.output_gradients);
-  round_to_pairs(queries, rows.lanes, row_depth, pairs.key_width, pairs.query_rows);
-  round_to_pairs(output_gradients, rows.lanes, row_depth, pairs.value_width, pairs.gradient_rows);
+  rows_to_pairs<1>(transposed_queries, problem.head_width, pairs.depth, rows.lanes, pairs.queries);
+  rows_to_pairs<1>(transposed_output_gradients, problem.value_width, pairs.value_depth, rows.lanes,
+                   pairs.output_gradients);
+  rows_to_pairs<1>(queries, rows.lanes, row_depth, pairs.key_width, pairs.query_rows);
+  rows_to_pairs<1>(output_gradients, rows.lanes, row_depth, pairs.value_width, pairs.gradient_rows);
   zero(pairs.query_gradients, pairs.key_width * rows.lanes);
 }
 

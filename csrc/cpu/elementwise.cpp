@@ -1,13 +1,14 @@
 // The polynomials of csrc/core over whole arrays, for the accuracy sweeps of the bench module.
 #include "core/weights.h"
 #include "cpu/kernel_table.h"
-#include "cpu/vec.h"
+#include "cpu/workspace.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
 
 template <class Function>
 void apply(const float* x, float* result, int64_t count, Function function) {
+  const FlushDenormals mode;
   for (int64_t index = 0; index < count; index += Vec::kWidth) {
     alignas(64) float lanes[Vec::kWidth] = {};
     const int64_t live = count - index < Vec::kWidth ? count - index : Vec::kWidth;

@@ -28,34 +28,60 @@ class Stopwatch {
   double last_ = now();
 };
 
-// Weights of a tile of products, as process_tile() and process_pair_tile() of attention_forward.cpp choose them for a
-// plain call.
-template <class Weight>
-void weigh_products(const AttentionProblem& problem, AttentionForwardScratch& scratch, const KeyTile& keys, bool pairs,
-                    RowState& state) {
+// What process_tile() and find_pair_weights() of attention_forward.cpp do for a plain call in which all keys are
+// visible, for one tile of rows and the key tiles that it meets at a time.
+template <class Weight, int kParts>
+void time_rows(const AttentionProblem& problem, AttentionForwardScratch& scratch, int64_t key_tiles, RowState& state,
+               Stopwatch& watch, AttentionParts& parts) {
   alignas(64) float largest[kRowTile];
-  const auto finish = [&] {
-    finish_tile(problem, state.rows, keys, scratch.bias, scratch.scores, largest);
-    track_largest(state, largest);
-    if (Weight::kShifted) raise_shift(state, largest, scratch.padded_width, pairs);
-  };
-  if (!pairs) {
-    finish();
-    weigh<Weight, true>(state, keys.count, scratch.scores);
-  } else if (Weight::kShifted || has_masked_entries(state.rows, keys)) {
-    finish();
-    weigh_pairs<Weight, TileHolds::kScores, false>(state, keys, scratch.scores, scratch.weight_pairs, largest);
-  } else if constexpr (!Weight::kShifted) {
-    weigh_pairs<Weight, TileHolds::kProducts, false>(state, keys, scratch.scores, scratch.weight_pairs, largest);
+  const int64_t lanes = state.rows.lanes, part = scratch.weight_part, width = scratch.padded_width;
+  TileFactors weighted[kPairKeyTiles];
+  for (int64_t slot = 0; slot < key_tiles; ++slot) {
+    const KeyTile& keys = scratch.key_tiles[slot];
+    const int64_t depth = core::round_up(keys.count, kPairDepth);
+    if constexpr (kParts == 0) {
+      product<false>({keys.keys, keys.key_stride, 1}, state.transposed_queries, lanes, scratch.scores, lanes,
+                     keys.count, lanes, problem.head_width);
+      watch.add_to(parts.scores);
+      finish_tile(problem, state.rows, keys, scratch.bias, scratch.scores, largest);
+      track_largest(state, largest);
+      if (Weight::kShifted) raise_shift(state, largest, width, false);
+      weigh<Weight, true>(state, keys.count, scratch.scores);
+      watch.add_to(parts.weights);
+      accumulate_product(true, {scratch.scores, 1, lanes}, keys.values, keys.value_stride, state.chunk_values, width,
+                         state.rows.rows, width, keys.count);
+      watch.add_to(parts.values);
+    } else {
+      const TileFactors factors{{keys.key_bits, keys.key_bits_stride, keys.key_bits_part},
+                                {state.query_pairs, kPanelLanes, scratch.query_part, lanes},
+                                scratch.padded_depth};
+      pair_products<kParts, false, true>(&factors, 1, scratch.scores, core::round_up(keys.count, kPairRows), lanes);
+      watch.add_to(parts.scores);
+      if (Weight::kShifted) {
+        find_largest_scores<false>(state.rows, keys, scratch.scores, largest);
+        track_largest(state, largest);
+        raise_shift(state, largest, width, true);
+      }
+      uint32_t* pairs = scratch.weight_pairs + slot * kParts * part;
+      weigh_pairs<Weight, kParts, TileHolds::kProducts, false, false>(state, keys, scratch.scores, pairs, part,
+                                                                      largest);
+      weighted[slot] = {{keys.value_columns, kKeyTile, scratch.column_part}, {pairs, kPanelLanes, part, lanes}, depth};
+      watch.add_to(parts.weights);
+    }
+  }
+  if constexpr (kParts > 0) {
+    pair_products<kParts, true>(weighted, static_cast<int>(key_tiles), state.chunk_values, width, lanes);
+    watch.add_to(parts.values);
   }
 }
 
-template <class Weight>
+template <class Weight, int kParts>
 void time_parts(const AttentionProblem& problem, int repetitions, AttentionParts& parts) {
   const AttentionForwardPlan plan(problem, 1);
   AttentionForwardScratch scratch(plan);
-  const AttentionForwardUnit unit{0, 0, 0, core::smaller(plan.unit_rows, plan.rows), true, plan.pairs, false};
+  const AttentionForwardUnit unit{0, 0, 0, core::smaller(plan.unit_rows, plan.rows), true, plan.parts, false};
   const int tiles = static_cast<int>((unit.end + kRowTile - 1) / kRowTile);
+  const int64_t together = plan.key_tiles() * kKeyTile;
   Stopwatch watch;
   for (int repetition = 0; repetition < repetitions; ++repetition) {
     watch.restart();
@@ -64,44 +90,37 @@ void time_parts(const AttentionProblem& problem, int repetitions, AttentionParts
       const int64_t begin = tile * kRowTile;
       set_up_rows(problem, 0, 0, begin, static_cast<int>(core::smaller(kRowTile, unit.end - begin)), state.rows,
                   scratch.queries, problem.head_width, state.transposed_queries);
-      if (plan.pairs)
-        round_to_pairs(state.transposed_queries, problem.head_width, scratch.padded_depth, state.rows.lanes,
-                       state.query_pairs);
+      if constexpr (kParts > 0)
+        rows_to_pairs<kParts>(state.transposed_queries, problem.head_width, scratch.padded_depth, state.rows.lanes,
+                              state.query_pairs, scratch.query_part);
       start_rows(problem, scratch, state);
     }
     watch.add_to(parts.packing);
-    for (int64_t first = 0; first < problem.keys; first += kKeyTile) {
-      KeyTile keys;
-      load_key_tile(problem, unit, scratch, first, true, keys);
+    for (int64_t begin = 0; begin < problem.keys; begin += together) {
+      const int64_t end = core::smaller(problem.keys, begin + together);
+      const int64_t key_tiles = (end - begin + kKeyTile - 1) / kKeyTile;
+      for (int64_t slot = 0; slot < key_tiles; ++slot)
+        load_key_tile<kParts>(problem, unit, scratch, begin + slot * kKeyTile, true, slot);
       watch.add_to(parts.packing);
-      for (int tile = 0; tile < tiles; ++tile) {
-        RowState& state = scratch.states[tile];
-        const int lanes = state.rows.lanes;
-        if (plan.pairs)
-          pair_product<false>(keys.key_bits, keys.key_bits_stride, state.query_pairs, scratch.scores,
-                              core::round_up(keys.count, kPairRows), lanes, scratch.padded_depth);
-        else
-          product<false>({keys.keys, keys.key_stride, 1}, state.transposed_queries, lanes, scratch.scores, lanes,
-                         keys.count, lanes, problem.head_width);
-        watch.add_to(parts.scores);
-        weigh_products<Weight>(problem, scratch, keys, plan.pairs, state);
-        watch.add_to(parts.weights);
-        if (plan.pairs)
-          pair_product<true>(keys.value_columns, kKeyTile, scratch.weight_pairs, state.chunk_values,
-                             scratch.padded_width, lanes, core::round_up(keys.count, kPairDepth));
-        else
-          accumulate_product(true, {scratch.scores, 1, lanes}, keys.values, keys.value_stride, state.chunk_values,
-                             scratch.padded_width, state.rows.rows, scratch.padded_width, keys.count);
-        watch.add_to(parts.values);
-      }
-      if ((first / kKeyTile + 1) % (kChunkKeys / kKeyTile) == 0)
-        finish_chunks(problem, scratch, scratch.states, tiles, plan.pairs);
+      for (int tile = 0; tile < tiles; ++tile)
+        time_rows<Weight, kParts>(problem, scratch, key_tiles, scratch.states[tile], watch, parts);
+      if (end % kChunkKeys == 0) finish_chunks(problem, scratch, scratch.states, tiles, kParts > 0);
       watch.add_to(parts.values);
     }
-    finish_chunks(problem, scratch, scratch.states, tiles, plan.pairs);
+    finish_chunks(problem, scratch, scratch.states, tiles, kParts > 0);
     watch.add_to(parts.values);
     parts.entries += unit.end * problem.keys;
   }
+}
+
+template <class Weight>
+void time_parts(const AttentionProblem& problem, int repetitions, AttentionParts& parts) {
+  const int pair_parts_of_dtype = pair_parts(problem.dtype);
+  if constexpr (kHasPairProducts)
+    if (pair_parts_of_dtype == 1) return time_parts<Weight, 1>(problem, repetitions, parts);
+  if constexpr (kHasTileUnit)
+    if (pair_parts_of_dtype == 2) return time_parts<Weight, 2>(problem, repetitions, parts);
+  time_parts<Weight, 0>(problem, repetitions, parts);
 }
 
 constexpr int kChains = 12;  // sums that do not wait for each other: more than latency times width of any machine

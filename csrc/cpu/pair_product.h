@@ -1,13 +1,15 @@
-// C (+)= A B on bfloat16 numbers in pairs, summed in fp32: on the tile unit (AMX) where there is one, else with
-// AVX-512-BF16's dot products, else not at all.
+// C (+)= A B on bfloat16 numbers in pairs, summed in fp32: on the tile unit (AMX) where there is one (tile_product.h),
+// else with AVX-512-BF16's dot products, else not at all.
 //
 // A is read as it lies, row after row along the depth; B holds pairs of its depth side by side, (depth / 2, lanes) of
-// 32 bits, lower half first. So keys are used where they are, and weights stay in the lanes in which they were made:
-// the second product gives the transposed output, (columns of V) x (lanes), from V transposed.
+// 32 bits, lower half first; paddings as in tile_product.h. So keys are used where they are, and weights stay in the
+// lanes in which they were made: the second product gives the transposed output, (columns of V) x (lanes), from V
+// transposed.
 #pragma once
 
-#include "cpu/sanitizer.h"
-#include "cpu/vec.h"
+#include <type_traits>
+
+#include "cpu/tile_product.h"
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -15,14 +17,19 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
+// Calls take(part, is last) for every part, largest first.
+template <int kParts, class Take>
+SIGHTLINE_INLINE void for_each_part(Take take) {
+  if constexpr (kParts > 1) take(0, std::false_type());
+  if constexpr (kParts > 2) take(1, std::false_type());
+  take(kParts - 1, std::true_type());
+}
+
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairProducts = true;
 #else
 constexpr bool kHasPairProducts = false;
 #endif
-// Rows of A and C come in multiples of kPairRows and the depth in multiples of kPairDepth, both padded with zeros.
-constexpr int64_t kPairRows = 16;
-constexpr int64_t kPairDepth = 32;
 
 #if defined(__AVX512BF16__)
 
@@ -73,21 +80,56 @@ SIGHTLINE_INLINE Pairs round_to_pairs(Vec low, Vec high) {
   return {_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves))};
 }
 
+// Twice as many numbers, of a row or as pairs.
+struct Halves {
+  __m512i bits;
+};
+
+SIGHTLINE_INLINE void store(uint16_t* to, Halves halves) { _mm512_storeu_si512(to, halves.bits); }
+SIGHTLINE_INLINE void store(uint32_t* to, Halves halves) { _mm512_storeu_si512(to, halves.bits); }
+
+// Takes the leading bits off two vectors: side by side as in a row, what is left in `first` and `second`.
+template <bool kLast>
+SIGHTLINE_INLINE Halves split_row(Vec& first, Vec& second) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(second.value, first.value);
+  const __m512i bits = reinterpret_cast<__m512i>(rounded);
+  if (!kLast) {
+    first =
+        first - Vec{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16))};
+    second = second -
+             Vec{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16))};
+  }
+  return {bits};
+}
+
+// The same as pairs of one number of `low` and one of `high`.
+template <bool kLast>
+SIGHTLINE_INLINE Pairs split_pairs(Vec& low, Vec& high) {
+  const __m512i bits = round_to_pairs(low, high).bits;
+  if (!kLast) {
+    low = low - Vec{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+    high = high - Vec{_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  return {bits};
+}
+
 // sum + both numbers of each pair.
 SIGHTLINE_INLINE Vec add_pairs(Vec sum, Pairs pairs) {
   const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80));
   return {_mm512_dpbf16_ps(sum.value, reinterpret_cast<__m512bh>(pairs.bits), ones)};
 }
 
-// (depth, lanes) of fp32 to pairs (padded_depth / 2, lanes), rounding.
-SIGHTLINE_INLINE void round_to_pairs(const float* from, int64_t depth, int64_t padded_depth, int64_t lanes,
-                                     uint32_t* pairs) {
+// (depth, lanes) of fp32 to pairs (padded_depth / 2, lanes), in parts `part` apart.
+template <int kParts>
+static void rows_to_pairs(const float* from, int64_t depth, int64_t padded_depth, int64_t lanes, uint32_t* pairs,
+                          int64_t part = 0) {
   const Vec zeros = Vec::broadcast(0.0f);
   for (int64_t row = 0; row < padded_depth; row += 2)
     for (int64_t lane = 0; lane < lanes; lane += Vec::kWidth) {
-      const Vec low = row < depth ? Vec::load(from + row * lanes + lane) : zeros;
-      const Vec high = row + 1 < depth ? Vec::load(from + (row + 1) * lanes + lane) : zeros;
-      store(pairs + row / 2 * lanes + lane, round_to_pairs(low, high));
+      Vec low = row < depth ? Vec::load(from + row * lanes + lane) : zeros;
+      Vec high = row + 1 < depth ? Vec::load(from + (row + 1) * lanes + lane) : zeros;
+      uint32_t* to = pairs + row / 2 * lanes + lane;
+      for_each_part<kParts>([&](int index, auto last) { store(to + index * part, split_pairs<last>(low, high)); });
     }
 }
 
@@ -132,112 +174,14 @@ SIGHTLINE_INLINE void move_transposed(float* from, int64_t columns, int64_t lane
 
 #if defined(__AMX_BF16__)
 
-// The intrinsics that load tiles do not tell the compiler which memory they read: what was stored before stays before.
-SIGHTLINE_INLINE void tell_memory() { asm volatile("" : : : "memory"); }
-
-// The configuration of this thread's tile unit, for as long as it is wanted.
-class TileUnit {
- public:
-  explicit TileUnit(bool wanted) : wanted_(wanted) {
-    if (!wanted) return;
-    struct __attribute__((packed)) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } configuration;
-    tell_memory();
-    _tile_loadconfig(&configuration);
-  }
-  ~TileUnit() {
-    if (wanted_) _tile_release();
-  }
-  TileUnit(const TileUnit&) = delete;
-  TileUnit& operator=(const TileUnit&) = delete;
-
- private:
-  bool wanted_;
-};
-
-// Tiles 0 to 3 as the sums of one or two tiles of rows by one or two of lanes: from C or from 0, and back.
-template <int kRowTiles, int kLaneTiles, bool kAccumulate>
-SIGHTLINE_INLINE void start_sums(const float* c, int64_t c_bytes) {
-  tell_memory();
-  const float* below = c + 16 * (c_bytes / 4);
-  if (kAccumulate) {
-    _tile_loadd(0, c, c_bytes);
-    if (kLaneTiles == 2) _tile_loadd(1, c + 16, c_bytes);
-    if (kRowTiles == 2) _tile_loadd(2, below, c_bytes);
-    if (kRowTiles == 2 && kLaneTiles == 2) _tile_loadd(3, below + 16, c_bytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-}
-
-template <int kRowTiles, int kLaneTiles>
-SIGHTLINE_INLINE void store_sums(float* c, int64_t c_bytes) {
-  float* below = c + 16 * (c_bytes / 4);
-  _tile_stored(0, c, c_bytes);
-  if (kLaneTiles == 2) _tile_stored(1, c + 16, c_bytes);
-  if (kRowTiles == 2) _tile_stored(2, below, c_bytes);
-  if (kRowTiles == 2 && kLaneTiles == 2) _tile_stored(3, below + 16, c_bytes);
-}
-
-// One or two tiles of rows by one or two of lanes: sums in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
-template <int kRowTiles, int kLaneTiles, bool kAccumulate>
-SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t lanes,
-                                 int64_t depth) {
-  const int64_t c_bytes = lanes * 4;
-  check_tile(a, a_stride * 2, 16 * kRowTiles, depth * 2);
-  check_tile(b, c_bytes, depth / 2, 64 * kLaneTiles);
-  check_tile(c, c_bytes, 16 * kRowTiles, 64 * kLaneTiles);
-  start_sums<kRowTiles, kLaneTiles, kAccumulate>(c, c_bytes);
-  for (int64_t k = 0; k < depth; k += 32) {
-    _tile_loadd(4, a + k, a_stride * 2);
-    _tile_loadd(6, b + k / 2 * lanes, c_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if (kLaneTiles == 2) {
-      _tile_loadd(7, b + k / 2 * lanes + 16, c_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (kRowTiles == 2) {
-      _tile_loadd(5, a + 16 * a_stride + k, a_stride * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      if (kLaneTiles == 2) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  store_sums<kRowTiles, kLaneTiles>(c, c_bytes);
-}
-
-// C (rows, lanes) = A B, or += with kAccumulate.
-template <bool kAccumulate>
-static void pair_product(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t rows, int64_t lanes,
-                         int64_t depth) {
-  for (int64_t row = 0; row < rows; row += 32)
-    for (int64_t lane = 0; lane < lanes; lane += 32) {
-      const uint16_t* a_rows = a + row * a_stride;
-      const uint32_t* b_lanes = b + lane;
-      float* target = c + row * lanes + lane;
-      const bool two_rows = row + 16 < rows, two_lanes = lane + 16 < lanes;
-      if (two_rows && two_lanes)
-        pair_block<2, 2, kAccumulate>(a_rows, a_stride, b_lanes, target, lanes, depth);
-      else if (two_rows)
-        pair_block<2, 1, kAccumulate>(a_rows, a_stride, b_lanes, target, lanes, depth);
-      else if (two_lanes)
-        pair_block<1, 2, kAccumulate>(a_rows, a_stride, b_lanes, target, lanes, depth);
-      else
-        pair_block<1, 1, kAccumulate>(a_rows, a_stride, b_lanes, target, lanes, depth);
-    }
+// C (rows, lanes) = the sum of `count` products of operands in parts, or += with kAccumulate; with kAll of all bits.
+template <int kParts, bool kAccumulate, bool kAll = false>
+static void pair_products(const TileFactors* factors, int count, float* c, int64_t rows, int64_t lanes) {
+  Prefetches nothing;
+  tile_product<kParts, kParts, kAccumulate, kAll>(factors, count, c, lanes, rows, lanes, nothing);
 }
 
 #else
-
-class TileUnit {
- public:
-  explicit TileUnit(bool) {}
-};
 
 template <int kRows, int kVectors, bool kAccumulate>
 SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t lanes,
@@ -270,10 +214,9 @@ SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint
       _mm512_storeu_ps(c + row * lanes + vector * 16, sums[row][vector]);
 }
 
-// C (rows, lanes) = A B, or += with kAccumulate.
 template <bool kAccumulate>
-static void pair_product(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t rows, int64_t lanes,
-                         int64_t depth) {
+static void pair_blocks(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t rows, int64_t lanes,
+                        int64_t depth) {
   for (int64_t lane = 0; lane < lanes;) {
     const bool wide = lanes - lane >= 64;
     for (int64_t row = 0; row < rows; row += 4) {
@@ -288,21 +231,46 @@ static void pair_product(const uint16_t* a, int64_t a_stride, const uint32_t* b,
   }
 }
 
+template <int kParts, bool kAccumulate, bool kAll = false>
+static void pair_products(const TileFactors* factors, int count, float* c, int64_t rows, int64_t lanes) {
+  static_assert(kParts == 1);
+  for (int index = 0; index < count; ++index) {
+    const auto& [a, b, depth] = factors[index];
+    if (kAccumulate || index > 0)
+      pair_blocks<true>(a.data, a.stride, b.data, c, rows, lanes, depth);
+    else
+      pair_blocks<false>(a.data, a.stride, b.data, c, rows, lanes, depth);
+  }
+}
+
 #endif
+
+// C (rows, lanes) = A B, or += with kAccumulate, of one part each.
+template <bool kAccumulate>
+static void pair_product(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t rows, int64_t lanes,
+                         int64_t depth) {
+  const TileFactors factors{{a, a_stride, 0}, {b, kPanelLanes, 0, lanes}, depth};
+  pair_products<1, kAccumulate>(&factors, 1, c, rows, lanes);
+}
+
 #else
 
 // Never called: kHasPairProducts is false.
-struct TileUnit {
-  explicit TileUnit(bool) {}
-};
 struct Pairs {};
 SIGHTLINE_INLINE Pairs load_pairs(const uint32_t*) { return {}; }
 SIGHTLINE_INLINE void store(uint32_t*, Pairs) {}
 SIGHTLINE_INLINE Pairs round_to_pairs(Vec, Vec) { return {}; }
 SIGHTLINE_INLINE Vec add_pairs(Vec sum, Pairs) { return sum; }
-SIGHTLINE_INLINE void round_to_pairs(const float*, int64_t, int64_t, int64_t, uint32_t*) {}
+template <int kParts>
+static void rows_to_pairs(const float*, int64_t, int64_t, int64_t, uint32_t*, int64_t = 0) {}
 SIGHTLINE_INLINE void transpose_bfloat16(const uint16_t*, int64_t, int64_t, int64_t, uint16_t*, int64_t) {}
 SIGHTLINE_INLINE void move_transposed(float*, int64_t, int64_t, float*) {}
+template <bool kLast>
+SIGHTLINE_INLINE Pairs split_pairs(Vec&, Vec&) {
+  return {};
+}
+template <int kParts, bool kAccumulate, bool kAll = false>
+static void pair_products(const TileFactors*, int, float*, int64_t, int64_t) {}
 template <bool kAccumulate>
 static void pair_product(const uint16_t*, int64_t, const uint32_t*, float*, int64_t, int64_t, int64_t) {}
 

@@ -161,9 +161,9 @@ static void split_scores(const float* scores, int rows, uint16_t* to) {
 template <int kParts>
 static void read_state(const SplitChunk& split, int64_t query_stride, int rows, int64_t width, float* outputs,
                        int64_t stride, Prefetches prefetches) {
-  split_product<kParts, kParts, false>({split.queries, query_stride, kChunkRows * split.key_depth},
-                                       {split.state, split.panel(), split.key_depth / 2 * width}, outputs, stride,
-                                       core::round_up(rows, kPairRows), width, split.key_depth, prefetches);
+  tile_product<kParts, kParts, false>({split.queries, query_stride, kChunkRows * split.key_depth},
+                                      {split.state, split.panel(), split.key_depth / 2 * width}, outputs, stride,
+                                      core::round_up(rows, kPairRows), width, split.key_depth, prefetches);
 }
 
 // outputs += what the rows of the chunk read of it; the scores remain as fp32.
@@ -171,22 +171,22 @@ template <int kParts, int kValueParts>
 static void read_chunk(const SplitChunk& split, int rows, int64_t width, float* scores, float* outputs, int64_t stride,
                        Prefetches prefetches) {
   const int64_t padded_rows = core::round_up(rows, kPairRows);
-  split_product<kParts, kParts, false>({split.queries, split.key_depth, kChunkRows * split.key_depth},
-                                       {split.keys, split.panel(), split.key_depth / 2 * kChunkRows}, scores,
-                                       kChunkRows, padded_rows, padded_rows, split.key_depth, prefetches);
+  tile_product<kParts, kParts, false>({split.queries, split.key_depth, kChunkRows * split.key_depth},
+                                      {split.keys, split.panel(), split.key_depth / 2 * kChunkRows}, scores, kChunkRows,
+                                      padded_rows, padded_rows, split.key_depth, prefetches);
   split_scores<kParts>(scores, rows, split.scores);
-  split_product<kParts, kValueParts, true>({split.scores, kChunkRows, kChunkRows * kChunkRows},
-                                           {split.values, kValuePanel, kChunkRows / 2 * width}, outputs, stride,
-                                           padded_rows, width, core::round_up(rows, kPairDepth), {});
+  tile_product<kParts, kValueParts, true>({split.scores, kChunkRows, kChunkRows * kChunkRows},
+                                          {split.values, kValuePanel, kChunkRows / 2 * width}, outputs, stride,
+                                          padded_rows, width, core::round_up(rows, kPairDepth), {});
 }
 
 // state (padded Dk, width) += weights^T values.
 template <int kParts, int kValueParts>
 static void join_state(const KeyChunk& chunk, const SplitChunk& split, int64_t width, float* state, int64_t stride,
                        Prefetches prefetches) {
-  split_product<kParts, kValueParts, true>({split.weights, kChunkRows, chunk.stride * kChunkRows},
-                                           {split.values, kValuePanel, kChunkRows / 2 * width}, state, stride,
-                                           chunk.stride, width, core::round_up(chunk.rows, kPairDepth), prefetches);
+  tile_product<kParts, kValueParts, true>({split.weights, kChunkRows, chunk.stride * kChunkRows},
+                                          {split.values, kValuePanel, kChunkRows / 2 * width}, state, stride,
+                                          chunk.stride, width, core::round_up(chunk.rows, kPairDepth), prefetches);
 }
 
 template <int kParts>

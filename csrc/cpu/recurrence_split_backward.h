@@ -39,22 +39,21 @@ class SplitBackward {
   // received = S_t do_t in the chunk's unit, from `grad_outputs`. Asks for rows of `next`, as the others do.
   void multiply_state(Prefetches& next) const {
     load_grad_rows();
-    split_product<kValueParts, kParts, false>(grad_rows(),
-                                              {split_.state, value_panel(), split_.value_depth / 2 * keys_},
-                                              scratch_.received, keys_, rows_, keys_, split_.value_depth, next);
+    tile_product<kValueParts, kParts, false>(grad_rows(), {split_.state, value_panel(), split_.value_depth / 2 * keys_},
+                                             scratch_.received, keys_, rows_, keys_, split_.value_depth, next);
     multiply_responses(next);
     split_scores<kParts>(scratch_.responses, chunk_.rows, split_.triangle);
-    split_product<kParts, kParts, true>(triangle(), {split_.gained_pairs, kRowPanel, kChunkRows / 2 * keys_},
-                                        scratch_.received, keys_, rows_, keys_, depth_, next);
+    tile_product<kParts, kParts, true>(triangle(), {split_.gained_pairs, kRowPanel, kChunkRows / 2 * keys_},
+                                       scratch_.received, keys_, rows_, keys_, depth_, next);
   }
 
   // transposed state += values^T weights.
   void join_state(Prefetches& next) const {
     transpose_to_rows<kValueParts>(scratch_.values, values_, chunk_.rows, values_, split_.value_columns, kChunkRows,
                                    values_ * kChunkRows);
-    split_product<kValueParts, kParts, true>({split_.value_columns, kChunkRows, values_ * kChunkRows},
-                                             {split_.gained_pairs, kRowPanel, kChunkRows / 2 * keys_},
-                                             scratch_.transposed_state, keys_, values_, keys_, depth_, next);
+    tile_product<kValueParts, kParts, true>({split_.value_columns, kChunkRows, values_ * kChunkRows},
+                                            {split_.gained_pairs, kRowPanel, kChunkRows / 2 * keys_},
+                                            scratch_.transposed_state, keys_, values_, keys_, depth_, next);
   }
 
   // What the sweep back multiplies with; dv and G v of the rows from what comes after the chunk.
@@ -66,42 +65,42 @@ class SplitBackward {
                        kChunkRows * split_.key_depth);
     split_to_pairs<kParts>(scratch_.state_gradient, values_, nullptr, keys_, values_, split_.state, key_panel(),
                            split_.key_depth / 2 * values_);
-    split_product<kParts, kParts, false>({split_.key_rows, split_.key_depth, kChunkRows * split_.key_depth},
-                                         {split_.state, key_panel(), split_.key_depth / 2 * values_},
-                                         scratch_.grad_values, values_, rows_, values_, split_.key_depth, next);
+    tile_product<kParts, kParts, false>({split_.key_rows, split_.key_depth, kChunkRows * split_.key_depth},
+                                        {split_.state, key_panel(), split_.key_depth / 2 * values_},
+                                        scratch_.grad_values, values_, rows_, values_, split_.key_depth, next);
     split_rows<kValueParts>(scratch_.values, values_, chunk_.rows, values_, split_.value_rows, split_.value_depth,
                             kChunkRows * split_.value_depth);
     transpose_to_pairs<kParts>(scratch_.state_gradient, values_, values_, split_.state, value_panel(),
                                split_.value_depth / 2 * keys_, keys_);
-    split_product<kValueParts, kParts, false>({split_.value_rows, split_.value_depth, kChunkRows * split_.value_depth},
-                                              {split_.state, value_panel(), split_.value_depth / 2 * keys_},
-                                              scratch_.received, keys_, rows_, keys_, split_.value_depth, next);
+    tile_product<kValueParts, kParts, false>({split_.value_rows, split_.value_depth, kChunkRows * split_.value_depth},
+                                             {split_.state, value_panel(), split_.value_depth / 2 * keys_},
+                                             scratch_.received, keys_, rows_, keys_, split_.value_depth, next);
   }
 
   // What the rows of one query head add to dv, to G v within the chunk, and to G, from `queries` and `grad_outputs`.
   void receive_from_head(Prefetches& next) const {
     split_rows<kParts>(scratch_.queries, keys_, chunk_.rows, keys_, split_.key_rows, split_.key_depth,
                        kChunkRows * split_.key_depth);
-    split_product<kParts, kParts, false>({split_.key_rows, split_.key_depth, kChunkRows * split_.key_depth},
-                                         {split_.gained_lanes, key_panel(), split_.key_depth / 2 * kChunkRows},
-                                         scratch_.scores, kChunkRows, rows_, rows_, split_.key_depth, next);
+    tile_product<kParts, kParts, false>({split_.key_rows, split_.key_depth, kChunkRows * split_.key_depth},
+                                        {split_.gained_lanes, key_panel(), split_.key_depth / 2 * kChunkRows},
+                                        scratch_.scores, kChunkRows, rows_, rows_, split_.key_depth, next);
     load_grad_rows();
     multiply_responses(next);
     const SplitPairs grad_pairs{split_.grad_pairs, kRowPanel, kChunkRows / 2 * values_};
     split_to_pairs<kValueParts>(scratch_.grad_outputs, values_, nullptr, chunk_.rows, values_, split_.grad_pairs,
                                 kRowPanel, kChunkRows / 2 * values_);
     transpose_triangle(scratch_.scores);
-    split_product<kParts, kValueParts, true>(triangle(), grad_pairs, scratch_.grad_values, values_, rows_, values_,
-                                             depth_, next);
+    tile_product<kParts, kValueParts, true>(triangle(), grad_pairs, scratch_.grad_values, values_, rows_, values_,
+                                            depth_, next);
     split_to_pairs<kParts>(scratch_.queries, keys_, nullptr, chunk_.rows, keys_, split_.query_pairs, kRowPanel,
                            kChunkRows / 2 * keys_);
     transpose_triangle(scratch_.responses);
-    split_product<kParts, kParts, true>(triangle(), {split_.query_pairs, kRowPanel, kChunkRows / 2 * keys_},
-                                        scratch_.received_within, keys_, rows_, keys_, depth_, next);
+    tile_product<kParts, kParts, true>(triangle(), {split_.query_pairs, kRowPanel, kChunkRows / 2 * keys_},
+                                       scratch_.received_within, keys_, rows_, keys_, depth_, next);
     transpose_to_rows<kParts>(scratch_.queries, keys_, chunk_.rows, keys_, split_.query_columns, kChunkRows,
                               keys_ * kChunkRows);
-    split_product<kParts, kValueParts, true>({split_.query_columns, kChunkRows, keys_ * kChunkRows}, grad_pairs,
-                                             scratch_.state_gradient, values_, keys_, values_, depth_, next);
+    tile_product<kParts, kValueParts, true>({split_.query_columns, kChunkRows, keys_ * kChunkRows}, grad_pairs,
+                                            scratch_.state_gradient, values_, keys_, values_, depth_, next);
   }
 
  private:
@@ -126,7 +125,7 @@ class SplitBackward {
   }
   // responses = <do_u, v_t>, those of later keys too.
   void multiply_responses(Prefetches& next) const {
-    split_product<kValueParts, kValueParts, false>(
+    tile_product<kValueParts, kValueParts, false>(
         grad_rows(), {split_.value_lanes, value_panel(), split_.value_depth / 2 * kChunkRows}, scratch_.responses,
         kChunkRows, rows_, rows_, split_.value_depth, next);
   }

@@ -20,9 +20,10 @@ struct KeyTile {
   int64_t key_stride;
   const float* values;
   int64_t value_stride;
-  // For products of pairs (pair_product.h) instead: keys as bfloat16, padded; values transposed, (columns, kKeyTile).
+  // For products of pairs (pair_product.h) instead, in parts: keys, padded, and values transposed, (columns, kKeyTile).
   const uint16_t* key_bits;
   int64_t key_bits_stride;
+  int64_t key_bits_part;
   const uint16_t* value_columns;
   bool all_take_part;  // no key of the tile is off in key_mask
   bool takes_part[kKeyTile];

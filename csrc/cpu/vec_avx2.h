@@ -67,6 +67,10 @@ SIGHTLINE_INLINE Vec times_power_of_two(Vec factor, Vec whole, Vec x) {
   const __m256 keep = _mm256_cmp_ps(x.value, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
   return {_mm256_and_ps(keep, _mm256_mul_ps(factor.value, _mm256_castsi256_ps(exponent)))};
 }
+SIGHTLINE_INLINE Vec fraction(Vec x) { return {_mm256_sub_ps(x.value, _mm256_floor_ps(x.value))}; }
+SIGHTLINE_INLINE Vec times_power_of_floor(Vec factor, Vec x) {
+  return times_power_of_two(factor, {_mm256_floor_ps(x.value)}, x);
+}
 SIGHTLINE_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
   const __m256i bits = _mm256_castps_si256(x.value);
   mantissa.value = _mm256_castsi256_ps(

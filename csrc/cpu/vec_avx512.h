@@ -73,6 +73,10 @@ SIGHTLINE_INLINE Vec times_power_of_two(Vec factor, Vec whole, Vec x) {
   const __mmask16 keep = _mm512_cmp_ps_mask(x.value, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return {_mm512_maskz_scalef_ps(keep, factor.value, whole.value)};
 }
+// x less the largest integer below it; 0 for infinities.
+SIGHTLINE_INLINE Vec fraction(Vec x) { return {_mm512_reduce_ps(x.value, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+// factor 2^floor(x). Results below the normal numbers become 0 by FlushDenormals (workspace.h), not by a comparison.
+SIGHTLINE_INLINE Vec times_power_of_floor(Vec factor, Vec x) { return {_mm512_scalef_ps(factor.value, x.value)}; }
 SIGHTLINE_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
   mantissa.value = _mm512_getmant_ps(x.value, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
   return {_mm512_getexp_ps(x.value)};

@@ -88,6 +88,13 @@ SIGHTLINE_INLINE Vec times_power_of_two(Vec factor, Vec whole, Vec x) {
   const Int4 exponent = (__builtin_convertvector(bounded, Int4) + 127) << 23;
   return select({tiny}, Vec::broadcast(0.0f), {factor.value * reinterpret_cast<Float4>(exponent)});
 }
+SIGHTLINE_INLINE Vec floor_of(Vec x) {
+  Vec result;
+  for (int lane = 0; lane < 4; ++lane) result.value[lane] = __builtin_floorf(x.value[lane]);
+  return result;
+}
+SIGHTLINE_INLINE Vec fraction(Vec x) { return x - floor_of(x); }
+SIGHTLINE_INLINE Vec times_power_of_floor(Vec factor, Vec x) { return times_power_of_two(factor, floor_of(x), x); }
 SIGHTLINE_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
   const Int4 bits = reinterpret_cast<Int4>(x.value);
   mantissa.value = reinterpret_cast<Float4>((bits & 0x007fffff) | 0x3f800000);

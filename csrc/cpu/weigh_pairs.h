@@ -7,42 +7,95 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// Per 16 lanes of a tile of `keys.count` keys, two keys at a time: x = log2(e) (score - shift) to `weigh(x, key)`, and
-// pairs of what that returns to `pairs`, unless that is null, in a depth padded with zeros.
-template <class Weight, TileHolds kHolds, class Weigh>
+// log2(e) (score - shift) of the product of a row and a key. Every tile of a row takes it from here, whether masked or
+// not: a row's bits must not depend on the tiles in which it is masked.
+template <class Weight>
+struct ExponentOfProduct {
+  Vec row_factor;
+  Vec minus_shift;
+
+  ExponentOfProduct(const RowState& state, int lane)
+      : row_factor(Vec::load(state.rows.factor + lane) * Vec::broadcast(core::kLog2E)) {
+    if (!Weight::kShifted) return;
+    const Vec shift = Vec::load(state.shift + lane), zeros = Vec::broadcast(0.0f);
+    minus_shift = zeros - select(equal(shift, Vec::broadcast(-INFINITY)), zeros, shift) * Vec::broadcast(core::kLog2E);
+  }
+
+  __attribute__((always_inline)) Vec operator()(Vec product, float key_factor) const {
+    const Vec factor = row_factor * Vec::broadcast(key_factor);
+    return Weight::kShifted ? fma(product, factor, minus_shift) : product * factor;
+  }
+};
+
+// Per 16 lanes of a tile of `keys.count` keys, two keys at a time: what weight_of() takes to `weigh(x, key)`, and pairs
+// of what that returns to `pairs`, in parts `part` apart, unless it is null, in a depth padded with zeros. What is not
+// visible is taken from products here, and from scores before.
+template <class Weight, int kParts, TileHolds kHolds, bool kMasked, class Weigh>
 SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, const float* tile, int lane,
-                                   uint32_t* pairs, Vec& rounded_sum, Weigh weigh) {
-  static_assert(!Weight::kShifted || kHolds == TileHolds::kScores);
+                                   uint32_t* pairs, int64_t part, Vec& rounded_sum, Weigh weigh) {
+  keep_tile_unit_awake();
   const int64_t lanes = state.rows.lanes;
   const Vec log2_e = Vec::broadcast(core::kLog2E), zeros = Vec::broadcast(0.0f);
-  const Vec row_factor = Vec::load(state.rows.factor + lane);
+  const Vec minus_infinity = Vec::broadcast(-INFINITY);
+  const ExponentOfProduct<Weight> exponent_of(state, lane);
   Vec shift = Vec::load(state.shift + lane);
-  shift = select(equal(shift, Vec::broadcast(-INFINITY)), zeros, shift);
-  const auto weight_of = [&](int key) {
+  shift = select(equal(shift, minus_infinity), zeros, shift);
+  const IntVec first = IntVec::load(state.rows.first + lane), last = IntVec::load(state.rows.last + lane);
+  const auto weight_at = [&](int key) SIGHTLINE_INLINE_LAMBDA {
     const Vec entry = Vec::load(tile + key * lanes + lane);
-    // Multiplied as finish_scores() does it: a row's bits must not depend on the tiles in which it is masked.
-    if (kHolds == TileHolds::kProducts)
-      return weigh(entry * (row_factor * Vec::broadcast(keys.factor[key])) * log2_e, key);
     if (kHolds == TileHolds::kWeights) return weigh(entry, key);
     // In this order: log2(e) times a score may overflow.
-    return weigh((Weight::kShifted ? entry - shift : entry) * log2_e, key);
+    if (kHolds == TileHolds::kScores) return weigh((Weight::kShifted ? entry - shift : entry) * log2_e, key);
+    const Vec x = exponent_of(entry, keys.factor[key]);
+    if (!kMasked) return weigh(x, key);
+    const bool takes_part = keys.takes_part[key];
+    const Mask visible = between(first, last, static_cast<int32_t>(keys.first) + key);
+    return weigh(takes_part ? select(visible, x, minus_infinity) : minus_infinity, key);
   };
-  const auto keep = [&](int key, Vec low, Vec high) {
+  const auto keep = [&](int key, Vec low, Vec high) SIGHTLINE_INLINE_LAMBDA {
     if (pairs == nullptr) return;
-    const Pairs rounded = round_to_pairs(low, high);
-    rounded_sum = add_pairs(rounded_sum, rounded);
-    store(pairs + key / 2 * lanes + lane, rounded);
+    uint32_t* to = pairs + key / 2 * lanes + lane;
+    for_each_part<kParts>([&](int index, auto last) SIGHTLINE_INLINE_LAMBDA {
+      const Pairs rounded = split_pairs<last>(low, high);
+      if (kParts == 1) rounded_sum = add_pairs(rounded_sum, rounded);
+      store(to + index * part, rounded);
+    });
   };
   int key = 0;
   for (; key + 2 <= keys.count; key += 2) {
-    const Vec low = weight_of(key);
-    keep(key, low, weight_of(key + 1));
+    const Vec low = weight_at(key);
+    keep(key, low, weight_at(key + 1));
   }
   if (key < keys.count) {
-    keep(key, weight_of(key), zeros);
+    keep(key, weight_at(key), zeros);
     key += 2;
   }
   for (; key < core::round_up(keys.count, kPairDepth); key += 2) keep(key, zeros, zeros);
+}
+
+// The largest score of each row of a tile of products, for a shift that must be known before the first weight.
+template <bool kMasked>
+static void find_largest_scores(const RowTile& rows, const KeyTile& keys, const float* tile, float* largest) {
+  constexpr int kChains = 4;
+  const Vec minus_infinity = Vec::broadcast(-INFINITY);
+  for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
+    const Vec row_factor = Vec::load(rows.factor + lane);
+    const IntVec first = IntVec::load(rows.first + lane), last = IntVec::load(rows.last + lane);
+    Vec top[kChains] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
+    const auto raise = [&](Vec& so_far, int key) {
+      Vec score = Vec::load(tile + key * rows.lanes + lane) * (row_factor * Vec::broadcast(keys.factor[key]));
+      if (kMasked) {
+        const Mask visible = between(first, last, static_cast<int32_t>(keys.first) + key);
+        score = keys.takes_part[key] ? select(visible, score, minus_infinity) : minus_infinity;
+      }
+      so_far = maximum(score, so_far);
+    };
+    int key = 0;
+    for (; key + kChains <= keys.count; key += kChains)
+      for (int chain = 0; chain < kChains; ++chain) raise(top[chain], key + chain);
+    for (; key < keys.count; ++key) raise(top[0], key);
+    store(largest + lane, maximum(maximum(top[0], top[1]), maximum(top[2], top[3])));
+  }
 }
 
 SIGHTLINE_INLINE void add_lanes(double* sums, Vec values) {
@@ -51,22 +104,24 @@ SIGHTLINE_INLINE void add_lanes(double* sums, Vec values) {
   for (int offset = 0; offset < Vec::kWidth; ++offset) sums[offset] += lanes[offset];
 }
 
-// As weigh() of weigh_tile.h. Of products, which still lack their factors, it finds the largest scores too; with kKeep
-// the weights stay in the tile.
-template <class Weight, TileHolds kHolds, bool kKeep>
-static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint32_t* pairs, float* tile_largest) {
-  constexpr bool kTrackLargest = kHolds == TileHolds::kProducts;
+// As weigh() of weigh_tile.h. Of products whose weights need no shift it finds the largest scores too; with kKeep the
+// weights stay in the tile.
+template <class Weight, int kParts, TileHolds kHolds, bool kMasked, bool kKeep>
+static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint32_t* pairs, int64_t part,
+                        float* tile_largest) {
+  constexpr bool kTrackLargest = kHolds == TileHolds::kProducts && !Weight::kShifted;
   for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
     Vec sum = Vec::broadcast(0.0f), rounded_sum = sum, largest = Vec::broadcast(-INFINITY);
-    map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x, int key) {
+    const auto weigh = [&](Vec x, int key) SIGHTLINE_INLINE_LAMBDA {
       if (kTrackLargest) largest = maximum(x, largest);
       const Vec weight = Weight::forward_short(x);
       if (kKeep) store(tile + key * state.rows.lanes + lane, weight);
       sum = sum + weight;
       return weight;
-    });
+    };
+    map_to_pairs<Weight, kParts, kHolds, kMasked>(state, keys, tile, lane, pairs, part, rounded_sum, weigh);
     add_lanes(state.normalizer + lane, sum);
-    add_lanes(state.rounded_sum + lane, rounded_sum);
+    if (kParts == 1) add_lanes(state.rounded_sum + lane, rounded_sum);
     if (!kTrackLargest) continue;
     largest = largest * Vec::broadcast(core::kLn2);
     store(tile_largest + lane, largest);
@@ -75,34 +130,42 @@ static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint3
 }
 
 // As reweigh() of weigh_tile.h. `responses`, where they are saved, receive (r / m)^(p - 1) as they are.
-template <class Weight, TileHolds kHolds, bool kSaves>
+template <class Weight, int kParts, TileHolds kHolds, bool kMasked, bool kSaves>
 static void reweigh_pairs(const AttentionProblem& problem, RowState& state, const KeyTile& keys, const float* tile,
-                          uint32_t* pairs, float* responses) {
+                          uint32_t* pairs, int64_t part, float* responses) {
   const Vec zeros = Vec::broadcast(0.0f);
   const float power = problem.reweight.power;
   for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
     const Vec mean = Vec::load(state.mean + lane);
     const Vec inverse_peak = Vec::load(state.inverse_peak + lane);
     const Mask flat = equal(Vec::load(state.flat + lane), Vec::broadcast(1.0f));
-    Vec sum = zeros, rounded_sum = zeros;
-    map_to_pairs<Weight, kHolds>(state, keys, tile, lane, pairs, rounded_sum, [&](Vec x, int key) {
+    Vec sum = zeros, rounded_sum = zeros, response_sum = zeros;
+    const auto weigh = [&](Vec x, int key) SIGHTLINE_INLINE_LAMBDA {
       const Vec weight = kHolds == TileHolds::kWeights ? x : Weight::forward_short(x);
       const Vec excess = maximum(zeros, weight - mean) * inverse_peak;
       const Vec response = response_of(excess, power);
-      if (kSaves) store(responses + key * state.rows.lanes + lane, response);
+      if (kSaves) {
+        store(responses + key * state.rows.lanes + lane, response);
+        response_sum = response_sum + response;
+      }
       const Vec sharp = select(flat, weight, response * excess);
       sum = sum + sharp;
       return sharp;
-    });
+    };
+    map_to_pairs<Weight, kParts, kHolds, kMasked>(state, keys, tile, lane, pairs, part, rounded_sum, weigh);
     add_lanes(state.weight_sum + lane, sum);
-    add_lanes(state.rounded_sum + lane, rounded_sum);
+    if (kParts == 1) add_lanes(state.rounded_sum + lane, rounded_sum);
+    if (kParts > 1 && kSaves) add_lanes(state.response + lane, response_sum);
   }
 }
 
-// Responses (keys, lanes) to pairs. Their sum is that of the rounded ones, as their product with V is.
-[[maybe_unused]] static void round_responses(RowState& state, int keys, const float* responses, uint32_t* pairs) {
+// Responses (keys, lanes) to pairs. Where they are rounded, their sum is that of the rounded ones, as their product
+// with V is.
+template <int kParts>
+static void round_responses(RowState& state, int keys, const float* responses, uint32_t* pairs, int64_t part) {
   const int64_t lanes = state.rows.lanes, depth = core::round_up(keys, kPairDepth);
-  round_to_pairs(responses, keys, depth, lanes, pairs);
+  rows_to_pairs<kParts>(responses, keys, depth, lanes, pairs, part);
+  if (kParts > 1) return;
   for (int64_t lane = 0; lane < lanes; lane += Vec::kWidth) {
     Vec sum = Vec::broadcast(0.0f);
     for (int64_t row = 0; row < depth / 2; ++row) sum = add_pairs(sum, load_pairs(pairs + row * lanes + lane));

@@ -40,10 +40,18 @@ constexpr float kShiftSlack = 5.5f;
     state.largest[lane] = tile_largest[lane] > state.largest[lane] ? tile_largest[lane] : state.largest[lane];
 }
 
+// Whether a row's largest score in a tile exceeds its shift by more than the slack.
+[[maybe_unused]] static bool shift_rises(const RowState& state, const float* tile_largest) {
+  for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth)
+    if (any(less(Vec::load(state.shift + lane) + Vec::broadcast(kShiftSlack), Vec::load(tile_largest + lane))))
+      return true;
+  return false;
+}
+
 // Softmax: a much larger maximum rescales what the row has gathered.
 [[maybe_unused]] static void raise_shift(RowState& state, const float* tile_largest, int64_t padded_width, bool pairs) {
+  if (!shift_rises(state, tile_largest)) return;
   alignas(64) float decays[kRowTile];
-  bool any = false;
   for (int lane = 0; lane < state.rows.lanes; ++lane) {
     const float before = state.shift[lane];
     const float after = tile_largest[lane];
@@ -51,14 +59,13 @@ constexpr float kShiftSlack = 5.5f;
     if (!(after > before + kShiftSlack)) continue;
     const float decay = std::exp(before - after);
     decays[lane] = decay;
-    any = true;
     state.shift[lane] = after;
     state.normalizer[lane] *= decay;
     state.rounded_sum[lane] *= decay;
     state.chunk_decay[lane] *= decay;
     if (!pairs) scale_row(state.chunk_values + lane * padded_width, decay, padded_width);
   }
-  if (!pairs || !any) return;
+  if (!pairs) return;
   for (int64_t column = 0; column < padded_width; ++column)
     for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
       float* entry = state.chunk_values + column * state.rows.lanes + lane;

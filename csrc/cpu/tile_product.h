@@ -1,0 +1,271 @@
+// C (+)= A B, or the sum of several such products, on the tile unit (AMX): its one micro-kernel. A and B are each one
+// matrix of bfloat16 or the sum of several, which hold 16 and more bits of their numbers. Products of parts whose
+// sizes multiply to less than the last part counts are left out, unless kAll; the smallest are summed first, so that
+// the many small terms round where it does not matter.
+//
+// A is read row after row along the depth; B holds pairs of its depth side by side, lower half first, (depth / 2,
+// lanes) of 32 bits. Rows of A and C come in multiples of kPairRows and the depth in multiples of kPairDepth, both
+// padded with zeros.
+//
+// The unit works in the order of its instructions: a store waits for its sums, and products behind it wait for the
+// store. So the sums of a block are stored while the next block is under way, each tile when three other products have
+// begun since the last that added to it. It does not run beside the vector units, which wait while it multiplies.
+#pragma once
+
+#include "cpu/sanitizer.h"
+#include "cpu/vec.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+#if defined(__AMX_BF16__)
+constexpr bool kHasTileUnit = true;
+#else
+constexpr bool kHasTileUnit = false;
+#endif
+constexpr int64_t kPairRows = 16;
+constexpr int64_t kPairDepth = 32;
+constexpr int64_t kPanelLanes = 16;
+
+// A matrix of bfloat16 in parts: rows `stride` apart, parts `part` apart, both in elements.
+struct SplitRows {
+  const uint16_t* data;
+  int64_t stride;
+  int64_t part;
+};
+// Pairs in parts: sets of 16 lanes `panel` apart and in them rows of the depth `stride` apart, in elements.
+struct SplitPairs {
+  const uint32_t* data;
+  int64_t panel;
+  int64_t part;
+  int64_t stride = kPanelLanes;
+};
+
+// The operands of one product of a sum.
+struct TileFactors {
+  SplitRows a;
+  SplitPairs b;
+  int64_t depth;
+};
+
+// Rows of memory that are asked for while the tile unit computes, so that their bytes need not be waited for.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  Prefetch(const void* start, int64_t row_bytes, int64_t bytes_between, int64_t rows)
+      : next_(static_cast<const char*>(start)), row_bytes_(row_bytes), bytes_between_(bytes_between), rows_(rows) {}
+
+  template <bool kWrite>
+  __attribute__((always_inline)) inline void ask(int64_t rows) {
+    for (; rows > 0 && rows_ > 0; --rows, --rows_, next_ += bytes_between_)
+      for (int64_t offset = 0; offset < row_bytes_; offset += 64) __builtin_prefetch(next_ + offset, kWrite, 2);
+  }
+
+ private:
+  const char* next_ = nullptr;
+  int64_t row_bytes_ = 0, bytes_between_ = 0, rows_ = 0;
+};
+
+// What is read and what is written next.
+struct Prefetches {
+  Prefetch reads[2];
+  Prefetch writes;
+
+  __attribute__((always_inline)) inline void ask(int64_t rows) {
+    reads[0].ask<false>(rows);
+    reads[1].ask<false>(rows);
+    writes.ask<true>(rows);
+  }
+};
+
+#if defined(__AMX_BF16__)
+
+// The intrinsics that load tiles do not tell the compiler which memory they read: what was stored before stays before.
+SIGHTLINE_INLINE void tell_memory() { asm volatile("" : : : "memory"); }
+
+// The configuration of this thread's tile unit, for as long as it is wanted.
+class TileUnit {
+ public:
+  explicit TileUnit(bool wanted) : wanted_(wanted) {
+    if (!wanted) return;
+    struct __attribute__((packed)) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } configuration;
+    tell_memory();
+    _tile_loadconfig(&configuration);
+  }
+  ~TileUnit() {
+    if (wanted_) _tile_release();
+  }
+  TileUnit(const TileUnit&) = delete;
+  TileUnit& operator=(const TileUnit&) = delete;
+
+ private:
+  bool wanted_;
+};
+
+// The unit falls asleep when it has not multiplied for some 600 ns, and the next product then waits for 300 ns more
+// (measured on Sapphire Rapids). To be called within other work between products; leaves nothing usable in tile 0.
+SIGHTLINE_INLINE void keep_tile_unit_awake() { _tile_dpbf16ps(0, 4, 6); }
+
+// The intrinsics want literal numbers.
+template <int kTile>
+SIGHTLINE_INLINE void store_tile(float* to, int64_t bytes) {
+  if constexpr (kTile == 0) _tile_stored(0, to, bytes);
+  if constexpr (kTile == 1) _tile_stored(1, to, bytes);
+  if constexpr (kTile == 2) _tile_stored(2, to, bytes);
+  if constexpr (kTile == 3) _tile_stored(3, to, bytes);
+}
+template <int kTile, bool kFromMemory>
+SIGHTLINE_INLINE void start_tile(const float* from, int64_t bytes) {
+  if constexpr (kTile == 0 && kFromMemory) _tile_loadd(0, from, bytes);
+  if constexpr (kTile == 1 && kFromMemory) _tile_loadd(1, from, bytes);
+  if constexpr (kTile == 2 && kFromMemory) _tile_loadd(2, from, bytes);
+  if constexpr (kTile == 3 && kFromMemory) _tile_loadd(3, from, bytes);
+  if constexpr (kTile == 0 && !kFromMemory) _tile_zero(0);
+  if constexpr (kTile == 1 && !kFromMemory) _tile_zero(1);
+  if constexpr (kTile == 2 && !kFromMemory) _tile_zero(2);
+  if constexpr (kTile == 3 && !kFromMemory) _tile_zero(3);
+}
+
+// A block of C: one or two tiles of 16 rows by one or two of 16 lanes, in tiles 0 to 3. A goes through 4 and 5, B
+// through 6 and 7.
+template <int kRowTiles, int kLaneTiles, bool kAccumulate>
+struct TileBlock {
+  int64_t stride;  // of C
+
+  int64_t offset(int tile) const { return tile / 2 * 16 * stride + tile % 2 * 16; }
+
+  // Tile `kTile` leaves for the block before, where there is one, and starts for the next.
+  template <int kTile>
+  __attribute__((always_inline)) inline void turn_over(float* before, const float* next) const {
+    if (kTile % 2 >= kLaneTiles || kTile / 2 >= kRowTiles) return;
+    if (before != nullptr) store_tile<kTile>(before + offset(kTile), stride * 4);
+    start_tile<kTile, kAccumulate>(next + offset(kTile), stride * 4);
+  }
+
+  __attribute__((always_inline)) inline void finish(float* c) const {
+    _tile_stored(0, c, stride * 4);
+    if (kLaneTiles == 2) _tile_stored(1, c + offset(1), stride * 4);
+    if (kRowTiles == 2) _tile_stored(2, c + offset(2), stride * 4);
+    if (kRowTiles == 2 && kLaneTiles == 2) _tile_stored(3, c + offset(3), stride * 4);
+    tell_memory();
+  }
+
+  // One step of the depth, the first of a block or a later one.
+  template <bool kFirst>
+  __attribute__((always_inline)) inline void step(const uint16_t* a, int64_t a_stride, const uint32_t* b,
+                                                  int64_t b_stride, int64_t panel, float* before,
+                                                  const float* next) const {
+    if (kFirst) turn_over<0>(before, next);
+    _tile_loadd(4, a, a_stride * 2);
+    _tile_loadd(6, b, b_stride * 4);
+    if (kFirst) turn_over<1>(before, next);
+    _tile_dpbf16ps(0, 4, 6);
+    if (kLaneTiles == 2) _tile_loadd(7, b + panel, b_stride * 4);
+    if (kFirst) turn_over<2>(before, next);
+    if (kLaneTiles == 2) _tile_dpbf16ps(1, 4, 7);
+    if (kRowTiles == 2) _tile_loadd(5, a + 16 * a_stride, a_stride * 2);
+    if (kFirst) turn_over<3>(before, next);
+    if (kRowTiles == 2) _tile_dpbf16ps(2, 5, 6);
+    if (kRowTiles == 2 && kLaneTiles == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+
+  // The sums of rows from `row` and lanes from `lane` stay in the tiles; those of the block before are stored on the
+  // way.
+  template <int kPartsA, int kPartsB, bool kAll>
+  __attribute__((always_inline)) inline void multiply(const TileFactors* factors, int count, int64_t row, int64_t lane,
+                                                      float* before, const float* next) const {
+    constexpr int kOrders = kAll ? kPartsA + kPartsB - 1 : kPartsA > kPartsB ? kPartsA : kPartsB;
+    check_tile(next, stride * 4, 16 * kRowTiles, 64 * kLaneTiles);
+    tell_memory();
+    bool first = true;
+    for (int order = kOrders - 1; order >= 0; --order)
+      for (int part_b = 0; part_b < kPartsB; ++part_b) {
+        const int part_a = order - part_b;
+        if (part_a < 0 || part_a >= kPartsA) continue;
+        for (int factor = 0; factor < count; ++factor) {
+          const SplitRows& a = factors[factor].a;
+          const SplitPairs& b = factors[factor].b;
+          const int64_t depth = factors[factor].depth;
+          const uint16_t* from_a = a.data + part_a * a.part + row * a.stride;
+          const uint32_t* from_b = b.data + part_b * b.part + lane / kPanelLanes * b.panel;
+          check_tile(from_a, a.stride * 2, 16 * kRowTiles, depth * 2);
+          for (int tile = 0; tile < kLaneTiles; ++tile)
+            check_tile(from_b + tile * b.panel, b.stride * 4, depth / 2, 64);
+          int64_t k = 0;
+          if (first) {
+            step<true>(from_a, a.stride, from_b, b.stride, b.panel, before, next);
+            first = false;
+            k = kPairDepth;
+          }
+          for (; k < depth; k += kPairDepth)
+            step<false>(from_a + k, a.stride, from_b + k / 2 * b.stride, b.stride, b.panel, nullptr, nullptr);
+        }
+      }
+  }
+};
+
+// Blocks of kLaneTiles tiles of lanes, all rows of C: two tiles of rows each, one at the end where it is left over.
+template <int kPartsA, int kPartsB, bool kAll, int kLaneTiles, bool kAccumulate>
+static void tile_panel(const TileFactors* factors, int count, int64_t lane, float* c, int64_t c_stride, int64_t rows,
+                       Prefetches& prefetches) {
+  constexpr int64_t kRowsPerBlock = 2;
+  const TileBlock<2, kLaneTiles, kAccumulate> block{c_stride};
+  float* before = nullptr;
+  int64_t row = 0;
+  for (; row + 32 <= rows; row += 32) {
+    prefetches.ask(kRowsPerBlock);
+    float* target = c + row * c_stride + lane;
+    block.template multiply<kPartsA, kPartsB, kAll>(factors, count, row, lane, before, target);
+    before = target;
+  }
+  if (before != nullptr) block.finish(before);
+  if (row == rows) return;
+  const TileBlock<1, kLaneTiles, kAccumulate> last{c_stride};
+  prefetches.ask(kRowsPerBlock);
+  float* target = c + row * c_stride + lane;
+  last.template multiply<kPartsA, kPartsB, kAll>(factors, count, row, lane, nullptr, target);
+  last.finish(target);
+}
+
+// C (rows, lanes) = the sum of `count` products, at least one, or += with kAccumulate; asks for a few rows of
+// `prefetches` with every block.
+template <int kPartsA, int kPartsB, bool kAccumulate, bool kAll = false>
+static void tile_product(const TileFactors* factors, int count, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
+                         Prefetches& prefetches) {
+  for (int64_t lane = 0; lane < lanes; lane += 2 * kPanelLanes) {
+    if (lane + kPanelLanes < lanes)
+      tile_panel<kPartsA, kPartsB, kAll, 2, kAccumulate>(factors, count, lane, c, c_stride, rows, prefetches);
+    else
+      tile_panel<kPartsA, kPartsB, kAll, 1, kAccumulate>(factors, count, lane, c, c_stride, rows, prefetches);
+  }
+}
+
+// One product.
+template <int kPartsA, int kPartsB, bool kAccumulate>
+static void tile_product(SplitRows a, SplitPairs b, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
+                         int64_t depth, Prefetches& prefetches) {
+  const TileFactors factors{a, b, depth};
+  tile_product<kPartsA, kPartsB, kAccumulate>(&factors, 1, c, c_stride, rows, lanes, prefetches);
+}
+
+// The same where nobody asks for what is left of `prefetches`.
+template <int kPartsA, int kPartsB, bool kAccumulate>
+static void tile_product(SplitRows a, SplitPairs b, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
+                         int64_t depth, Prefetches&& prefetches = {}) {
+  tile_product<kPartsA, kPartsB, kAccumulate>(a, b, c, c_stride, rows, lanes, depth, prefetches);
+}
+
+#else
+
+class TileUnit {
+ public:
+  explicit TileUnit(bool) {}
+};
+SIGHTLINE_INLINE void keep_tile_unit_awake() {}
+
+#endif
+
+}  // namespace sightline::SIGHTLINE_ISA_NS
