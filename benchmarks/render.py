@@ -18,6 +18,8 @@ from page.gpu import gpu_section
 from page.markdown import markdown_table
 from page.models import stack_section, transformers_section
 from page.recurrence import recurrence_section
+from page.targets import by_machine
+from page.targets_section import targets_section
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
@@ -54,6 +56,8 @@ def render(documents: Sequence[dict[str, Any]]) -> str:
         if document.get("schema") not in SECTIONS:
             raise ValueError(f"schema: expected one of {sorted(SECTIONS)}, got {document.get('schema')!r}")
     lines = [INTRODUCTION]
+    for machine in by_machine(documents):
+        lines += targets_section(machine)
     for document in documents:
         lines += SECTIONS[document["schema"]](document)
     if not any(document["schema"] == summary.SCHEMA for document in documents):
