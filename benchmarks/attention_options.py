@@ -4,13 +4,15 @@
 
 Every group of calls takes turns in one process, and each result stands beside the first of its group: masks beside the
 plain call, every width beside D = 128, one thread beside all, a window at a long length beside the same at a short one.
-AVX2 is measured in a child process, beside a torch SDPA that is held to AVX2 too. render.py shows the results.
+AVX2 is measured in child processes, beside a torch SDPA that torch's own switch alone holds to AVX2, and beside one
+whose libraries are held to it too. render.py shows the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,28 +22,38 @@ from functools import partial
 from typing import Any
 
 import torch
-from attention_peers import forward_pass, implementations, random_inputs
-from command_line import CPU, say, write_document
+from attention_peers import backward_pass, forward_pass, implementations, random_inputs
+from command_line import CPU, positive_integers, say, write_document
+from machine_rates import bench_module, multiply_rates, peaks_by_dtype
+from rounds import sample_in_rounds
 
 import sightline as sl
 from sightline.cli.environment import instruction_sets
-from sightline.cli.measure import Spread, attention_flops, interleave, seconds_of
-from sightline.cli.peak_memory import describe_error
+from sightline.cli.measure import Spread, attention_flops, seconds_of
 
 SCHEMA = "sightline-options/1"
 WEIGHTINGS: dict[str, sl.Softmax | sl.Softplus] = {"softmax": sl.Softmax(), "lssa": sl.LSSA(), "lssar": sl.LSSAR()}
 FIRST_WIDTH, OTHER_WIDTHS = 128, (64, 80, 96, 256)
 WINDOW, SHORT_WINDOWED_LENGTH = 256, 1024
 MASKED_KEY_EVERY = 16  # so that no tile of keys is without one
+BACKWARD_OPERATIONS = 2.5  # of the forward pass's: five products instead of two
+# What holds a process to AVX2, by measurement. torch's own switch leaves alone the libraries that multiply for it: left
+# to themselves they use AVX-512.
+TORCH_SWITCH = {"ATEN_CPU_CAPABILITY": "avx2", "SIGHTLINE_ISA": "avx2"}
+AVX2_SETTINGS = {
+    "avx2_by_switch": TORCH_SWITCH,
+    "avx2": TORCH_SWITCH | {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One call of a group, and the useful floating-point operations in it."""
+    """One call of a group, the useful floating-point operations in it, and its threads (0: all)."""
 
     name: str
     run: Callable[[], object]
     flops: float
+    threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,34 +129,43 @@ def window_groups(options: argparse.Namespace, dtype: torch.dtype, weighting: st
 
 
 def thread_groups(options: argparse.Namespace, dtype: torch.dtype, weighting: str) -> Iterator[Group]:
-    """All threads beside one."""
+    """All threads beside one: both passes, many heads, and one head, whose work can only be shared within it."""
     most, width = torch.get_num_threads(), options.head_dim
     if most == 1:
         return
-    inputs = random_inputs(options.heads, options.length, width, dtype, CPU)
-    call = forward_pass(partial(sl.attention, weighting=WEIGHTINGS[weighting], causal=True), inputs)
+    attend = partial(sl.attention, weighting=WEIGHTINGS[weighting], causal=True)
+    for heads in (options.heads, 1):
+        inputs = random_inputs(heads, options.length, width, dtype, CPU)
+        flops = attention_flops(heads, options.length, width, width)
+        passes = {"forward": (forward_pass, flops), "backward": (backward_pass, flops * BACKWARD_OPERATIONS)}
+        for direction, (prepare, operations) in passes.items():
+            call = prepare(attend, inputs)
+            variants = [
+                Variant(f"threads: {threads}", partial(run_on, threads, call), operations, threads)
+                for threads in (1, most)
+            ]
+            case = {"length": options.length, "head_dim": width, "heads": heads, "pass": direction}
+            yield Group("threads", case, variants)
 
-    def on(threads: int) -> None:
-        torch.set_num_threads(threads)
-        try:
-            call()
-        finally:
-            torch.set_num_threads(most)
 
-    flops = attention_flops(options.heads, options.length, width, width)
-    variants = [Variant(f"threads: {threads}", partial(on, threads), flops) for threads in (1, most)]
-    yield Group("threads", {"length": options.length, "head_dim": width}, variants)
+def run_on(threads: int, call: Callable[[], object]) -> None:
+    """One call on so many of torch's threads."""
+    most = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        call()
+    finally:
+        torch.set_num_threads(most)
 
 
 def sdpa_groups(options: argparse.Namespace, dtype: torch.dtype, weighting: str) -> Iterator[Group]:
     """Beside torch SDPA, under the instruction set of this process."""
-    width = options.head_dim
-    inputs = random_inputs(options.heads, options.length, width, dtype, CPU)
-    flops = attention_flops(options.heads, options.length, width, width)
-    peers = implementations(causal=True)
-    variants = [Variant(name, forward_pass(peers[name], inputs), flops) for name in ("sdpa", weighting)]
-    chosen = instruction_sets()["chosen"]
-    yield Group("avx2", {"length": options.length, "head_dim": width, "instruction_set": chosen}, variants)
+    peers, chosen = implementations(causal=True), instruction_sets()["chosen"]
+    for width in options.avx2_head_dims:
+        inputs = random_inputs(options.heads, options.length, width, dtype, CPU)
+        flops = attention_flops(options.heads, options.length, width, width)
+        variants = [Variant(name, forward_pass(peers[name], inputs), flops) for name in ("sdpa", weighting)]
+        yield Group("avx2", {"length": options.length, "head_dim": width, "instruction_set": chosen}, variants)
 
 
 GROUPS = {
@@ -156,57 +177,70 @@ GROUPS = {
 }
 
 
-def time_group(group: Group, repetitions: int) -> list[dict[str, Any]]:
-    """Seconds of every variant in turns, with its rate relative to the first one's (None where that one failed)."""
+def time_group(group: Group, repetitions: int, limit: float = math.inf) -> list[dict[str, Any]]:
+    """Seconds of every variant in turns, with its rate relative to the first one's (None where that one failed).
+
+    limit: about so many seconds, at the cost of repetitions.
+    """
     runs = {variant.name: partial(seconds_of, variant.run, CPU) for variant in group.variants}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    errors: dict[str, str] = {}
-    for turn, name, sample in interleave(runs, dict.fromkeys(runs, repetitions + 1)):
-        if isinstance(sample, Exception):
-            errors[name] = describe_error(sample)
-        elif turn > 1:  # the first round warms up
-            samples[name].append(sample)
+    samples = sample_in_rounds(runs, repetitions, limit)
     rates: list[float | None] = []
     found = []
     for variant in group.variants:
         result = {"measurement": group.measurement, **group.case, "variant": variant.name}
-        result["error"] = errors.get(variant.name)
+        result |= {"threads": variant.threads or torch.get_num_threads(), "error": samples.errors.get(variant.name)}
         rates.append(None)
-        if variant.name not in errors:
-            spread = Spread.of(samples[variant.name])
+        if variant.name not in samples.errors:
+            spread = Spread.of(samples.values[variant.name])
             rate = rates[-1] = variant.flops / spread.median / 1e9
             relative = None if rates[0] is None else rate / rates[0]
-            result |= {"seconds": asdict(spread), "gflops": rate, "relative_rate": relative}
+            result |= {"repetitions": len(samples.values[variant.name]), "seconds": asdict(spread)}
+            result |= {"gflops": rate, "relative_rate": relative}
         found.append(result)
     return found
 
 
+def register_peaks() -> dict[int, dict[str, float]]:
+    """GFLOP/s by number of threads and dtype under the instruction set of this process; none without a bench module."""
+    try:
+        bench = bench_module()
+    except FileNotFoundError as error:
+        say(f"no shares of peak: {error}")
+        return {}
+    isa = instruction_sets()["chosen"]
+    counts = sorted({1, torch.get_num_threads()})
+    return {threads: peaks_by_dtype(multiply_rates(bench, isa, threads, 0.2)) for threads in counts}
+
+
 def measure(options: argparse.Namespace, measurements: list[str]) -> list[dict[str, Any]]:
-    """All groups of these measurements."""
+    """All groups of these measurements, with shares of the machine's peak, which is measured first."""
+    peaks = register_peaks()
     found = []
     for measurement in measurements:
         for dtype in options.dtypes:
             for weighting in options.weightings:
                 say(f"{measurement}, {dtype}, {weighting}")
                 for group in GROUPS[measurement](options, getattr(torch, dtype), weighting):
-                    group.case.update(dtype=dtype, weighting=weighting, heads=options.heads)
-                    found += time_group(group, options.repetitions)
+                    group.case.update({"dtype": dtype, "weighting": weighting, "heads": options.heads} | group.case)
+                    results = time_group(group, options.repetitions, options.seconds_per_group)
+                    for result in results:
+                        if peaks and result["error"] is None:
+                            result["share_of_peak"] = result["gflops"] / peaks[result["threads"]][dtype]
+                    found += results
     return found
 
 
-def measure_under_avx2(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The measurement "avx2" in a process in which both libraries are held to AVX2.
-
-    torch's own switch leaves the libraries that multiply for it alone: left to themselves they use AVX-512.
-    """
-    held = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    environment = {**os.environ, **held, "SIGHTLINE_ISA": "avx2"}
-    sizes = ["--heads", str(options.heads), "--length", str(options.length), "--head-dim", str(options.head_dim)]
+def measure_under_avx2(options: argparse.Namespace, setting: str) -> list[dict[str, Any]]:
+    """The measurement "avx2" in a process that is held to AVX2 in one of two ways, under that way's name."""
+    environment = {**os.environ, **AVX2_SETTINGS[setting]}
+    widths = ",".join(map(str, options.avx2_head_dims))
+    sizes = ["--heads", str(options.heads), "--length", str(options.length), "--avx2-head-dims", widths]
     lists = ["--dtypes", ",".join(options.dtypes), "--weightings", ",".join(options.weightings)]
-    rest = ["--repetitions", str(options.repetitions), "--threads", str(torch.get_num_threads())]
-    command = [sys.executable, __file__, *sizes, *lists, *rest, "--measurements", "avx2", "--child"]
+    rest = ["--repetitions", str(options.repetitions), "--seconds-per-group", str(options.seconds_per_group)]
+    rest += ["--threads", str(torch.get_num_threads()), "--measurements", "avx2", "--child"]
+    command = [sys.executable, __file__, *sizes, *lists, *rest]
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output)
+    return [result | {"measurement": setting} for result in json.loads(output)]
 
 
 def names_among(known: list[str], text: str) -> list[str]:
@@ -221,12 +255,14 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure what options of attention cost on the CPU and write JSON.")
     parser.add_argument("--measurements", type=partial(names_among, list(GROUPS)), default=list(GROUPS))
-    parser.add_argument("--weightings", type=partial(names_among, list(WEIGHTINGS)), default=["softmax", "lssa"])
-    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["float32", "bfloat16"])
+    parser.add_argument("--weightings", type=partial(names_among, list(WEIGHTINGS)), default=list(WEIGHTINGS))
+    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["float32", "bfloat16", "float16"])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--length", type=int, default=4096, help="N; windows are measured at four times that")
     parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--avx2-head-dims", type=positive_integers, default=[64, 128], metavar="D,D,...")
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--seconds-per-group", type=float, default=10.0, help="long calls are repeated less often")
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--name", help="name of the result file, by default from device and instruction set")
     parser.add_argument("--child", action="store_true", help="print the results instead of writing a file")
@@ -243,7 +279,8 @@ def main() -> None:
         return
     timings = measure(options, [name for name in options.measurements if name != "avx2"])
     if "avx2" in options.measurements and "avx2" in instruction_sets()["available"]:
-        timings += measure_under_avx2(options)
+        for setting in AVX2_SETTINGS:
+            timings += measure_under_avx2(options, setting)
     write_document(SCHEMA, {"timings": timings}, name=options.name)
 
 

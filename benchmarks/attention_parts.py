@@ -3,62 +3,29 @@
     python benchmarks/attention_parts.py --widths 64,128
 
 Packing, scores, weights and weights times V are timed apart by the bench module (build/bench, development builds), on
-one thread, on as many query rows as a unit of work takes. Its rates of fused multiply-adds and of products of bfloat16
-in registers, and the rate at which a sum reads memory, are what a kernel could reach at most. docs/performance.md is
-made from the results by render.py.
+one thread, on as many query rows as a unit of work takes. What the machine multiplies in registers and reads from
+memory (machine_rates.py) is what a kernel could reach at most. render.py shows the results.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import statistics
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from command_line import positive_integers, say, write_document
-from decoding_ratio import read_bandwidth
+from machine_rates import OPERANDS, bench_module, multiply_rates, read_rate
 
 from sightline.cli.environment import instruction_sets
 
 SCHEMA = "sightline-parts/1"
-ROOT = Path(__file__).parent.parent
 PARTS = ("packing", "scores", "weights", "values")
-OPERANDS = ("float32", "bfloat16")
 WEIGHTINGS = ("softmax", "lssa")
 ROWS = 4096  # of one head: so many that a unit of work is full
-
-
-def bench_module() -> ModuleType:
-    """The module `_bench` of a development build.
-
-    Raises:
-        FileNotFoundError: it was not built.
-    """
-    path = ROOT / "build" / "bench" / f"_bench{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: build it with `make build` (needs Python's headers)")
-    spec = importlib.util.spec_from_file_location("_bench", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def multiply_rates(bench: ModuleType, isa: str, threads: int, seconds: float = 0.5) -> dict[str, float]:
-    """GFLOP/s of all threads together, by operands; 0 where the instruction set has no products of them."""
-
-    def rate(operands: str) -> float:
-        return float(bench.multiply_rate(isa, operands, seconds))
-
-    with ThreadPoolExecutor(threads) as pool:
-        return {operands: sum(pool.map(rate, [operands] * threads)) / 1e9 for operands in OPERANDS}
+READ_BYTES = 256 << 20  # no private cache holds them
 
 
 def time_parts(bench: ModuleType, isa: str, case: dict[str, Any], repetitions: int) -> dict[str, Any]:
@@ -86,13 +53,15 @@ def main() -> None:
     options = parser.parse_args()
     bench, isa = bench_module(), instruction_sets()["chosen"]
     say("rates of the machine")
-    rates = {threads: multiply_rates(bench, isa, threads) for threads in sorted({1, torch.get_num_threads()})}
+    most = torch.get_num_threads()
+    rates = {threads: multiply_rates(bench, isa, threads) for threads in sorted({1, most})}
+    read = read_rate(bench, isa, torch.ones(READ_BYTES // 4).numpy(), most, passes=20)
     timings = []
     for dtype, width, weighting in itertools.product(OPERANDS, options.widths, WEIGHTINGS):
         case = {"dtype": dtype, "weighting": weighting, "head_dim": width, "length": options.length}
         say(", ".join(map(str, case.values())))
         timings.append(time_parts(bench, isa, case, options.repetitions))
-    found = {"multiply_gflops": rates, "read_gigabytes_per_second": read_bandwidth(), "timings": timings}
+    found = {"multiply_gflops": rates, "read_gigabytes_per_second": read, "timings": timings}
     write_document(SCHEMA, found, name=options.name)
 
 

@@ -89,13 +89,29 @@ def forward_pass(attention: Attention, inputs: Inputs) -> Callable[[], torch.Ten
     return run
 
 
-def backward_pass(attention: Attention, inputs: Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
+def training_pass(attention: Attention, inputs: Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
     """A call that runs the forward pass and the gradients of query, key and value from a fixed output gradient."""
-    leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-    generator = torch.Generator().manual_seed(1)
-    output_gradient = torch.randn(inputs[2].shape, generator=generator).to(inputs[2])
+    leaves, output_gradient = gradient_inputs(inputs)
 
     def run() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(attention(*leaves), leaves, output_gradient)
 
     return run
+
+
+def backward_pass(attention: Attention, inputs: Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A call that runs the gradients alone: the forward pass is done here, once, and its graph is kept."""
+    leaves, output_gradient = gradient_inputs(inputs)
+    output = attention(*leaves)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(output, leaves, output_gradient, retain_graph=True)
+
+    return run
+
+
+def gradient_inputs(inputs: Inputs) -> tuple[Inputs, torch.Tensor]:
+    """The inputs as leaves that want gradients, and a gradient of the output with a fixed seed."""
+    query, key, value = (tensor.detach().requires_grad_() for tensor in inputs)
+    generator = torch.Generator().manual_seed(1)
+    return (query, key, value), torch.randn(value.shape, generator=generator).to(value)

@@ -3,13 +3,15 @@ overhead, as committed JSON.
 
     python benchmarks/attention_ratio.py --lengths 1024,4096 --dtypes float32,bfloat16
 
-Implementations take turns in one process, so that ratios hold on a machine that drifts; memory and import time are
-measured in fresh processes. docs/performance.md is made from the results by render.py.
+What the machine multiplies in registers is measured first. Implementations take turns in one process, so that ratios
+hold on a machine that drifts; memory and import time are measured in fresh processes. docs/performance.md is made from
+the results by render.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
@@ -33,16 +35,21 @@ from attention_peers import (
     forward_peers,
     implementations,
     random_inputs,
+    training_pass,
 )
 from command_line import positive_integers, say, whole_numbers, write_document
+from machine_rates import bench_module, multiply_rates, peaks_by_dtype
+from rounds import sample_in_rounds
 
-from sightline.cli.environment import installed_version, versions
+from sightline.cli.environment import installed_version, instruction_sets, versions
 from sightline.cli.measure import Spread, attention_flops, interleave, matmul_peak, seconds_of
 from sightline.cli.peak_memory import MeasurementError, describe_error, measure_peak
 
 SCHEMA = "sightline-attention/1"
-PASSES = {"forward": forward_pass, "forward+backward": backward_pass}
-BACKWARD_PRODUCTS = 3.5  # forward 2 products, backward 5 with the recomputed scores: 7 / 2 of the forward
+PASSES = {"forward": forward_pass, "backward": backward_pass}
+# Of the forward pass's operations: two products there, five with the recomputed scores in the backward pass.
+OPERATIONS = {"forward": 1.0, "backward": 2.5}
+COMPARED_ROWS = 2048  # of the results of peers, from the first: longer contexts are only timed
 IMPORT_RUNS = 7
 OVERHEAD_CALLS, OVERHEAD_BLOCKS = 200, 15
 SHORT_REPETITIONS = 5  # times those of a long call: a call of a millisecond is disturbed by anything
@@ -89,7 +96,7 @@ class Case:
     def flops(self) -> float:
         """Useful floating-point operations."""
         forward = attention_flops(self.heads, self.length, self.width, self.width, causal=self.causal)
-        return forward * self.batch * (BACKWARD_PRODUCTS if self.direction == "forward+backward" else 1.0)
+        return forward * self.batch * OPERATIONS[self.direction]
 
     def fields(self) -> dict[str, Any]:
         """The case as it stands in every result."""
@@ -111,6 +118,8 @@ class Case:
 
 def wrong_results(attentions: dict[str, Attention], inputs: Inputs) -> dict[str, str]:
     """Why an implementation that should compute what the baseline computes must not be timed."""
+    query, key, value = (tensor[:, :, :COMPARED_ROWS].contiguous() for tensor in inputs)
+    inputs = query, key, value
     expected = forward_pass(attentions[BASELINE], inputs)()
     found = {}
     for name in SAME_FUNCTION:
@@ -126,31 +135,39 @@ def wrong_results(attentions: dict[str, Attention], inputs: Inputs) -> dict[str,
     return found
 
 
-def time_ratios(case: Case, device: torch.device, repetitions: int) -> list[dict[str, Any]]:
-    """Seconds of every implementation in turns, with the ratio of medians to torch SDPA (above 1: faster than SDPA)."""
+def time_ratios(case: Case, device: torch.device, repetitions: int, limit: float = math.inf) -> list[dict[str, Any]]:
+    """Seconds of every implementation in turns, with ratios of medians to torch SDPA (above 1: faster) and zentorch.
+
+    limit: about so many seconds, at the cost of repetitions.
+    """
     inputs = random_inputs(case.heads, case.length, case.width, getattr(torch, case.dtype), device, case.batch)
     attentions = case.implementations(device)
     errors = wrong_results(attentions, inputs)
-    calls = {name: PASSES[case.direction](attend, inputs) for name, attend in attentions.items() if name not in errors}
-    runs = {name: partial(seconds_of, call, device) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for turn, name, sample in interleave(runs, dict.fromkeys(runs, repetitions + 1)):
-        if isinstance(sample, Exception):
-            errors[name] = describe_error(sample)
-        elif turn > 1:  # the first round warms up
-            samples[name].append(sample)
-    baseline = Spread.of(samples[BASELINE]).median
+    calls: dict[str, Callable[[], object]] = {}
+    for name, attend in attentions.items():
+        if name not in errors:
+            try:
+                calls[name] = PASSES[case.direction](attend, inputs)
+            except Exception as error:
+                errors[name] = describe_error(error)
+    samples = sample_in_rounds(
+        {name: partial(seconds_of, call, device) for name, call in calls.items()}, repetitions, limit
+    )
+    errors |= samples.errors
+    spreads = {name: Spread.of(seconds) for name, seconds in samples.values.items() if name not in errors}
     found = []
     for name in attentions:
         result = case.fields() | {"implementation": name, "error": errors.get(name)}
-        if name not in errors:
-            spread = Spread.of(samples[name])
+        if name in spreads:
+            median = spreads[name].median
             result |= {
-                "repetitions": len(samples[name]),
-                "seconds": asdict(spread),
-                "gflops": case.flops() / spread.median / 1e9,
-                "ratio_to_sdpa": baseline / spread.median,
+                "repetitions": len(samples.values[name]),
+                "seconds": asdict(spreads[name]),
+                "gflops": case.flops() / median / 1e9,
+                "ratio_to_sdpa": spreads[BASELINE].median / median,
             }
+            if "zentorch" in spreads:
+                result["ratio_to_zentorch"] = spreads["zentorch"].median / median
         found.append(result)
     return found
 
@@ -202,7 +219,7 @@ def call_overhead(device: torch.device) -> list[dict[str, Any]]:
     for name, attention in IMPLEMENTATIONS.items():
         calls[name, "no gradients"] = forward_pass(attention, (query, key, value))
         calls[name, "with gradients"] = partial(attention, *leaves)
-        calls[name, "with gradients and backward"] = backward_pass(attention, (query, key, value))
+        calls[name, "with gradients and backward"] = training_pass(attention, (query, key, value))
 
     def microseconds_per_call(call: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -225,10 +242,10 @@ def call_overhead(device: torch.device) -> list[dict[str, Any]]:
 
 def cases_of(options: argparse.Namespace, dtype: str, width: int) -> list[Case]:
     """Causal attention in both directions, then forward over all keys, then forward over a batch of short sequences."""
-    heads, long, short = options.heads, options.lengths, options.short_lengths
+    heads, short = options.heads, options.short_lengths
     return [
-        *(Case(direction, True, 1, heads, length, width, dtype) for length in long for direction in PASSES),
-        *(Case("forward", False, 1, heads, length, width, dtype) for length in long),
+        *(Case(direction, True, 1, heads, length, width, dtype) for length in options.lengths for direction in PASSES),
+        *(Case("forward", False, 1, heads, length, width, dtype) for length in options.full_lengths),
         *(
             Case("forward", causal, options.short_batch, heads, length, width, dtype)
             for causal in (True, False)
@@ -237,23 +254,43 @@ def cases_of(options: argparse.Namespace, dtype: str, width: int) -> list[Case]:
     ]
 
 
-def arguments() -> argparse.Namespace:
+def measured_peaks(device: torch.device, dtypes: list[str]) -> dict[str, dict[str, float]]:
+    """GFLOP/s that shares of peak refer to, by dtype: what all threads multiply in registers.
+
+    Where the bench module was not built, and on other devices, the best of a large matrix product instead.
+    """
+    if device.type == "cpu":
+        try:
+            rates = multiply_rates(bench_module(), instruction_sets()["chosen"], torch.get_num_threads())
+        except FileNotFoundError as error:
+            say(f"shares of peak refer to matrix products: {error}")
+        else:
+            return {"register_gflops": rates, "peak_gflops": peaks_by_dtype(rates)}
+    products = {dtype: matmul_peak(getattr(torch, dtype), device, seconds=1.0) for dtype in dtypes}
+    return {"peak_gflops": products}
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure sightline attention against torch SDPA and write JSON.")
-    parser.add_argument("--lengths", type=positive_integers, default=[1024, 4096], metavar="N,N,...")
+    parser.add_argument("--lengths", type=positive_integers, default=[1024, 2048, 4096, 8192, 16384], metavar="N,N,...")
+    parser.add_argument(
+        "--full-lengths", type=whole_numbers, default=[1024, 4096], metavar="N,N,...", help="without causality"
+    )
     parser.add_argument("--head-dims", type=positive_integers, default=[64, 128], metavar="D,D,...")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--short-batch", type=int, default=8, help="B of the short lengths")
     parser.add_argument(
         "--short-lengths", type=whole_numbers, default=[64, 196, 512], metavar="N,N,...", help="'': leave them out"
     )
-    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["float32", "bfloat16", "float16"])
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--seconds-per-case", type=float, default=15.0, help="long calls are repeated less often")
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak-length", type=int, default=65536, help="N for memory (CPU), 0: leave it out")
     parser.add_argument("--name", help="name of the result file, by default from device and instruction set")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def main() -> None:
@@ -262,18 +299,18 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    peaks = {dtype: matmul_peak(getattr(torch, dtype), device) for dtype in options.dtypes}
+    say("peak of the machine")
+    peaks = measured_peaks(device, options.dtypes)
     timings = []
     for dtype in options.dtypes:
         for width in options.head_dims:
             for case in cases_of(options, dtype, width):
                 say(str(case))
                 factor = SHORT_REPETITIONS if case.length in options.short_lengths else 1
-                timings += time_ratios(case, device, factor * options.repetitions)
-            peaks[dtype] = max(peaks[dtype], matmul_peak(getattr(torch, dtype), device))
+                timings += time_ratios(case, device, factor * options.repetitions, options.seconds_per_case)
     for result in timings:
         if result["error"] is None:
-            result["share_of_peak"] = result["gflops"] / peaks[result["dtype"]]
+            result["share_of_peak"] = result["gflops"] / peaks["peak_gflops"][result["dtype"]]
     on_cpu = device.type == "cpu"
     memory = peak_memory(8, options.peak_length, 64, "float32") if on_cpu and options.peak_length else []
     say("import time and call overhead")
@@ -281,7 +318,7 @@ def main() -> None:
         "versions": versions() | {"zentorch": installed_version("zentorch")},
         "left_out": forward_peers(causal=True)[1] if on_cpu else {},
         "deterministic_backward": torch.are_deterministic_algorithms_enabled(),
-        "matmul_peak_gflops": peaks,
+        **peaks,
         "timings": timings,
         "memory": memory,
         "import_seconds": import_seconds(),

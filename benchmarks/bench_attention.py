@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_peers import IMPLEMENTATIONS, backward_pass, forward_pass, forward_peers, random_inputs
+from attention_peers import (
+    IMPLEMENTATIONS,
+    backward_pass,
+    forward_pass,
+    forward_peers,
+    random_inputs,
+    training_pass,
+)
 
 SHAPES = {"1K": (8, 1024, 64), "4K": (8, 4096, 64), "4K wide heads": (4, 4096, 128)}
 DTYPES = (torch.float32, torch.bfloat16)
-PASSES = {"forward": forward_pass, "forward+backward": backward_pass}
+PASSES = {"forward": forward_pass, "backward": backward_pass, "forward+backward": training_pass}
 PEERS, MISSING = forward_peers(causal=True)
 
 

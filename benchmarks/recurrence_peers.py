@@ -59,31 +59,41 @@ def random_inputs(heads: int, length: int, width: int, dtype: torch.dtype) -> tu
     return query, key, value
 
 
-def forward_pass(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+def forward_pass(function: Callable[..., object], inputs: tuple[object, ...]) -> Callable[[], object]:
     """A call that runs the forward pass alone, without recording it for gradients."""
 
-    def run() -> Tensor:
+    def run() -> object:
         with torch.inference_mode():
             return function(*inputs)
 
     return run
 
 
-def backward_pass(inputs: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
-    """A call that runs the backward pass of the causal recurrence alone."""
+def backward_pass(inputs: tuple[Tensor, ...], causal: bool = True) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that runs the backward pass of the recurrence alone."""
     leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-    output = sl.additive_recurrence(*leaves)
+    output = sl.additive_recurrence(*leaves, causal=causal)
     gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     return lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
 
 
-def decoding_step(heads: int, width: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """One token with its state, and what reads and writes as much memory: a sum of the state and a number."""
-    inputs = random_inputs(heads, 1, width, dtype)
-    state = sl.RecurrenceState(torch.randn(1, heads, width), torch.randn(1, heads, width, width))
+def decoding_steps(batch: int, heads: int, width: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """One token with its state, and what reads and writes as much memory: a sum of the state and a number.
 
-    def step() -> object:
-        with torch.inference_mode():
-            return sl.additive_recurrence(*inputs, initial_state=state, output_final_state=True)
+    Each of them also on a state of one number: what a call costs that has nothing to do.
+    """
 
-    return {"recurrence": step, "memory": lambda: state.memory + 1.0}
+    def step(batch: int, heads: int, width: int) -> tuple[Callable[[], object], Tensor]:
+        query, key, value = (torch.randn(batch, heads, 1, width).to(dtype) for _ in range(3))
+        state = sl.RecurrenceState(torch.randn(batch, heads, width), torch.randn(batch, heads, width, width))
+        call = partial(sl.additive_recurrence, query, key, value, initial_state=state, output_final_state=True)
+        return forward_pass(call, ()), state.memory
+
+    recurrence, memory = step(batch, heads, width)
+    smallest, number = step(1, 1, 1)
+    return {
+        "recurrence": recurrence,
+        "memory": forward_pass(torch.add, (memory, 1.0)),
+        "recurrence call": smallest,
+        "memory call": forward_pass(torch.add, (number, 1.0)),
+    }

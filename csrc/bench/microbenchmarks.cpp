@@ -1,11 +1,18 @@
 // The parts of attention's forward pass timed apart, and the machine's own rates.
 #include "bench/microbenchmarks.h"
 
+#include <pybind11/numpy.h>
+
+#include <algorithm>
+#include <barrier>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "core/half.h"
@@ -86,6 +93,36 @@ double multiply_rate(const std::string& isa, const std::string& operands, double
   return table.multiply_rate(operands == "bfloat16", seconds);
 }
 
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Bytes per second of the fastest of several passes over the array, a part of it for each thread. The threads wait for
+// each other before and after every pass, so that a pass takes as long as its slowest thread.
+double read_rate(const std::string& isa, const py::array_t<float, py::array::c_style>& array, int threads, int passes) {
+  if (array.size() < 1 || threads < 1 || passes < 1)
+    throw std::invalid_argument("array, threads and passes: expected at least 1 number, 1 thread and 1 pass");
+  const KernelTable& table = table_of(isa);
+  const float* data = array.data();
+  const int64_t count = array.size();
+  const py::gil_scoped_release release;
+  double fastest = std::numeric_limits<double>::infinity();
+  std::barrier together(threads);
+  const auto read = [&](int thread) {
+    const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
+    for (int pass = 0; pass < passes; ++pass) {
+      together.arrive_and_wait();
+      const double start = now();
+      table.read_floats(data + begin, end - begin);
+      together.arrive_and_wait();
+      if (thread == 0) fastest = std::min(fastest, now() - start);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; ++thread) others.emplace_back(read, thread);
+  read(0);
+  for (std::thread& other : others) other.join();
+  return static_cast<double>(count) * sizeof(float) / fastest;
+}
+
 }  // namespace
 
 void bind_microbenchmarks(py::module_& module) {
@@ -97,6 +134,9 @@ void bind_microbenchmarks(py::module_& module) {
   module.def("multiply_rate", multiply_rate, py::arg("isa"), py::arg("operands"), py::arg("seconds") = 0.2,
              "The most floating-point operations per second of one thread: fused multiply-adds in float32, or products "
              "of bfloat16 in pairs (0 where the instruction set has none).");
+  module.def("read_rate", read_rate, py::arg("isa"), py::arg("array").noconvert(), py::arg("threads") = 1,
+             py::arg("passes") = 5,
+             "Bytes per second at which the threads together read a contiguous float32 array: the best of the passes.");
 }
 
 }  // namespace sightline::bench

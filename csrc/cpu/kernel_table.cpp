@@ -18,6 +18,7 @@ void softplus_array(const float*, float*, float*, int64_t);
 void power_array(const float*, float, float*, int64_t);
 void attention_parts(const AttentionProblem&, int, AttentionParts&);
 double multiply_rate(bool, double);
+void read_floats(const float*, int64_t);
 
 extern const KernelTable kTable;
 const KernelTable kTable = {kIsaName,
@@ -33,6 +34,7 @@ const KernelTable kTable = {kIsaName,
                             softplus_array,
                             power_array,
                             attention_parts,
-                            multiply_rate};
+                            multiply_rate,
+                            read_floats};
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -28,9 +28,11 @@ struct KernelTable {
   void (*tanh)(const float* x, float* result, int64_t count);
   void (*softplus)(const float* x, float* result, float* derivative, int64_t count);
   void (*power)(const float* x, float exponent, float* result, int64_t count);
-  // For the bench module too: a plain call's first unit of work part by part, and operations per second of one thread.
+  // For the bench module too: a plain call's first unit of work part by part, operations per second of one thread, and
+  // a pass over memory that does nothing but read it.
   void (*attention_parts)(const AttentionProblem&, int repetitions, AttentionParts&);
   double (*multiply_rate)(bool pairs, double seconds);
+  void (*read_floats)(const float* data, int64_t count);
 };
 
 // The table chosen at load: the fastest instruction set of this machine, or the one that SIGHTLINE_ISA names.

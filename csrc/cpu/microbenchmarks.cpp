@@ -182,7 +182,35 @@ double multiply_pairs() {
 #endif
 }
 
+constexpr int kReadStreams = 4;  // places read in turns: one alone leaves the prefetchers of a core half idle
+constexpr int kReadVectors = 4;
+
 }  // namespace
+
+void read_floats(const float* data, int64_t count) {
+  const FlushDenormals mode;
+  constexpr int64_t kStep = kReadVectors * Vec::kWidth;
+  const int64_t length = count / kReadStreams / kStep * kStep;
+  Vec sums[kReadStreams * kReadVectors];
+  for (Vec& sum : sums) sum = Vec::broadcast(0.0f);
+  for (int64_t first = 0; first < length; first += kStep)
+#pragma GCC unroll 4
+    for (int stream = 0; stream < kReadStreams; ++stream)
+#pragma GCC unroll 4
+      for (int vector = 0; vector < kReadVectors; ++vector) {
+        Vec& sum = sums[stream * kReadVectors + vector];
+        sum = sum + Vec::load(data + stream * length + first + vector * Vec::kWidth);
+      }
+  alignas(64) float sink[Vec::kWidth];
+  for (const Vec& sum : sums) {
+    store(sink, sum);
+    asm volatile("" : : "r"(sink) : "memory");
+  }
+  float rest = 0.0f;
+  for (int64_t index = kReadStreams * length; index < count; ++index) rest += data[index];
+  sink[0] = rest;
+  asm volatile("" : : "r"(sink) : "memory");
+}
 
 void attention_parts(const AttentionProblem& problem, int repetitions, AttentionParts& parts) {
   const FlushDenormals mode;

@@ -8,10 +8,12 @@ import attention_options
 import pytest
 import render
 import torch
+from page.markdown import milliseconds
 
 from sightline.cli.environment import instruction_sets
 
 ARGUMENTS = ["--heads", "4", "--length", "48", "--head-dim", "16", "--repetitions", "1", "--dtypes", "float32"]
+ARGUMENTS += ["--avx2-head-dims", "16,24"]
 
 
 @pytest.mark.parametrize(("length", "window"), [(1, None), (7, None), (7, 0), (7, 2), (7, 6), (7, 100)])
@@ -42,14 +44,68 @@ def test_every_measurement_puts_its_variants_beside_the_first() -> None:
     ]
     assert variants["widths"] == ["D = 128", "D = 64", "D = 80", "D = 96", "D = 256"]
     assert variants["window"] == ["N = 192", "N = 1,024"]
-    threads = torch.get_num_threads()
-    assert variants["threads"] == ([] if threads == 1 else ["threads: 1", f"threads: {threads}"])
-    assert variants["avx2"] == ["sdpa", "lssar"]
+    assert variants["avx2"] == ["sdpa", "lssar", "sdpa", "lssar"]
     assert [result["error"] for result in results] == [None] * len(results)
     first = results[0]
     for result in results[:6]:
         same_work = first["seconds"]["median"] / result["seconds"]["median"]
         assert result["relative_rate"] == pytest.approx(same_work)
+
+
+def test_threads_are_compared_in_both_passes_with_many_heads_and_with_one() -> None:
+    options = attention_options.arguments([*ARGUMENTS, "--weightings", "lssa"])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        results = attention_options.measure(options, ["threads"])
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        assert attention_options.measure(options, ["threads"]) == []
+    finally:
+        torch.set_num_threads(before)
+    cases = [(result["heads"], result["pass"], result["variant"], result["threads"]) for result in results]
+    assert cases == [
+        (heads, direction, f"threads: {threads}", threads)
+        for heads in (4, 1)
+        for direction in ("forward", "backward")
+        for threads in (1, 2)
+    ]
+    forward, backward = results[0], results[2]
+    operations = [result["gflops"] * result["seconds"]["median"] for result in (forward, backward)]
+    assert operations[1] == pytest.approx(2.5 * operations[0])
+
+
+def test_a_call_runs_on_the_threads_it_is_given() -> None:
+    before, seen = torch.get_num_threads(), []
+    for threads in (1, 2):
+        attention_options.run_on(threads, lambda: seen.append(torch.get_num_threads()))
+    assert seen == [1, 2]
+    assert torch.get_num_threads() == before
+
+
+def test_shares_refer_to_the_registers_of_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {1: {"float32": 10.0}, 2: {"float32": 20.0}}
+    monkeypatch.setattr(attention_options, "register_peaks", lambda: peaks)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        options = attention_options.arguments([*ARGUMENTS, "--weightings", "lssa"])
+        results = attention_options.measure(options, ["threads"])
+    finally:
+        torch.set_num_threads(before)
+    for result in results:
+        assert result["share_of_peak"] == result["gflops"] / peaks[result["threads"]]["float32"]
+
+
+def test_without_a_bench_module_there_are_no_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise FileNotFoundError("build it")
+
+    monkeypatch.setattr(attention_options, "bench_module", missing)
+    options = attention_options.arguments([*ARGUMENTS, "--weightings", "lssa"])
+    results = attention_options.measure(options, ["window"])
+    assert results
+    assert all("share_of_peak" not in result for result in results)
 
 
 def test_every_variant_computes_what_it_is_named_for() -> None:
@@ -73,13 +129,24 @@ def test_a_failure_is_kept_and_leaves_the_others_without_a_ratio() -> None:
 
 
 @pytest.mark.skipif("avx2" not in instruction_sets()["available"], reason="this machine has no AVX2")
-def test_the_narrow_measurement_is_held_to_avx2() -> None:
+@pytest.mark.parametrize("setting", list(attention_options.AVX2_SETTINGS))
+def test_the_narrow_measurement_is_held_to_avx2(setting: str) -> None:
     options = attention_options.arguments([*ARGUMENTS, "--weightings", "softmax"])
-    results = attention_options.measure_under_avx2(options)
-    assert [(result["variant"], result["instruction_set"]) for result in results] == [
-        ("sdpa", "avx2"),
-        ("softmax", "avx2"),
+    results = attention_options.measure_under_avx2(options, setting)
+    assert [(result["variant"], result["head_dim"]) for result in results] == [
+        ("sdpa", 16),
+        ("softmax", 16),
+        ("sdpa", 24),
+        ("softmax", 24),
     ]
+    for result in results:
+        assert (result["measurement"], result["instruction_set"]) == (setting, "avx2")
+
+
+def test_one_setting_is_torchs_own_switch_alone() -> None:
+    switch, every_library = attention_options.AVX2_SETTINGS.values()
+    assert switch == {"ATEN_CPU_CAPABILITY": "avx2", "SIGHTLINE_ISA": "avx2"}
+    assert every_library == switch | {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def test_unknown_names_are_refused() -> None:
@@ -90,7 +157,7 @@ def test_unknown_names_are_refused() -> None:
 def test_page_shows_every_result_and_what_failed() -> None:
     options = attention_options.arguments([*ARGUMENTS, "--weightings", "lssa"])
     timings = attention_options.measure(options, ["options", "window"])
-    failed = timings[0] | {"measurement": "avx2", "variant": "sdpa", "error": "no such instruction"}
+    failed = timings[0] | {"measurement": "avx2_by_switch", "variant": "sdpa", "error": "no such instruction"}
     document = {
         "schema": attention_options.SCHEMA,
         "device": {"kind": "cpu", "name": "Test CPU", "threads": 1},
@@ -100,9 +167,11 @@ def test_page_shows_every_result_and_what_failed() -> None:
         "timings": [*timings, failed],
     }
     text = render.render([document])
-    assert "### Masks, ALiBi and grouped queries, D = 16, N = 48, H = 4, causal forward pass" in text
-    assert "### A window of 256 keys, D = 16, H = 4, causal forward pass" in text
+    assert "### Masks, ALiBi and grouped queries, D = 16, N = 48, causal" in text
+    assert "### A window of 256 keys, D = 16, causal" in text
     for result in timings:
-        row = f"| float32, sightline LSSA | {result['variant']} | {render.milliseconds(result['seconds'])} | "
+        case = "float32, sightline LSSA, H = 4, forward"
+        row = f"| {case} | {result['variant']} | {milliseconds(result['seconds'], 1)} | "
         assert row + f"{result['gflops']:,.0f} | {result['relative_rate']:.2f} |" in text
-    assert "| float32, sightline LSSA | torch SDPA | failed: no such instruction |  |  |" in text
+    case = "float32, sightline LSSA, H = 4, D = 16, forward"
+    assert f"| {case} | torch SDPA | failed: no such instruction |  |  |  |" in text

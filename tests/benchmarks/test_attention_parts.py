@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import attention_parts
+import machine_rates
 import pytest
 import render
 
@@ -11,11 +12,11 @@ from sightline.cli.environment import describe_device, instruction_sets, version
 
 def test_parts_and_rates_are_shown() -> None:
     try:
-        bench = attention_parts.bench_module()
+        bench = machine_rates.bench_module()
     except FileNotFoundError:
         pytest.skip("the module _bench was not built (needs Python's headers)")
     isa = instruction_sets()["chosen"]
-    rates = {threads: attention_parts.multiply_rates(bench, isa, threads, 0.01) for threads in (1, 2)}
+    rates = {threads: machine_rates.multiply_rates(bench, isa, threads, 0.01) for threads in (1, 2)}
     assert rates[2]["float32"] > 0
     case = {"dtype": "float32", "weighting": "lssa", "head_dim": 16, "length": 100}
     found = attention_parts.time_parts(bench, isa, case, 3)
@@ -32,5 +33,5 @@ def test_parts_and_rates_are_shown() -> None:
         "timings": [found],
     }
     page = render.render([document])
-    assert "reads 12.3 GB/s" in page
+    assert "read with 12.3 GB/s" in page
     assert "| float32, sightline LSSA, D = 16, N = 100 |" in page

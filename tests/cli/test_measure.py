@@ -42,6 +42,7 @@ def test_spread_interpolates():
 
 def test_repetitions_stay_between_one_and_the_most():
     assert [repetitions_within(10.0, seconds, most=5) for seconds in (0.1, 3.0, 99.0)] == [5, 3, 1]
+    assert repetitions_within(float("inf"), 3.0, most=5) == 5
 
 
 def test_flops_count_visible_pairs():

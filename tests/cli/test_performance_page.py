@@ -50,6 +50,18 @@ def test_committed_page_is_up_to_date():
     assert result.returncode == 0, result.stderr
 
 
+def test_make_bench_writes_every_committed_result_of_a_cpu_and_then_the_page():
+    recipe = subprocess.run(
+        ["make", "--dry-run", "bench"], cwd=RENDER.parents[1], capture_output=True, text=True, check=True
+    ).stdout
+    scripts = [Path(line.split()[-1]) for line in recipe.splitlines() if line.split()[-1].startswith("benchmarks/")]
+    assert all((RENDER.parents[1] / script).exists() for script in scripts)
+    assert scripts[-1].name == "render.py"
+    documents = [json.loads(path.read_text()) for path in RENDER.parent.glob("results/*.json")]
+    written = {document["command"].split()[0] for document in documents if document["device"]["kind"] == "cpu"}
+    assert written <= {script.name for script in scripts}
+
+
 def test_page_shows_every_row_of_a_bench_run_skipped_ones_with_their_reason(page, measured):
     text = page.render([measured])
     for found in measured["results"]:
@@ -68,6 +80,7 @@ def test_page_shows_every_row_of_a_bench_run_skipped_ones_with_their_reason(page
 def test_page_without_gpu_results_says_so_and_leaves_every_target_open(page, measured):
     text = page.render([measured])
     assert "Unmeasured" in text
+    assert "CPU targets" not in text
     assert text.count(f"| {page.summary.UNMEASURED} |") == len(page.summary.TARGETS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 PARTS = ("packing", "scores", "weights", "values")
@@ -33,6 +34,28 @@ def test_rates_are_positive_where_there_is_an_instruction(bench: ModuleType, isa
     assert 1e8 < bench.multiply_rate(isa, "float32", 0.02) < 1e13
     pairs = bench.multiply_rate(isa, "bfloat16", 0.02)
     assert (1e9 < pairs < 1e14) if isa.endswith("bf16") else pairs == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_is_read_at_a_rate_that_a_machine_can_have(bench: ModuleType, isa: str, threads: int) -> None:
+    numbers = np.ones(16 << 20, dtype=np.float32)
+    # Reads that the compiler left out would take no time.
+    assert 1e8 < bench.read_rate(isa, numbers, threads=threads, passes=3) < 2e12
+
+
+@pytest.mark.parametrize("count", [1, 63, 257, 5000])
+def test_memory_of_any_size_is_read_by_any_number_of_threads(bench: ModuleType, isa: str, count: int) -> None:
+    assert bench.read_rate(isa, np.full(count, 1e-40, dtype=np.float32), threads=3, passes=2) > 0
+
+
+def test_what_cannot_be_read_is_refused(bench: ModuleType) -> None:
+    numbers = np.ones((4, 4), dtype=np.float32)
+    for changes in ({"threads": 0}, {"passes": 0}, {"array": numbers[:0]}):
+        with pytest.raises(ValueError, match="expected at least 1"):
+            bench.read_rate(**{"isa": "generic", "array": numbers, "threads": 1, "passes": 1, **changes})
+    for array in (numbers.astype(np.float64), numbers[:, ::2]):
+        with pytest.raises(TypeError):
+            bench.read_rate("generic", array)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def repetitions_within(limit: float, seconds_per_run: float, most: int) -> int:
         >>> repetitions_within(10.0, 3.0, most=5), repetitions_within(10.0, 40.0, most=5)
         (3, 1)
     """
-    return max(1, min(most, int(limit / max(seconds_per_run, 1e-9))))
+    return max(1, int(min(most, limit / max(seconds_per_run, 1e-9))))
 
 
 def synchronize(device: torch.device) -> None:

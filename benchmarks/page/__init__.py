@@ -1,0 +1,1 @@
+"""The sections of docs/performance.md, one module per kind of result."""

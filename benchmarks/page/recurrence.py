@@ -1,0 +1,56 @@
+"""The additive recurrence beside its peers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from page.markdown import described, markdown_table, milliseconds
+
+RECURRENCE_TABLES = {
+    "causal": ("Causal forward pass", "x the recurrence's time"),
+    "unordered": ("Forward pass over the whole sequence", "x the recurrence's time"),
+    "backward": ("Causal backward pass", "x the forward pass's time"),
+    "unordered backward": ("Backward pass over the whole sequence", "x the forward pass's time"),
+    "decoding": ("One token, with its state", "x the recurrence's time"),
+    "length": ("Causal forward pass by length", "x the recurrence's time"),
+}
+RECURRENCE_LABELS = {
+    "recurrence": "sightline additive_recurrence",
+    "formula": "chunked formula in PyTorch",
+    "sdpa": "torch SDPA",
+    "products": "its two matrix products",
+    "forward": "forward",
+    "backward": "backward",
+    "memory": "reading and writing the state",
+    "recurrence call": "additive_recurrence on a state of one number",
+    "memory call": "reading and writing one number",
+}
+
+
+def recurrence_section(document: dict[str, Any]) -> list[str]:
+    """One run of recurrence_ratio.py."""
+    lines = [f"## Additive recurrence on {document['device']['name']}", "", *described(document)]
+    for measurement, (title, ratio) in RECURRENCE_TABLES.items():
+        rows = []
+        for result in document["timings"]:
+            if result["measurement"] != measurement:
+                continue
+            shape = f"B = {result.get('batch', 1)}, H = {result['heads']}, D = {result['width']}"
+            row = [f"{result['dtype']}, {shape}, N = {result['length']:,}", RECURRENCE_LABELS[result["implementation"]]]
+            if result.get("error"):
+                row += [f"left out: {result['error']}", "", ""]
+            else:
+                seconds = result["seconds"]
+                row += [milliseconds(seconds, result.get("repetitions"))]
+                row += [f"{seconds['median'] / result['length'] * 1e6:.2f}", f"{result['ratio']:.2f}"]
+            rows.append(row)
+        header = ["case", "implementation", "ms (p10 - p90)", "us per token", ratio]
+        if rows:
+            lines += [f"### {title}", "", *markdown_table(header, rows, 2)]
+    for found in document["memory"]:
+        shape = f"{found['dtype']}, H = {found['heads']}, D = {found['width']}, N = {found['length']:,}"
+        amount = (
+            f"left out: {found['error']}" if found.get("error") else f"{found['beyond_output_bytes'] / 2**20:.1f} MiB"
+        )
+        lines += [f"Peak memory of a causal forward pass beyond its output, {shape}: {amount}.", ""]
+    return lines

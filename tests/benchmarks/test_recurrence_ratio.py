@@ -1,0 +1,114 @@
+"""recurrence_ratio.py: what is measured beside the recurrence, what is left out and why, and how the page shows it."""
+
+from __future__ import annotations
+
+import pytest
+import recurrence_peers
+import recurrence_ratio
+import render
+import torch
+
+ARGUMENTS = ["--lengths", "40", "--heads", "2", "--width", "8", "--repetitions", "1", "--dtypes", "float32"]
+ARGUMENTS += ["--long-lengths", "48,64", "--sdpa-once", "64", "--decoding-batches", "1,3", "--peak-length", "0"]
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    return recurrence_ratio.measure(recurrence_ratio.arguments(ARGUMENTS), "float32")
+
+
+def rows(results: list[dict], measurement: str) -> list[tuple]:
+    return [
+        (result["batch"], result["length"], result["implementation"])
+        for result in results
+        if result["measurement"] == measurement
+    ]
+
+
+def test_every_measurement_puts_its_peers_beside_the_recurrence(results: list[dict]) -> None:
+    assert rows(results, "causal") == [(1, 40, name) for name in ("recurrence", "formula", "sdpa")]
+    assert rows(results, "unordered") == [(1, 40, "recurrence"), (1, 40, "products")]
+    for measurement in ("backward", "unordered backward"):
+        assert rows(results, measurement) == [(1, 40, "forward"), (1, 40, "backward")]
+    names = ("recurrence", "memory", "recurrence call", "memory call")
+    assert rows(results, "decoding") == [(batch, 1, name) for batch in (1, 3) for name in names]
+    for result in results:
+        own = next(
+            other
+            for other in results
+            if all(other[name] == result[name] for name in ("measurement", "batch", "length"))
+        )
+        assert result["ratio"] == pytest.approx(result["seconds"]["median"] / own["seconds"]["median"])
+
+
+def test_sdpa_runs_once_at_one_long_length(results: list[dict]) -> None:
+    assert rows(results, "length") == [(1, 48, "recurrence"), (1, 64, "recurrence"), (1, 64, "sdpa")]
+    assert results[-1]["repetitions"] == 1
+
+
+def test_defaults_reach_a_million_tokens() -> None:
+    options = recurrence_ratio.arguments([])
+    assert options.long_lengths[-1] == options.peak_length == 1048576
+    assert options.sdpa_once in options.long_lengths
+    assert options.decoding_batches == [1, 16]
+
+
+@pytest.mark.parametrize(("dtype", "gigabytes"), [("float32", 16), ("bfloat16", 10)])
+def test_what_does_not_fit_into_memory_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, gigabytes: int
+) -> None:
+    options = recurrence_ratio.arguments(["--long-lengths", "1048576", "--dtypes", dtype])
+    available = int(gigabytes * 2**30 / recurrence_ratio.MEMORY_SHARE) + 2**20
+    case = {"dtype": dtype, "heads": 8, "length": 1048576, "width": 128}
+    monkeypatch.setattr(recurrence_ratio, "available_memory", lambda device: available)
+    assert recurrence_ratio.want_of_memory(case) is None
+    monkeypatch.setattr(recurrence_ratio, "available_memory", lambda device: None)
+    assert recurrence_ratio.want_of_memory(case) is None
+    monkeypatch.setattr(recurrence_ratio, "available_memory", lambda device: 8 * 2**30)
+    (found,) = recurrence_ratio.measure_long(options, case)
+    assert found["error"] == f"needs {gigabytes}.0 GiB of memory, 8.0 GiB are available"
+    assert recurrence_ratio.measure_memory(options, dtype)["error"] == found["error"]
+
+
+def test_decoding_steps_do_what_they_are_named_for() -> None:
+    steps = recurrence_peers.decoding_steps(3, 2, 8, torch.float32)
+    output, state = steps["recurrence"]()
+    assert output.shape == (3, 2, 1, 8)
+    assert state.memory.shape == steps["memory"]().shape == (3, 2, 8, 8)
+    output, state = steps["recurrence call"]()
+    assert output.shape == state.memory.shape == steps["memory call"]().shape == (1, 1, 1, 1)
+
+
+def test_backward_passes_are_those_of_their_order() -> None:
+    inputs = recurrence_peers.random_inputs(2, 20, 8, torch.float32)
+    for causal in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        function = (recurrence_peers.CAUSAL if causal else recurrence_peers.UNORDERED)["recurrence"]
+        output = function(*leaves)
+        gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        expected = torch.autograd.grad(output, leaves, gradient)
+        found = recurrence_peers.backward_pass(inputs, causal)()
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_page_shows_every_result_and_what_was_left_out(results: list[dict]) -> None:
+    left_out = {"measurement": "length", "dtype": "float32", "batch": 1, "heads": 2, "width": 8, "length": 4096}
+    left_out |= {"implementation": "recurrence", "error": "needs 9.0 GiB of memory, 1.0 GiB are available"}
+    memory = {"dtype": "float32", "heads": 2, "width": 8, "length": 4096}
+    document = {
+        "schema": recurrence_ratio.SCHEMA,
+        "device": {"kind": "cpu", "name": "Test CPU", "threads": 1},
+        "instruction_set": {"chosen": "generic"},
+        "versions": {},
+        "command": "recurrence_ratio.py",
+        "timings": [*results, left_out],
+        "memory": [memory | {"beyond_output_bytes": 3 * 2**20}, memory | {"error": left_out["error"]}],
+    }
+    text = render.render([document])
+    assert text.count("| float32, B = 1, H = 2, D = 8, N = 40 |") == 9
+    assert "### Backward pass over the whole sequence" in text
+    assert "| float32, B = 3, H = 2, D = 8, N = 1 | reading and writing the state |" in text
+    assert "N = 4,096 | sightline additive_recurrence | left out: needs 9.0 GiB of memory" in text
+    assert "D = 8, N = 4,096: 3.0 MiB." in text
+    assert "D = 8, N = 4,096: left out: needs 9.0 GiB" in text
+    assert "(once) |" in text
