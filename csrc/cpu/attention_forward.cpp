@@ -67,17 +67,17 @@ class PairValues {
 };
 
 // Scores or products to pairs of weights, or in the first of two sweeps to what it gathers.
-template <class Weight, bool kReweight, bool kFirstSweep, int kParts, TileHolds kHolds, bool kMasked>
+template <class Weight, bool kReweight, bool kFirstSweep, int kParts, TileHolds kHolds, bool kMasked, bool kFactors>
 void weigh_pair_tile(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
                      bool keeps, float* tile, float* tile_largest, RowState& state, const PairValues<kParts>& due) {
   const int64_t part = scratch.weight_part;
   if constexpr (!kReweight) {
-    weigh_pairs<Weight, kParts, kHolds, kMasked, false>(state, keys, tile, due.weights(), part, tile_largest);
+    weigh_pairs<Weight, kParts, kHolds, kMasked, kFactors, false>(state, keys, tile, due.weights(), part, tile_largest);
   } else if constexpr (kFirstSweep) {
     if (keeps)
-      weigh_pairs<Weight, kParts, kHolds, kMasked, true>(state, keys, tile, nullptr, part, tile_largest);
+      weigh_pairs<Weight, kParts, kHolds, kMasked, true, true>(state, keys, tile, nullptr, part, tile_largest);
     else
-      weigh_pairs<Weight, kParts, kHolds, kMasked, false>(state, keys, tile, nullptr, part, tile_largest);
+      weigh_pairs<Weight, kParts, kHolds, kMasked, true, false>(state, keys, tile, nullptr, part, tile_largest);
   } else if (problem.saved_values == nullptr) {
     reweigh_pairs<Weight, kParts, kHolds, kMasked, false>(problem, state, keys, tile, due.weights(), part, nullptr);
   } else {
@@ -95,15 +95,15 @@ void raise_shift_of_pairs(RowState& state, const float* tile_largest, int64_t pa
   raise_shift(state, tile_largest, padded_width, true);
 }
 
-template <class Weight, bool kReweight, bool kFirstSweep, int kParts, bool kMasked>
+template <class Weight, bool kReweight, bool kFirstSweep, int kParts, bool kMasked, bool kFactors>
 void weigh_product_tile(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
                         bool keeps, float* tile, float* tile_largest, RowState& state, PairValues<kParts>& due) {
   if (Weight::kShifted && (!kReweight || kFirstSweep)) {
-    find_largest_scores<kMasked>(state.rows, keys, tile, tile_largest);
+    find_largest_scores<kMasked, kFactors>(state.rows, keys, tile, tile_largest);
     track_largest(state, tile_largest);
     raise_shift_of_pairs(state, tile_largest, scratch.padded_width, due);
   }
-  weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kProducts, kMasked>(
+  weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kProducts, kMasked, kFactors>(
       problem, scratch, keys, keeps, tile, tile_largest, state, due);
 }
 
@@ -112,7 +112,7 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
                        bool keeps, float* tile, float* tile_largest, RowState& state, PairValues<kParts>& due) {
   if constexpr (kReweight && !kFirstSweep && !Weight::kShifted)
     if (keeps)
-      return weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kWeights, false>(
+      return weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kWeights, false, true>(
           problem, scratch, keys, keeps, tile, tile_largest, state, due);
   const int64_t lanes = state.rows.lanes;
   const TileFactors factors{{keys.key_bits, keys.key_bits_stride, keys.key_bits_part},
@@ -125,14 +125,17 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
       track_largest(state, tile_largest);
       if (Weight::kShifted) raise_shift_of_pairs(state, tile_largest, scratch.padded_width, due);
     }
-    weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kScores, false>(problem, scratch, keys, keeps,
-                                                                                       tile, tile_largest, state, due);
+    weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kScores, false, true>(
+        problem, scratch, keys, keeps, tile, tile_largest, state, due);
   } else if (has_masked_entries(state.rows, keys)) {
-    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, true>(problem, scratch, keys, keeps, tile, tile_largest,
-                                                                     state, due);
+    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, true, true>(problem, scratch, keys, keeps, tile,
+                                                                           tile_largest, state, due);
+  } else if (kReweight || problem.normalize_qk) {
+    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, false, true>(problem, scratch, keys, keeps, tile,
+                                                                            tile_largest, state, due);
   } else {
-    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, false>(problem, scratch, keys, keeps, tile, tile_largest,
-                                                                      state, due);
+    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, false, kReweight>(problem, scratch, keys, keeps, tile,
+                                                                                 tile_largest, state, due);
   }
 }
 
@@ -202,9 +205,16 @@ void sweep(const AttentionProblem& problem, const AttentionForwardUnit& unit, At
         const int64_t place = (key_tile - range.first) * tiles + tile;
         float* tile_largest = kReweight ? scratch.tile_largest + place * kRowTile : unused;
         if (kSecondSweep && !tile_counts<Weight>(state, tile_largest)) continue;
-        if (!loaded[slot]) load_key_tile<kParts>(problem, unit, scratch, first_key, !kFirstSweep, slot);
-        loaded[slot] = true;
-        const KeyTile& keys = scratch.key_tiles[slot];
+        const KeyTile* packed = unit.packed != nullptr ? unit.packed + key_tile : nullptr;
+        const bool loads = packed == nullptr || !unit.packed_completely;
+        if (loads && !loaded[slot]) {
+          const KeyTileMemory memory = scratch.key_memory(kParts, slot);
+          KeyTile& loading = scratch.key_tiles[slot];
+          load_keys<kParts>(problem, scratch, unit.batch, unit.key_head, first_key, false, packed, memory, loading);
+          if (!kFirstSweep) load_values<kParts>(problem, scratch, unit.batch, unit.key_head, memory, loading);
+          loaded[slot] = true;
+        }
+        const KeyTile& keys = loads ? scratch.key_tiles[slot] : *packed;
         float* target = kReweight && unit.keeps ? scratch.kept + place * kKeyTile * kRowTile : scratch.scores;
         float* largest = kSecondSweep ? unused : tile_largest;
         if constexpr (kParts == 0) {
@@ -294,7 +304,7 @@ bool attend(const AttentionProblem& problem, AttentionForwardUnit& unit, Attenti
   }
   if (reweighted) {
     const KeyTiles range(scratch, tiles);
-    unit.keeps &= tiles * AttentionForwardPlan::kept_bytes((range.end - range.first) * kKeyTile) <= kKeptBytes;
+    unit.keeps &= tiles * AttentionForwardPlan::kept_bytes((range.end - range.first) * kKeyTile) <= kMostKeptBytes;
     sweep<Weight, true, true, kParts>(problem, unit, scratch, tiles);
     for (int tile = 0; tile < tiles; ++tile) {
       find_peaks<Weight>(problem, scratch.states[tile], kParts > 0);
@@ -330,23 +340,31 @@ void attention_forward(const AttentionProblem& problem, const Parallel& parallel
   if (problem.queries == 0 || key_heads == 0) return;
   if (is_decoding(problem)) return attention_decode(problem, parallel);
   const AttentionForwardPlan plan(problem, parallel.threads);
-  for_each_unit<AttentionForwardScratch>(
-      parallel, plan.units * key_heads, plan, [&plan, key_heads](int64_t index, AttentionForwardScratch& scratch) {
-        const AttentionProblem& task = *plan.problem;
-        const int64_t block = plan.units - 1 - index / key_heads;  // under causality the last rows see most keys
-        const int64_t head = index % key_heads;
-        AttentionForwardUnit unit{head / task.key_heads,
-                                  head % task.key_heads,
-                                  block * plan.unit_rows,
-                                  core::smaller(plan.rows, (block + 1) * plan.unit_rows),
-                                  true,
-                                  plan.parts,
-                                  plan.keeps};
-        if (attend_unit(task, unit, scratch)) return;
-        unit.finite = false;
-        unit.parts = 0;
-        attend_unit(task, unit, scratch);
-      });
+  PackedKeys packed(problem, plan.parts, plan.units, plan.unit_rows / kRowTile);
+  const int64_t together = packed.heads() > 0 ? packed.heads() : key_heads;
+  for (int64_t first = 0; first < key_heads; first += together) {
+    const int64_t heads = core::smaller(together, key_heads - first);
+    if (packed.heads() > 0) packed.pack(parallel, first, heads);
+    for_each_unit<AttentionForwardScratch>(
+        parallel, plan.units * heads, plan, [&](int64_t index, AttentionForwardScratch& scratch) {
+          const int64_t block = plan.units - 1 - index / heads;  // under causality the last rows see most keys
+          const int64_t local = index % heads, head = first + local;
+          AttentionForwardUnit unit{head / problem.key_heads,
+                                    head % problem.key_heads,
+                                    block * plan.unit_rows,
+                                    core::smaller(plan.rows, (block + 1) * plan.unit_rows),
+                                    true,
+                                    plan.parts,
+                                    plan.keeps,
+                                    packed.heads() > 0 ? packed.of_head(local) : nullptr,
+                                    packed.complete()};
+          if (attend_unit(problem, unit, scratch)) return;
+          unit.finite = false;
+          unit.parts = 0;
+          unit.packed = nullptr;
+          attend_unit(problem, unit, scratch);
+        });
+  }
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

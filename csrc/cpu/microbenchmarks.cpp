@@ -57,14 +57,20 @@ void time_rows(const AttentionProblem& problem, AttentionForwardScratch& scratch
                                 scratch.padded_depth};
       pair_products<kParts, false, true>(&factors, 1, scratch.scores, core::round_up(keys.count, kPairRows), lanes);
       watch.add_to(parts.scores);
-      if (Weight::kShifted) {
-        find_largest_scores<false>(state.rows, keys, scratch.scores, largest);
-        track_largest(state, largest);
-        raise_shift(state, largest, width, true);
-      }
       uint32_t* pairs = scratch.weight_pairs + slot * kParts * part;
-      weigh_pairs<Weight, kParts, TileHolds::kProducts, false, false>(state, keys, scratch.scores, pairs, part,
-                                                                      largest);
+      const auto weigh = [&](auto factors) {
+        if (Weight::kShifted) {
+          find_largest_scores<false, factors>(state.rows, keys, scratch.scores, largest);
+          track_largest(state, largest);
+          raise_shift(state, largest, width, true);
+        }
+        weigh_pairs<Weight, kParts, TileHolds::kProducts, false, factors, false>(state, keys, scratch.scores, pairs,
+                                                                                 part, largest);
+      };
+      if (problem.normalize_qk)
+        weigh(std::true_type());
+      else
+        weigh(std::false_type());
       weighted[slot] = {{keys.value_columns, kKeyTile, scratch.column_part}, {pairs, kPanelLanes, part, lanes}, depth};
       watch.add_to(parts.weights);
     }
@@ -79,7 +85,8 @@ template <class Weight, int kParts>
 void time_parts(const AttentionProblem& problem, int repetitions, AttentionParts& parts) {
   const AttentionForwardPlan plan(problem, 1);
   AttentionForwardScratch scratch(plan);
-  const AttentionForwardUnit unit{0, 0, 0, core::smaller(plan.unit_rows, plan.rows), true, plan.parts, false};
+  const AttentionForwardUnit unit{0,     0,       0,    core::smaller(plan.unit_rows, plan.rows), true, plan.parts,
+                                  false, nullptr, false};
   const int tiles = static_cast<int>((unit.end + kRowTile - 1) / kRowTile);
   const int64_t together = plan.key_tiles() * kKeyTile;
   Stopwatch watch;
@@ -99,8 +106,12 @@ void time_parts(const AttentionProblem& problem, int repetitions, AttentionParts
     for (int64_t begin = 0; begin < problem.keys; begin += together) {
       const int64_t end = core::smaller(problem.keys, begin + together);
       const int64_t key_tiles = (end - begin + kKeyTile - 1) / kKeyTile;
-      for (int64_t slot = 0; slot < key_tiles; ++slot)
-        load_key_tile<kParts>(problem, unit, scratch, begin + slot * kKeyTile, true, slot);
+      for (int64_t slot = 0; slot < key_tiles; ++slot) {
+        const KeyTileMemory memory = scratch.key_memory(kParts, slot);
+        KeyTile& keys = scratch.key_tiles[slot];
+        load_keys<kParts>(problem, scratch, 0, 0, begin + slot * kKeyTile, false, nullptr, memory, keys);
+        load_values<kParts>(problem, scratch, 0, 0, memory, keys);
+      }
       watch.add_to(parts.packing);
       for (int tile = 0; tile < tiles; ++tile)
         time_rows<Weight, kParts>(problem, scratch, key_tiles, scratch.states[tile], watch, parts);

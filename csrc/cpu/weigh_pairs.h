@@ -9,7 +9,8 @@ namespace sightline::SIGHTLINE_ISA_NS {
 
 // log2(e) (score - shift) of the product of a row and a key. Every tile of a row takes it from here, whether masked or
 // not: a row's bits must not depend on the tiles in which it is masked.
-template <class Weight>
+// kFactors: keys have factors, which are 1 otherwise.
+template <class Weight, bool kFactors>
 struct ExponentOfProduct {
   Vec row_factor;
   Vec minus_shift;
@@ -22,7 +23,7 @@ struct ExponentOfProduct {
   }
 
   __attribute__((always_inline)) Vec operator()(Vec product, float key_factor) const {
-    const Vec factor = row_factor * Vec::broadcast(key_factor);
+    const Vec factor = kFactors ? row_factor * Vec::broadcast(key_factor) : row_factor;
     return Weight::kShifted ? fma(product, factor, minus_shift) : product * factor;
   }
 };
@@ -30,14 +31,14 @@ struct ExponentOfProduct {
 // Per 16 lanes of a tile of `keys.count` keys, two keys at a time: what weight_of() takes to `weigh(x, key)`, and pairs
 // of what that returns to `pairs`, in parts `part` apart, unless it is null, in a depth padded with zeros. What is not
 // visible is taken from products here, and from scores before.
-template <class Weight, int kParts, TileHolds kHolds, bool kMasked, class Weigh>
+template <class Weight, int kParts, TileHolds kHolds, bool kMasked, bool kFactors, class Weigh>
 SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, const float* tile, int lane,
                                    uint32_t* pairs, int64_t part, Vec& rounded_sum, Weigh weigh) {
   keep_tile_unit_awake();
   const int64_t lanes = state.rows.lanes;
   const Vec log2_e = Vec::broadcast(core::kLog2E), zeros = Vec::broadcast(0.0f);
   const Vec minus_infinity = Vec::broadcast(-INFINITY);
-  const ExponentOfProduct<Weight> exponent_of(state, lane);
+  const ExponentOfProduct<Weight, kFactors> exponent_of(state, lane);
   Vec shift = Vec::load(state.shift + lane);
   shift = select(equal(shift, minus_infinity), zeros, shift);
   const IntVec first = IntVec::load(state.rows.first + lane), last = IntVec::load(state.rows.last + lane);
@@ -73,28 +74,40 @@ SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, c
   for (; key < core::round_up(keys.count, kPairDepth); key += 2) keep(key, zeros, zeros);
 }
 
-// The largest score of each row of a tile of products, for a shift that must be known before the first weight.
-template <bool kMasked>
-static void find_largest_scores(const RowTile& rows, const KeyTile& keys, const float* tile, float* largest) {
+// The largest over `keys` of what score_of(key) gives; keys are taken in turns by a few sums that do not wait for each
+// other.
+template <class ScoreOf>
+SIGHTLINE_INLINE Vec largest_of_keys(int keys, ScoreOf score_of) {
   constexpr int kChains = 4;
+  const Vec minus_infinity = Vec::broadcast(-INFINITY);
+  Vec top[kChains] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
+  int key = 0;
+  for (; key + kChains <= keys; key += kChains)
+    for (int chain = 0; chain < kChains; ++chain) top[chain] = maximum(score_of(key + chain), top[chain]);
+  for (; key < keys; ++key) top[0] = maximum(score_of(key), top[0]);
+  return maximum(maximum(top[0], top[1]), maximum(top[2], top[3]));
+}
+
+// The largest score of each row of a tile of products, for a shift that must be known before the first weight.
+template <bool kMasked, bool kFactors>
+static void find_largest_scores(const RowTile& rows, const KeyTile& keys, const float* tile, float* largest) {
   const Vec minus_infinity = Vec::broadcast(-INFINITY);
   for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
     const Vec row_factor = Vec::load(rows.factor + lane);
+    const auto product_of = [&](int key) SIGHTLINE_INLINE_LAMBDA { return Vec::load(tile + key * rows.lanes + lane); };
+    if (!kMasked && !kFactors && !any(less(row_factor, Vec::broadcast(0.0f)))) {
+      // Rounding keeps the order: the score of the largest product is the largest.
+      store(largest + lane, largest_of_keys(keys.count, product_of) * row_factor);
+      continue;
+    }
     const IntVec first = IntVec::load(rows.first + lane), last = IntVec::load(rows.last + lane);
-    Vec top[kChains] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
-    const auto raise = [&](Vec& so_far, int key) {
-      Vec score = Vec::load(tile + key * rows.lanes + lane) * (row_factor * Vec::broadcast(keys.factor[key]));
-      if (kMasked) {
-        const Mask visible = between(first, last, static_cast<int32_t>(keys.first) + key);
-        score = keys.takes_part[key] ? select(visible, score, minus_infinity) : minus_infinity;
-      }
-      so_far = maximum(score, so_far);
+    const auto score_of = [&](int key) SIGHTLINE_INLINE_LAMBDA {
+      const Vec score = product_of(key) * (row_factor * Vec::broadcast(keys.factor[key]));
+      if (!kMasked) return score;
+      const Mask visible = between(first, last, static_cast<int32_t>(keys.first) + key);
+      return keys.takes_part[key] ? select(visible, score, minus_infinity) : minus_infinity;
     };
-    int key = 0;
-    for (; key + kChains <= keys.count; key += kChains)
-      for (int chain = 0; chain < kChains; ++chain) raise(top[chain], key + chain);
-    for (; key < keys.count; ++key) raise(top[0], key);
-    store(largest + lane, maximum(maximum(top[0], top[1]), maximum(top[2], top[3])));
+    store(largest + lane, largest_of_keys(keys.count, score_of));
   }
 }
 
@@ -106,7 +119,7 @@ SIGHTLINE_INLINE void add_lanes(double* sums, Vec values) {
 
 // As weigh() of weigh_tile.h. Of products whose weights need no shift it finds the largest scores too; with kKeep the
 // weights stay in the tile.
-template <class Weight, int kParts, TileHolds kHolds, bool kMasked, bool kKeep>
+template <class Weight, int kParts, TileHolds kHolds, bool kMasked, bool kFactors, bool kKeep>
 static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint32_t* pairs, int64_t part,
                         float* tile_largest) {
   constexpr bool kTrackLargest = kHolds == TileHolds::kProducts && !Weight::kShifted;
@@ -119,7 +132,7 @@ static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint3
       sum = sum + weight;
       return weight;
     };
-    map_to_pairs<Weight, kParts, kHolds, kMasked>(state, keys, tile, lane, pairs, part, rounded_sum, weigh);
+    map_to_pairs<Weight, kParts, kHolds, kMasked, kFactors>(state, keys, tile, lane, pairs, part, rounded_sum, weigh);
     add_lanes(state.normalizer + lane, sum);
     if (kParts == 1) add_lanes(state.rounded_sum + lane, rounded_sum);
     if (!kTrackLargest) continue;
@@ -152,7 +165,7 @@ static void reweigh_pairs(const AttentionProblem& problem, RowState& state, cons
       sum = sum + sharp;
       return sharp;
     };
-    map_to_pairs<Weight, kParts, kHolds, kMasked>(state, keys, tile, lane, pairs, part, rounded_sum, weigh);
+    map_to_pairs<Weight, kParts, kHolds, kMasked, true>(state, keys, tile, lane, pairs, part, rounded_sum, weigh);
     add_lanes(state.weight_sum + lane, sum);
     if (kParts == 1) add_lanes(state.rounded_sum + lane, rounded_sum);
     if (kParts > 1 && kSaves) add_lanes(state.response + lane, response_sum);
