@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from command_line import positive_integers, say, write_document
-from machine_rates import OPERANDS, bench_module, multiply_rates, read_rate
+from machine_rates import bench_module, multiply_rates, read_rate, vector_times_after_products
 
 from sightline.cli.environment import instruction_sets
 
 SCHEMA = "sightline-parts/1"
 PARTS = ("packing", "scores", "weights", "values")
+DTYPES = ("float32", "float16", "bfloat16")
 WEIGHTINGS = ("softmax", "lssa")
 ROWS = 4096  # of one head: so many that a unit of work is full
 READ_BYTES = 256 << 20  # no private cache holds them
@@ -56,12 +57,18 @@ def main() -> None:
     most = torch.get_num_threads()
     rates = {threads: multiply_rates(bench, isa, threads) for threads in sorted({1, most})}
     read = read_rate(bench, isa, torch.ones(READ_BYTES // 4).numpy(), most, passes=20)
+    after_products = vector_times_after_products(bench, isa)
     timings = []
-    for dtype, width, weighting in itertools.product(OPERANDS, options.widths, WEIGHTINGS):
+    for dtype, width, weighting in itertools.product(DTYPES, options.widths, WEIGHTINGS):
         case = {"dtype": dtype, "weighting": weighting, "head_dim": width, "length": options.length}
         say(", ".join(map(str, case.values())))
         timings.append(time_parts(bench, isa, case, options.repetitions))
-    found = {"multiply_gflops": rates, "read_gigabytes_per_second": read, "timings": timings}
+    found = {
+        "multiply_gflops": rates,
+        "read_gigabytes_per_second": read,
+        "vector_nanoseconds": after_products,
+        "timings": timings,
+    }
     write_document(SCHEMA, found, name=options.name)
 
 

@@ -56,6 +56,24 @@ def multiply_rates(bench: ModuleType, isa: str, threads: int, seconds: float = 0
         return {operands: sum(pool.map(rate, [asked] * threads)) / 1e9 for operands, asked in kinds.items()}
 
 
+def vector_times_after_products(bench: ModuleType, isa: str, seconds: float = 0.05) -> list[dict[str, float]]:
+    """Nanoseconds of vector work alone and after four products of the tile unit, from short to long; [] without it.
+
+    What the second takes longer shows whether both units work at the same time, and what it costs that the tile unit
+    falls asleep during long work.
+    """
+
+    def nanoseconds(turns: int, after_products: bool) -> float:
+        return 1e9 * float(bench.vector_seconds(isa, turns, after_products, seconds))
+
+    if nanoseconds(0, True) == 0:
+        return []
+    return [
+        {"alone": nanoseconds(turns, False), "after_products": nanoseconds(turns, True)}
+        for turns in (0, 60, 150, 250, 400, 600, 1200, 2400)
+    ]
+
+
 def peaks_by_dtype(rates: dict[str, float]) -> dict[str, float]:
     """The rate that limits products in a dtype: float16 is multiplied as float32, as is bfloat16 without products.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from machine_rates import peaks_by_dtype
+
 from page.markdown import LABELS, described, markdown_table, milliseconds
 
 
@@ -185,6 +187,23 @@ def option_case(result: dict[str, Any]) -> str:
     return f"{case}, {result.get('pass', 'forward')}"
 
 
+def tile_unit_table(times: list[dict[str, float]]) -> list[str]:
+    """What four products of the tile unit add to vector work of different lengths."""
+    if not times:
+        return []
+    rows = [
+        [f"{time['alone']:,.0f}", f"{time['after_products']:,.0f}", f"{time['after_products'] - time['alone']:,.0f}"]
+        for time in times
+    ]
+    return [
+        "Vector work between products of the tile unit, nanoseconds on one thread: multiply-adds alone, and each time "
+        "after four products of 16 x 16 x 32. If both units worked at the same time the difference would vanish; it "
+        "grows with the work, and jumps where the tile unit has fallen asleep.",
+        "",
+        *markdown_table(["multiply-adds alone", "after four products", "difference"], rows, 0),
+    ]
+
+
 def parts_section(document: dict[str, Any]) -> list[str]:
     """One run of attention_parts.py."""
     lines = [f"## Parts of attention on {document['device']['name']}", "", *described(document)]
@@ -197,6 +216,7 @@ def parts_section(document: dict[str, Any]) -> list[str]:
         f"What the machine multiplies in registers, {rates}. "
         f"Memory is read with {document['read_gigabytes_per_second']:.1f} GB/s.",
         "",
+        *tile_unit_table(document.get("vector_nanoseconds", [])),
         "Nanoseconds per (row, key) pair on one thread, all keys visible; in brackets the share of the time, and for "
         "the two products the share of what one thread multiplies in registers.",
         "",
@@ -205,7 +225,7 @@ def parts_section(document: dict[str, Any]) -> list[str]:
     for found in document["timings"]:
         times = found["nanoseconds"]
         total = sum(times.values())
-        most = document["multiply_gflops"]["1"][found["dtype"]] or document["multiply_gflops"]["1"]["float32"]
+        most = peaks_by_dtype(document["multiply_gflops"]["1"])[found["dtype"]]
         row = [f"{found['dtype']}, {LABELS[found['weighting']]}, D = {found['head_dim']}, N = {found['length']:,}"]
         for part, time in times.items():
             shares = f"{time / total:.0%}"

@@ -23,18 +23,26 @@ namespace py = pybind11;
 namespace sightline::bench {
 namespace {
 
-// (rows, width) of normal numbers, in fp32 or bfloat16.
+DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  throw std::invalid_argument("dtype: expected 'float32', 'float16' or 'bfloat16', got '" + name + "'");
+}
+
+// (rows, width) of normal numbers.
 class RandomRows {
  public:
   RandomRows(int64_t rows, int64_t width, DType dtype, std::mt19937& random)
       : width_(width), dtype_(dtype), numbers_(static_cast<size_t>(rows * width)) {
     std::normal_distribution<float> normal;
     for (float& number : numbers_) number = normal(random);
-    if (dtype != DType::kBFloat16) return;
-    for (const float number : numbers_) bits_.push_back(core::float_to_bfloat16(number));
+    if (dtype == DType::kFloat32) return;
+    for (const float number : numbers_)
+      bits_.push_back(dtype == DType::kFloat16 ? core::float_to_float16(number) : core::float_to_bfloat16(number));
   }
   HeadsView view() {
-    void* data = dtype_ == DType::kBFloat16 ? static_cast<void*>(bits_.data()) : numbers_.data();
+    void* data = dtype_ == DType::kFloat32 ? static_cast<void*>(numbers_.data()) : bits_.data();
     return {data, 0, 0, width_};
   }
 
@@ -47,15 +55,13 @@ class RandomRows {
 
 py::dict time_attention_parts(const std::string& isa, const std::string& dtype, const std::string& weighting,
                               int64_t rows, int64_t keys, int64_t width, int repetitions) {
-  if (dtype != "float32" && dtype != "bfloat16")
-    throw std::invalid_argument("dtype: expected 'float32' or 'bfloat16', got '" + dtype + "'");
   if (weighting != "softmax" && weighting != "lssa")
     throw std::invalid_argument("weighting: expected 'softmax' or 'lssa', got '" + weighting + "'");
   if (rows < 1 || keys < 1 || width < 1 || width > 512 || repetitions < 1)
     throw std::invalid_argument("rows, keys, width and repetitions: expected at least 1, and a width of at most 512");
   const bool softplus = weighting == "lssa";
   AttentionProblem problem;
-  problem.dtype = dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
+  problem.dtype = dtype_named(dtype);
   std::mt19937 random(1);
   RandomRows query(rows, width, problem.dtype, random), key(keys, width, problem.dtype, random);
   RandomRows value(keys, width, problem.dtype, random);
@@ -91,6 +97,13 @@ double multiply_rate(const std::string& isa, const std::string& operands, double
   const KernelTable& table = table_of(isa);
   const py::gil_scoped_release release;
   return table.multiply_rate(operands == "bfloat16", seconds);
+}
+
+double vector_seconds(const std::string& isa, int64_t turns, bool after_products, double seconds) {
+  if (turns < 0) throw std::invalid_argument("turns: expected at least 0");
+  const KernelTable& table = table_of(isa);
+  const py::gil_scoped_release release;
+  return table.vector_seconds(turns, after_products, seconds);
 }
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -134,6 +147,10 @@ void bind_microbenchmarks(py::module_& module) {
   module.def("multiply_rate", multiply_rate, py::arg("isa"), py::arg("operands"), py::arg("seconds") = 0.2,
              "The most floating-point operations per second of one thread: fused multiply-adds in float32, or products "
              "of bfloat16 in pairs (0 where the instruction set has none).");
+  module.def("vector_seconds", vector_seconds, py::arg("isa"), py::arg("turns"), py::arg("after_products"),
+             py::arg("seconds") = 0.02,
+             "Seconds of so many turns of 12 fused multiply-adds, alone or each time after four products of the tile "
+             "unit (0 where there is none).");
   module.def("read_rate", read_rate, py::arg("isa"), py::arg("array").noconvert(), py::arg("threads") = 1,
              py::arg("passes") = 5,
              "Bytes per second at which the threads together read a contiguous float32 array: the best of the passes.");

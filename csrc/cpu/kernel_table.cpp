@@ -19,6 +19,7 @@ void power_array(const float*, float, float*, int64_t);
 void attention_parts(const AttentionProblem&, int, AttentionParts&);
 double multiply_rate(bool, double);
 void read_floats(const float*, int64_t);
+double vector_seconds(int64_t, bool, double);
 
 extern const KernelTable kTable;
 const KernelTable kTable = {kIsaName,
@@ -35,6 +36,7 @@ const KernelTable kTable = {kIsaName,
                             power_array,
                             attention_parts,
                             multiply_rate,
-                            read_floats};
+                            read_floats,
+                            vector_seconds};
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

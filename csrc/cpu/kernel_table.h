@@ -33,6 +33,8 @@ struct KernelTable {
   void (*attention_parts)(const AttentionProblem&, int repetitions, AttentionParts&);
   double (*multiply_rate)(bool pairs, double seconds);
   void (*read_floats)(const float* data, int64_t count);
+  // Seconds of so many turns of fused multiply-adds, alone or after four products of the tile unit (0 without one).
+  double (*vector_seconds)(int64_t turns, bool after_products, double seconds);
 };
 
 // The table chosen at load: the fastest instruction set of this machine, or the one that SIGHTLINE_ISA names.

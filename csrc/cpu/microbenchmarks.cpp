@@ -137,12 +137,12 @@ void time_parts(const AttentionProblem& problem, int repetitions, AttentionParts
 constexpr int kChains = 12;  // sums that do not wait for each other: more than latency times width of any machine
 constexpr int64_t kTurns = 1 << 16;
 
-// Floating-point operations of `kTurns` turns of fused multiply-adds.
-double multiply_vectors() {
+// Floating-point operations of so many turns of fused multiply-adds.
+double multiply_vectors(int64_t turns) {
   Vec sums[kChains];
   for (int chain = 0; chain < kChains; ++chain) sums[chain] = Vec::broadcast(static_cast<float>(chain));
   const Vec factor = Vec::broadcast(0.999f), term = Vec::broadcast(0.001f);
-  for (int64_t turn = 0; turn < kTurns; ++turn)
+  for (int64_t turn = 0; turn < turns; ++turn)
 #pragma GCC unroll 12
     for (int chain = 0; chain < kChains; ++chain) sums[chain] = fma(sums[chain], factor, term);
   alignas(64) float sink[Vec::kWidth];
@@ -150,10 +150,10 @@ double multiply_vectors() {
     store(sink, sums[chain]);
     asm volatile("" : : "r"(sink) : "memory");
   }
-  return 2.0 * kTurns * kChains * Vec::kWidth;
+  return 2.0 * static_cast<double>(turns) * kChains * Vec::kWidth;
 }
 
-// The same of products of bfloat16: 0 where there is no instruction for them.
+// As many of `kTurns` turns of products of bfloat16: 0 where there is no instruction for them.
 double multiply_pairs() {
 #if defined(__AMX_BF16__)
   const TileUnit unit(true);
@@ -235,11 +235,43 @@ double multiply_rate(bool pairs, double seconds) {
   double best = 0.0;
   for (const double end = now() + seconds; now() < end;) {
     const double start = now();
-    const double operations = pairs ? multiply_pairs() : multiply_vectors();
+    const double operations = pairs ? multiply_pairs() : multiply_vectors(kTurns);
     const double rate = operations / (now() - start);
     if (rate > best) best = rate;
   }
   return best;
+}
+
+double vector_seconds(int64_t turns, bool after_products, double seconds) {
+  if (after_products && !kHasTileUnit) return 0.0;
+  constexpr int kRepetitions = 100;  // between two looks at the clock
+  const TileUnit unit(after_products);
+#if defined(__AMX_BF16__)
+  if (after_products) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+#endif
+  double fastest = INFINITY;
+  for (const double end = now() + seconds; now() < end;) {
+    const double start = now();
+    for (int repetition = 0; repetition < kRepetitions; ++repetition) {
+#if defined(__AMX_BF16__)
+      if (after_products) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+#endif
+      multiply_vectors(turns);
+    }
+    const double time = (now() - start) / kRepetitions;
+    if (time < fastest) fastest = time;
+  }
+  return fastest;
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -52,20 +52,23 @@ constexpr float kShiftSlack = 5.5f;
 [[maybe_unused]] static void raise_shift(RowState& state, const float* tile_largest, int64_t padded_width, bool pairs) {
   if (!shift_rises(state, tile_largest)) return;
   alignas(64) float decays[kRowTile];
+  bool gathered = false;
   for (int lane = 0; lane < state.rows.lanes; ++lane) {
     const float before = state.shift[lane];
     const float after = tile_largest[lane];
     decays[lane] = 1.0f;
     if (!(after > before + kShiftSlack)) continue;
+    state.shift[lane] = after;
+    if (before == -INFINITY) continue;  // the row has gathered nothing yet
     const float decay = std::exp(before - after);
     decays[lane] = decay;
-    state.shift[lane] = after;
+    gathered = true;
     state.normalizer[lane] *= decay;
     state.rounded_sum[lane] *= decay;
     state.chunk_decay[lane] *= decay;
     if (!pairs) scale_row(state.chunk_values + lane * padded_width, decay, padded_width);
   }
-  if (!pairs) return;
+  if (!pairs || !gathered) return;
   for (int64_t column = 0; column < padded_width; ++column)
     for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
       float* entry = state.chunk_values + column * state.rows.lanes + lane;

@@ -10,7 +10,7 @@ import pytest
 PARTS = ("packing", "scores", "weights", "values")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("weighting", ["softmax", "lssa"])
 @pytest.mark.parametrize(("rows", "keys", "width"), [(1, 1, 1), (70, 130, 20), (600, 100, 64)])
 def test_every_part_takes_time(
@@ -34,6 +34,15 @@ def test_rates_are_positive_where_there_is_an_instruction(bench: ModuleType, isa
     assert 1e8 < bench.multiply_rate(isa, "float32", 0.02) < 1e13
     pairs = bench.multiply_rate(isa, "bfloat16", 0.02)
     assert (1e9 < pairs < 1e14) if isa.endswith("bf16") else pairs == 0
+
+
+def test_vector_work_takes_longer_after_products_of_the_tile_unit(bench: ModuleType, isa: str) -> None:
+    alone = [bench.vector_seconds(isa, turns, False, 0.02) for turns in (100, 10_000)]
+    assert 0 < 10 * alone[0] < alone[1] < 1
+    after = bench.vector_seconds(isa, 0, True, 0.02)
+    assert (after > 0) if isa.startswith("amx") else (after == 0)
+    with pytest.raises(ValueError, match="turns"):
+        bench.vector_seconds(isa, -1, False)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -62,7 +71,7 @@ def test_what_cannot_be_read_is_refused(bench: ModuleType) -> None:
     ("changes", "message"),
     [
         ({"isa": "sse9"}, "isa"),
-        ({"dtype": "float16"}, "dtype"),
+        ({"dtype": "float64"}, "dtype"),
         ({"weighting": "lssar"}, "weighting"),
         ({"rows": 0}, "rows"),
         ({"width": 513}, "width"),
