@@ -125,7 +125,7 @@ void differentiate_pair_tile(const AttentionProblem& problem, const AttentionBac
     differentiate(problem, rows, *scratch.row_gradients, keys, scratch.scores, scratch.score_gradients, scratch.pairs);
   };
   const bool reweighted = problem.reweight.power > 0.0f;
-  if (has_masked_entries(rows, keys)) {
+  if (has_masked_entries(problem, rows, keys)) {
     alignas(64) float largest[kRowTile];
     finish_tile(problem, rows, keys, scratch.bias, scratch.scores, largest);
     if (reweighted)

@@ -69,19 +69,23 @@ class PairValues {
 // Scores or products to pairs of weights, or in the first of two sweeps to what it gathers.
 template <class Weight, bool kReweight, bool kFirstSweep, int kParts, TileHolds kHolds, bool kMasked, bool kFactors>
 void weigh_pair_tile(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
-                     bool keeps, float* tile, float* tile_largest, RowState& state, const PairValues<kParts>& due) {
+                     const TileVisibility& visible, bool keeps, float* tile, float* tile_largest, RowState& state,
+                     const PairValues<kParts>& due) {
   const int64_t part = scratch.weight_part;
   if constexpr (!kReweight) {
-    weigh_pairs<Weight, kParts, kHolds, kMasked, kFactors, false>(state, keys, tile, due.weights(), part, tile_largest);
+    weigh_pairs<Weight, kParts, kHolds, kMasked, kFactors, false>(state, keys, visible, tile, due.weights(), part,
+                                                                  tile_largest);
   } else if constexpr (kFirstSweep) {
     if (keeps)
-      weigh_pairs<Weight, kParts, kHolds, kMasked, true, true>(state, keys, tile, nullptr, part, tile_largest);
+      weigh_pairs<Weight, kParts, kHolds, kMasked, true, true>(state, keys, visible, tile, nullptr, part, tile_largest);
     else
-      weigh_pairs<Weight, kParts, kHolds, kMasked, true, false>(state, keys, tile, nullptr, part, tile_largest);
+      weigh_pairs<Weight, kParts, kHolds, kMasked, true, false>(state, keys, visible, tile, nullptr, part,
+                                                                tile_largest);
   } else if (problem.saved_values == nullptr) {
-    reweigh_pairs<Weight, kParts, kHolds, kMasked, false>(problem, state, keys, tile, due.weights(), part, nullptr);
+    reweigh_pairs<Weight, kParts, kHolds, kMasked, false>(problem, state, keys, visible, tile, due.weights(), part,
+                                                          nullptr);
   } else {
-    reweigh_pairs<Weight, kParts, kHolds, kMasked, true>(problem, state, keys, tile, due.weights(), part,
+    reweigh_pairs<Weight, kParts, kHolds, kMasked, true>(problem, state, keys, visible, tile, due.weights(), part,
                                                          scratch.responses);
     round_responses<kParts>(state, keys.count, scratch.responses, due.responses(), part);
   }
@@ -97,23 +101,25 @@ void raise_shift_of_pairs(RowState& state, const float* tile_largest, int64_t pa
 
 template <class Weight, bool kReweight, bool kFirstSweep, int kParts, bool kMasked, bool kFactors>
 void weigh_product_tile(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
-                        bool keeps, float* tile, float* tile_largest, RowState& state, PairValues<kParts>& due) {
+                        const TileVisibility& visible, bool keeps, float* tile, float* tile_largest, RowState& state,
+                        PairValues<kParts>& due) {
   if (Weight::kShifted && (!kReweight || kFirstSweep)) {
-    find_largest_scores<kMasked, kFactors>(state.rows, keys, tile, tile_largest);
+    find_largest_scores<kMasked, kFactors>(state.rows, keys, visible, tile, tile_largest);
     track_largest(state, tile_largest);
     raise_shift_of_pairs(state, tile_largest, scratch.padded_width, due);
   }
   weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kProducts, kMasked, kFactors>(
-      problem, scratch, keys, keeps, tile, tile_largest, state, due);
+      problem, scratch, keys, visible, keeps, tile, tile_largest, state, due);
 }
 
 template <class Weight, bool kReweight, bool kFirstSweep, int kParts>
 void find_pair_weights(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
                        bool keeps, float* tile, float* tile_largest, RowState& state, PairValues<kParts>& due) {
+  TileVisibility visible;
   if constexpr (kReweight && !kFirstSweep && !Weight::kShifted)
     if (keeps)
       return weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kWeights, false, true>(
-          problem, scratch, keys, keeps, tile, tile_largest, state, due);
+          problem, scratch, keys, visible, keeps, tile, tile_largest, state, due);
   const int64_t lanes = state.rows.lanes;
   const TileFactors factors{{keys.key_bits, keys.key_bits_stride, keys.key_bits_part},
                             {state.query_pairs, kPanelLanes, scratch.query_part, lanes},
@@ -126,16 +132,17 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
       if (Weight::kShifted) raise_shift_of_pairs(state, tile_largest, scratch.padded_width, due);
     }
     weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kScores, false, true>(
-        problem, scratch, keys, keeps, tile, tile_largest, state, due);
-  } else if (has_masked_entries(state.rows, keys)) {
-    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, true, true>(problem, scratch, keys, keeps, tile,
+        problem, scratch, keys, visible, keeps, tile, tile_largest, state, due);
+  } else if (has_masked_entries(problem, state.rows, keys)) {
+    find_visible(problem, state.rows, keys.first, keys.count, keys.takes_part, visible);
+    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, true, true>(problem, scratch, keys, visible, keeps, tile,
                                                                            tile_largest, state, due);
   } else if (kReweight || problem.normalize_qk) {
-    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, false, true>(problem, scratch, keys, keeps, tile,
-                                                                            tile_largest, state, due);
+    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, false, true>(problem, scratch, keys, visible, keeps,
+                                                                            tile, tile_largest, state, due);
   } else {
-    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, false, kReweight>(problem, scratch, keys, keeps, tile,
-                                                                                 tile_largest, state, due);
+    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, false, kReweight>(problem, scratch, keys, visible, keeps,
+                                                                                 tile, tile_largest, state, due);
   }
 }
 

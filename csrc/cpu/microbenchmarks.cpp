@@ -34,6 +34,7 @@ template <class Weight, int kParts>
 void time_rows(const AttentionProblem& problem, AttentionForwardScratch& scratch, int64_t key_tiles, RowState& state,
                Stopwatch& watch, AttentionParts& parts) {
   alignas(64) float largest[kRowTile];
+  const TileVisibility all_visible = {};  // never read
   const int64_t lanes = state.rows.lanes, part = scratch.weight_part, width = scratch.padded_width;
   TileFactors weighted[kPairKeyTiles];
   for (int64_t slot = 0; slot < key_tiles; ++slot) {
@@ -60,12 +61,12 @@ void time_rows(const AttentionProblem& problem, AttentionForwardScratch& scratch
       uint32_t* pairs = scratch.weight_pairs + slot * kParts * part;
       const auto weigh = [&](auto factors) {
         if (Weight::kShifted) {
-          find_largest_scores<false, factors>(state.rows, keys, scratch.scores, largest);
+          find_largest_scores<false, factors>(state.rows, keys, all_visible, scratch.scores, largest);
           track_largest(state, largest);
           raise_shift(state, largest, width, true);
         }
-        weigh_pairs<Weight, kParts, TileHolds::kProducts, false, factors, false>(state, keys, scratch.scores, pairs,
-                                                                                 part, largest);
+        weigh_pairs<Weight, kParts, TileHolds::kProducts, false, factors, false>(state, keys, all_visible,
+                                                                                 scratch.scores, pairs, part, largest);
       };
       if (problem.normalize_qk)
         weigh(std::true_type());

@@ -59,6 +59,14 @@ SIGHTLINE_INLINE float mask_bias(const char* element, MaskKind kind) {
   }
 }
 
+// Asks for entries [first, first + count) of a row of the mask, which may lie beyond its end: nothing is read.
+SIGHTLINE_INLINE void prefetch_mask(const MaskView& mask, int64_t batch, int64_t head, int64_t query, int64_t first,
+                                    int64_t count) {
+  const char* start = mask_element(mask, batch, head, query, first);
+  const int64_t bytes = count * (mask.kind == MaskKind::kBool ? 1 : mask.kind == MaskKind::kFloat32 ? 4 : 2);
+  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(start + offset);
+}
+
 // Entries [first, first + count) of a row of the mask as biases.
 [[maybe_unused]] static void load_mask_row(const MaskView& mask, int64_t batch, int64_t head, int64_t query,
                                            int64_t first, int64_t count, float* bias) {
@@ -81,9 +89,31 @@ SIGHTLINE_INLINE float mask_bias(const char* element, MaskKind kind) {
   }
 }
 
+// Whether attn_mask only hides keys, in bytes that lie side by side.
+SIGHTLINE_INLINE bool masks_with_bytes(const AttentionProblem& problem) {
+  return problem.attn_mask.kind == MaskKind::kBool && problem.attn_mask.strides[3] == 1;
+}
+
+// Entries [first, first + count) of a row of attn_mask, count <= 64, as bits.
+SIGHTLINE_INLINE uint64_t mask_bits(const AttentionProblem& problem, int64_t batch, int64_t head, int64_t query,
+                                    int64_t first, int64_t count) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(mask_element(problem.attn_mask, batch, head, query, first));
+  if (count == 64) return nonzero_bits(bytes);
+  uint8_t padded[64] = {};
+  __builtin_memcpy(padded, bytes, static_cast<size_t>(count));
+  return nonzero_bits(padded);
+}
+
 [[maybe_unused]] static int64_t count_visible(const AttentionProblem& problem, int64_t batch, int64_t head,
                                               int64_t query, int64_t first, int64_t last) {
   if (last < first) return 0;
+  if (masks_with_bytes(problem) && problem.key_mask == nullptr) {
+    int64_t visible = 0;
+    for (int64_t start = first; start <= last; start += 64)
+      visible +=
+          __builtin_popcountll(mask_bits(problem, batch, head, query, start, core::smaller(64, last + 1 - start)));
+    return visible;
+  }
   if (problem.attn_mask.kind != MaskKind::kNone) {
     constexpr int64_t kBlock = 256;
     alignas(64) float bias[kBlock];

@@ -6,7 +6,7 @@
 
 #include "core/polynomials.h"
 #include "cpu/product.h"
-#include "cpu/row_tile.h"
+#include "cpu/tile_visibility.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
@@ -56,6 +56,8 @@ SIGHTLINE_INLINE void set_up_key_factors(const AttentionProblem& problem, int64_
       load_mask_row(problem.attn_mask, rows.batch, rows.head[lane + offset], rows.query[lane + offset], keys.first,
                     keys.count, row);
       zero(row + keys.count, kKeyTile - keys.count);
+      prefetch_mask(problem.attn_mask, rows.batch, rows.head[lane + offset], rows.query[lane + offset],
+                    keys.first + kKeyTile, kKeyTile);
     }
     for (int column = 0; column < kKeyTile; column += Vec::kWidth)
       transpose_block(block + column, kKeyTile, bias + column * rows.lanes + lane, rows.lanes);
@@ -67,21 +69,19 @@ SIGHTLINE_INLINE bool tile_is_visible_to_any(const RowTile& rows, int64_t first_
 }
 
 template <bool kMasked, bool kExtras>
-static void finish_scores(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys, const float* bias,
-                          float* tile, float* largest) {
+static void finish_scores(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
+                          const TileVisibility& visible, const float* bias, float* tile, float* largest) {
   const Vec minus_infinity = Vec::broadcast(-INFINITY);
   const bool has_alibi = problem.alibi_slopes != nullptr;
   const bool has_softcap = problem.softcap > 0.0f;
   for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
     const Vec row_factor = Vec::load(rows.factor + lane);
-    const IntVec first = IntVec::load(rows.first + lane);
-    const IntVec last = IntVec::load(rows.last + lane);
     const IntVec position = IntVec::load(rows.position + lane);
     const Vec slope = Vec::load(rows.slope + lane);
     Vec top = minus_infinity;
     for (int j = 0; j < keys.count; ++j) {
       float* entry = tile + j * rows.lanes + lane;
-      if (kMasked && !keys.takes_part[j]) {
+      if (kMasked && visible.lanes[j] == 0) {
         store(entry, minus_infinity);
         continue;
       }
@@ -95,7 +95,7 @@ static void finish_scores(const AttentionProblem& problem, const RowTile& rows, 
           score = Vec::broadcast(problem.softcap) * core::tanh(score * Vec::broadcast(1.0f / problem.softcap));
         score = select(equal(entry_bias, minus_infinity), minus_infinity, score);
       }
-      if (kMasked) score = select(between(first, last, key), score, minus_infinity);
+      if (kMasked) score = select(mask_of_bits(visible.lanes[j], lane), score, minus_infinity);
       store(entry, score);
       top = maximum(score, top);
     }
@@ -103,31 +103,35 @@ static void finish_scores(const AttentionProblem& problem, const RowTile& rows, 
   }
 }
 
-SIGHTLINE_INLINE bool has_masked_entries(const RowTile& rows, const KeyTile& keys) {
-  return !keys.all_take_part || keys.first < rows.max_first || keys.first + keys.count - 1 > rows.min_last;
+SIGHTLINE_INLINE bool has_masked_entries(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys) {
+  return !keys.all_take_part || keys.first < rows.max_first || keys.first + keys.count - 1 > rows.min_last ||
+         masks_with_bytes(problem);
 }
 
-// Whether a score is more than a product with its two factors.
+// Whether a score is more than a product with its two factors, or minus infinity.
 SIGHTLINE_INLINE bool has_extras(const AttentionProblem& problem) {
-  return problem.attn_mask.kind != MaskKind::kNone || problem.alibi_slopes != nullptr || problem.softcap > 0.0f;
+  return (problem.attn_mask.kind != MaskKind::kNone && !masks_with_bytes(problem)) || problem.alibi_slopes != nullptr ||
+         problem.softcap > 0.0f;
 }
 
 // Products to scores, in place: factors, bias, masks. `largest` receives the largest score per lane.
 [[maybe_unused]] static void finish_tile(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
                                          float* bias_scratch, float* tile, float* largest) {
-  const bool has_mask = problem.attn_mask.kind != MaskKind::kNone;
-  if (has_mask) load_bias(problem, rows, keys, bias_scratch);
-  const float* bias = has_mask ? bias_scratch : nullptr;
-  if (has_masked_entries(rows, keys)) {
+  const bool has_bias = problem.attn_mask.kind != MaskKind::kNone && !masks_with_bytes(problem);
+  if (has_bias) load_bias(problem, rows, keys, bias_scratch);
+  const float* bias = has_bias ? bias_scratch : nullptr;
+  TileVisibility visible;
+  if (has_masked_entries(problem, rows, keys)) {
+    find_visible(problem, rows, keys.first, keys.count, keys.takes_part, visible);
     if (has_extras(problem))
-      finish_scores<true, true>(problem, rows, keys, bias, tile, largest);
+      finish_scores<true, true>(problem, rows, keys, visible, bias, tile, largest);
     else
-      finish_scores<true, false>(problem, rows, keys, bias, tile, largest);
+      finish_scores<true, false>(problem, rows, keys, visible, bias, tile, largest);
   } else {
     if (has_extras(problem))
-      finish_scores<false, true>(problem, rows, keys, bias, tile, largest);
+      finish_scores<false, true>(problem, rows, keys, visible, bias, tile, largest);
     else
-      finish_scores<false, false>(problem, rows, keys, bias, tile, largest);
+      finish_scores<false, false>(problem, rows, keys, visible, bias, tile, largest);
   }
 }
 

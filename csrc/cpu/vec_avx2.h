@@ -120,6 +120,19 @@ SIGHTLINE_INLINE Mask between(IntVec first, IntVec last, int32_t key) {
       _mm256_or_si256(_mm256_cmpgt_epi32(first.value, position), _mm256_cmpgt_epi32(position, last.value));
   return {_mm256_castsi256_ps(_mm256_xor_si256(outside, _mm256_set1_epi32(-1)))};
 }
+SIGHTLINE_INLINE Mask mask_of_bits(uint64_t bits, int lane) {
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i found = _mm256_and_si256(_mm256_set1_epi32(static_cast<int32_t>(bits >> lane)), each);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(found, each))};
+}
+SIGHTLINE_INLINE uint64_t nonzero_bits(const uint8_t* bytes) {
+  uint32_t zeros[2];
+  for (int half = 0; half < 2; ++half) {
+    const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32 * half));
+    zeros[half] = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(some, _mm256_setzero_si256())));
+  }
+  return ~(static_cast<uint64_t>(zeros[1]) << 32 | zeros[0]);
+}
 SIGHTLINE_INLINE Vec to_float(IntVec x) { return {_mm256_cvtepi32_ps(x.value)}; }
 SIGHTLINE_INLINE IntVec operator-(IntVec a, IntVec b) { return {_mm256_sub_epi32(a.value, b.value)}; }
 

@@ -136,6 +136,13 @@ SIGHTLINE_INLINE Mask between(IntVec first, IntVec last, int32_t key) {
   return {static_cast<__mmask16>(_mm512_cmple_epi32_mask(first.value, position) &
                                  _mm512_cmple_epi32_mask(position, last.value))};
 }
+// Bits lane, lane + 1, ... as a mask of the lanes.
+SIGHTLINE_INLINE Mask mask_of_bits(uint64_t bits, int lane) { return {static_cast<__mmask16>(bits >> lane)}; }
+// Bit i: whether byte i of 64 is not 0.
+SIGHTLINE_INLINE uint64_t nonzero_bits(const uint8_t* bytes) {
+  const __m512i all = _mm512_loadu_si512(bytes);
+  return _mm512_test_epi8_mask(all, all);
+}
 SIGHTLINE_INLINE Vec to_float(IntVec x) { return {_mm512_cvtepi32_ps(x.value)}; }
 SIGHTLINE_INLINE IntVec operator-(IntVec a, IntVec b) { return {_mm512_sub_epi32(a.value, b.value)}; }
 

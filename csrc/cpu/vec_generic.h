@@ -114,6 +114,16 @@ SIGHTLINE_INLINE void transpose_block(const float* from, int64_t from_stride, fl
 SIGHTLINE_INLINE Mask between(IntVec first, IntVec last, int32_t key) {
   return {(first.value <= key) & (last.value >= key)};
 }
+SIGHTLINE_INLINE Mask mask_of_bits(uint64_t bits, int lane) {
+  const Int4 each = {1, 2, 4, 8};
+  const auto here = static_cast<int32_t>(bits >> lane & 15);
+  return {(Int4{here, here, here, here} & each) == each};
+}
+SIGHTLINE_INLINE uint64_t nonzero_bits(const uint8_t* bytes) {
+  uint64_t bits = 0;
+  for (int index = 0; index < 64; ++index) bits |= static_cast<uint64_t>(bytes[index] != 0) << index;
+  return bits;
+}
 SIGHTLINE_INLINE Vec to_float(IntVec x) { return {__builtin_convertvector(x.value, Float4)}; }
 SIGHTLINE_INLINE IntVec operator-(IntVec a, IntVec b) { return {a.value - b.value}; }
 

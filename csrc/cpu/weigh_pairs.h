@@ -32,8 +32,9 @@ struct ExponentOfProduct {
 // of what that returns to `pairs`, in parts `part` apart, unless it is null, in a depth padded with zeros. What is not
 // visible is taken from products here, and from scores before.
 template <class Weight, int kParts, TileHolds kHolds, bool kMasked, bool kFactors, class Weigh>
-SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, const float* tile, int lane,
-                                   uint32_t* pairs, int64_t part, Vec& rounded_sum, Weigh weigh) {
+SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, const TileVisibility& visible,
+                                   const float* tile, int lane, uint32_t* pairs, int64_t part, Vec& rounded_sum,
+                                   Weigh weigh) {
   keep_tile_unit_awake();
   const int64_t lanes = state.rows.lanes;
   const Vec log2_e = Vec::broadcast(core::kLog2E), zeros = Vec::broadcast(0.0f);
@@ -41,7 +42,6 @@ SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, c
   const ExponentOfProduct<Weight, kFactors> exponent_of(state, lane);
   Vec shift = Vec::load(state.shift + lane);
   shift = select(equal(shift, minus_infinity), zeros, shift);
-  const IntVec first = IntVec::load(state.rows.first + lane), last = IntVec::load(state.rows.last + lane);
   const auto weight_at = [&](int key) SIGHTLINE_INLINE_LAMBDA {
     const Vec entry = Vec::load(tile + key * lanes + lane);
     if (kHolds == TileHolds::kWeights) return weigh(entry, key);
@@ -49,9 +49,7 @@ SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, c
     if (kHolds == TileHolds::kScores) return weigh((Weight::kShifted ? entry - shift : entry) * log2_e, key);
     const Vec x = exponent_of(entry, keys.factor[key]);
     if (!kMasked) return weigh(x, key);
-    const bool takes_part = keys.takes_part[key];
-    const Mask visible = between(first, last, static_cast<int32_t>(keys.first) + key);
-    return weigh(takes_part ? select(visible, x, minus_infinity) : minus_infinity, key);
+    return weigh(select(mask_of_bits(visible.lanes[key], lane), x, minus_infinity), key);
   };
   const auto keep = [&](int key, Vec low, Vec high) SIGHTLINE_INLINE_LAMBDA {
     if (pairs == nullptr) return;
@@ -90,7 +88,8 @@ SIGHTLINE_INLINE Vec largest_of_keys(int keys, ScoreOf score_of) {
 
 // The largest score of each row of a tile of products, for a shift that must be known before the first weight.
 template <bool kMasked, bool kFactors>
-static void find_largest_scores(const RowTile& rows, const KeyTile& keys, const float* tile, float* largest) {
+static void find_largest_scores(const RowTile& rows, const KeyTile& keys, const TileVisibility& visible,
+                                const float* tile, float* largest) {
   const Vec minus_infinity = Vec::broadcast(-INFINITY);
   for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
     const Vec row_factor = Vec::load(rows.factor + lane);
@@ -100,12 +99,9 @@ static void find_largest_scores(const RowTile& rows, const KeyTile& keys, const 
       store(largest + lane, largest_of_keys(keys.count, product_of) * row_factor);
       continue;
     }
-    const IntVec first = IntVec::load(rows.first + lane), last = IntVec::load(rows.last + lane);
     const auto score_of = [&](int key) SIGHTLINE_INLINE_LAMBDA {
       const Vec score = product_of(key) * (row_factor * Vec::broadcast(keys.factor[key]));
-      if (!kMasked) return score;
-      const Mask visible = between(first, last, static_cast<int32_t>(keys.first) + key);
-      return keys.takes_part[key] ? select(visible, score, minus_infinity) : minus_infinity;
+      return kMasked ? select(mask_of_bits(visible.lanes[key], lane), score, minus_infinity) : score;
     };
     store(largest + lane, largest_of_keys(keys.count, score_of));
   }
@@ -120,8 +116,8 @@ SIGHTLINE_INLINE void add_lanes(double* sums, Vec values) {
 // As weigh() of weigh_tile.h. Of products whose weights need no shift it finds the largest scores too; with kKeep the
 // weights stay in the tile.
 template <class Weight, int kParts, TileHolds kHolds, bool kMasked, bool kFactors, bool kKeep>
-static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint32_t* pairs, int64_t part,
-                        float* tile_largest) {
+static void weigh_pairs(RowState& state, const KeyTile& keys, const TileVisibility& visible, float* tile,
+                        uint32_t* pairs, int64_t part, float* tile_largest) {
   constexpr bool kTrackLargest = kHolds == TileHolds::kProducts && !Weight::kShifted;
   for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
     Vec sum = Vec::broadcast(0.0f), rounded_sum = sum, largest = Vec::broadcast(-INFINITY);
@@ -132,7 +128,8 @@ static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint3
       sum = sum + weight;
       return weight;
     };
-    map_to_pairs<Weight, kParts, kHolds, kMasked, kFactors>(state, keys, tile, lane, pairs, part, rounded_sum, weigh);
+    map_to_pairs<Weight, kParts, kHolds, kMasked, kFactors>(state, keys, visible, tile, lane, pairs, part, rounded_sum,
+                                                            weigh);
     add_lanes(state.normalizer + lane, sum);
     if (kParts == 1) add_lanes(state.rounded_sum + lane, rounded_sum);
     if (!kTrackLargest) continue;
@@ -144,8 +141,9 @@ static void weigh_pairs(RowState& state, const KeyTile& keys, float* tile, uint3
 
 // As reweigh() of weigh_tile.h. `responses`, where they are saved, receive (r / m)^(p - 1) as they are.
 template <class Weight, int kParts, TileHolds kHolds, bool kMasked, bool kSaves>
-static void reweigh_pairs(const AttentionProblem& problem, RowState& state, const KeyTile& keys, const float* tile,
-                          uint32_t* pairs, int64_t part, float* responses) {
+static void reweigh_pairs(const AttentionProblem& problem, RowState& state, const KeyTile& keys,
+                          const TileVisibility& visible, const float* tile, uint32_t* pairs, int64_t part,
+                          float* responses) {
   const Vec zeros = Vec::broadcast(0.0f);
   const float power = problem.reweight.power;
   for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
@@ -165,7 +163,8 @@ static void reweigh_pairs(const AttentionProblem& problem, RowState& state, cons
       sum = sum + sharp;
       return sharp;
     };
-    map_to_pairs<Weight, kParts, kHolds, kMasked, true>(state, keys, tile, lane, pairs, part, rounded_sum, weigh);
+    map_to_pairs<Weight, kParts, kHolds, kMasked, true>(state, keys, visible, tile, lane, pairs, part, rounded_sum,
+                                                        weigh);
     add_lanes(state.weight_sum + lane, sum);
     if (kParts == 1) add_lanes(state.rounded_sum + lane, rounded_sum);
     if (kParts > 1 && kSaves) add_lanes(state.response + lane, response_sum);
