@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -142,6 +143,34 @@ def outputs(problem: Problem, backend: str) -> dict[str, Tensor]:
         problem.query, problem.key, problem.value, output_final_state=True, backend=backend, **problem.options
     )
     return {"output": output, "log_normalizer": state.log_normalizer, "memory": state.memory}
+
+
+def in_pieces(problem: Problem, cuts: Sequence[int], backend: str) -> dict[str, Tensor]:
+    """The same from one call for each piece, of rows cuts[i] to cuts[i + 1], that goes on from the state before it."""
+    state, pieces = problem.options.get("initial_state"), []
+    for begin, end in itertools.pairwise(cuts):
+        rows = slice(begin, end)
+        options = problem.options | {"initial_state": state}
+        if "key_gain" in options:
+            options["key_gain"] = options["key_gain"][:, :, rows]
+        if "key_mask" in options:
+            options["key_mask"] = options["key_mask"][:, rows]
+        piece = Problem(problem.query[:, :, rows], problem.key[:, :, rows], problem.value[:, :, rows], options)
+        results = outputs(piece, backend)
+        state = sl.RecurrenceState(results["log_normalizer"], results["memory"])
+        pieces.append(results["output"])
+    return {"output": torch.cat(pieces, 2), "log_normalizer": state.log_normalizer, "memory": state.memory}
+
+
+def assert_light_keys_add_up(piece: int, backend: str) -> None:
+    """Keys of a weight of e^-17 after a state of one of 1: less than what float32 resolves beside 1."""
+    sizes = Sizes(batch=1, heads=2, key_heads=2, length=56, width=8, value_width=5)
+    state = sl.RecurrenceState(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8, 5))
+    problem = random_problem(sizes, ramp=-17.0, initial_state=state)
+    results = in_pieces(problem, range(0, sizes.length + 1, piece), backend)
+    exact = outputs(problem.in_float64(), "reference")
+    for name, tensor in results.items():
+        assert (tensor - exact[name]).norm() < 1e-5 * exact[name].norm(), name
 
 
 def run(problem: Problem, backend: str, gradients: dict[str, Tensor]) -> dict[str, Tensor]:

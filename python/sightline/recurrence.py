@@ -22,6 +22,11 @@ class RecurrenceState(NamedTuple):
     log_normalizer: (B, Hk, Dk), ln Delta per channel in nats; -inf before the first key.
     memory: (B, Hk, Dk, Dv), S. With packed documents the first axis of both is that of the documents.
 
+    A call computes with more bits than this, and rounds once at its end. So what the state cannot hold depends on the
+    number of calls, not of positions: above ln 3000 = 8 a float32 logarithm resolves a millionth of Delta, and a call
+    whose keys add less than half of that leaves it as it was. With normal keys, one position per call, the memory of 64
+    channels was off by 1e-5 after 10,000 calls, 2e-4 after 300,000, 4e-3 after a million and 8e-2 after three million.
+
     >>> import torch
     >>> import sightline as sl
     >>> query = key = value = torch.randn(1, 2, 6, 8)

@@ -242,30 +242,6 @@ def test_offsets_that_fall_or_leave_the_tensor_are_cut_off(backend):
         assert torch.equal(tensor, results[name]), name
 
 
-@EVERY_DTYPE
-def test_one_token_after_the_other_gives_the_outputs_of_the_sequence(dtype):
-    sizes = Sizes(length=70)
-    problem = random_problem(sizes, dtype, key_gain=torch.randn(sizes.key_shape()))
-    whole = outputs(problem, "native")
-    state, rows = None, []
-    for t in range(70):
-        step = Problem(*(tensor[:, :, t : t + 1] for tensor in (problem.query, problem.key, problem.value)))
-        step.options = {"key_gain": problem.options["key_gain"][:, :, t : t + 1], "initial_state": state}
-        results = outputs(step, "native")
-        state = sl.RecurrenceState(results["log_normalizer"], results["memory"])
-        rows.append(results["output"])
-    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
-    torch.testing.assert_close(torch.cat(rows, 2), whole["output"], rtol=rounding, atol=2 * rounding)
-    torch.testing.assert_close(state.memory, whole["memory"], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.isa
-@pytest.mark.parametrize("option", OPTIONS)
-def test_one_token(option):
-    sizes = Sizes(batch=16, length=1, width=40, value_width=70)
-    assert_results_are_close(random_problem(sizes, **OPTIONS[option](sizes)))
-
-
 @pytest.mark.isa
 @pytest.mark.parametrize("value_width", [70, 200, 512])
 @CAUSAL

@@ -63,6 +63,16 @@ def sum_chunks(problem, chunk_normalizers, variant: tl.constexpr):
 
 
 @triton.jit
+def log_normalizer(shift, total):
+    """shift + ln total, -inf where the total (in fp64) is 0.
+
+    In fp64 up to the last rounding: what a call of few keys adds to 1 is less than fp32 resolves beside it.
+    """
+    dead = total == 0.0
+    return tl.where(dead, -float("inf"), (shift + tl.log(tl.where(dead, 1.0, total))).to(tl.float32))
+
+
+@triton.jit
 def scan_chunks(problem, chunk_normalizers, initial_log_normalizer, initial_state, variant: tl.constexpr):
     """z and S before every chunk of a sequence, and after the last.
 
@@ -90,7 +100,7 @@ def scan_chunks(problem, chunk_normalizers, initial_log_normalizer, initial_stat
         key = load_channels(chunk_normalizers, unit, channel, variant, -float("inf"))
         tl.store(places, state, mask=inside)
         if column == 0:
-            z = tl.where(total == 0.0, -float("inf"), shift + tl.log(total.to(tl.float32)))
+            z = log_normalizer(shift, total)
             tl.store(problem.log_normalizers + unit * variant.width + channels, z, mask=channels < variant.width)
         largest = tl.maximum(shift, key)
         dead = largest == -float("inf")
@@ -104,7 +114,7 @@ def scan_chunks(problem, chunk_normalizers, initial_log_normalizer, initial_stat
     places, inside = state_places(problem.final_state, own, channel, column, variant)
     tl.store(places, state, mask=inside)
     if column == 0:
-        z = tl.where(total == 0.0, -float("inf"), shift + tl.log(total.to(tl.float32)))
+        z = log_normalizer(shift, total)
         target = own * variant.width + channels
         exists = channels < variant.width
         tl.store(problem.final_log_normalizer + target, z, mask=exists)

@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 from attention_cases import DTYPES
-from recurrence_cases import OPTIONS, PACKINGS, Sizes, assert_results_are_close, outputs, random_problem, run
+from recurrence_cases import (
+    OPTIONS,
+    PACKINGS,
+    Sizes,
+    assert_light_keys_add_up,
+    assert_results_are_close,
+    outputs,
+    random_problem,
+    run,
+)
 
 import sightline as sl
 from sightline.ops.triton_recurrence import ADDITIVE_RECURRENCE_TRITON, ADDITIVE_RECURRENCE_TRITON_BACKWARD
@@ -51,6 +60,11 @@ def test_steep_keys_lose_no_accuracy(step, causal):
     ramp = (torch.rand(8) < 0.5) * step / 8 * torch.arange(40.0)[:, None]
     problem = random_problem(sizes, causal=causal, key_gain=torch.randn(sizes.key_shape()), ramp=ramp)
     assert_results_are_close(problem, backend="triton", one_key_dominates=step < 0 or not causal)
+
+
+@pytest.mark.parametrize("piece", [1, 7])
+def test_light_keys_are_not_lost_beside_a_heavy_state(piece):
+    assert_light_keys_add_up(piece, "triton")
 
 
 @pytest.mark.parametrize("where", ["key", "value", "query"])
