@@ -195,8 +195,17 @@ def run(problem: Problem, backend: str, gradients: dict[str, Tensor]) -> dict[st
 
 
 def random_gradients(problem: Problem) -> dict[str, Tensor]:
-    shapes = {name: result.shape for name, result in outputs(problem, "native").items()}
-    return {name: torch.randn(shape).to(problem.query.dtype) for name, shape in shapes.items()}
+    """Of the three outputs, in the dtype of the query."""
+    batch, heads, length, width = problem.query.shape
+    documents = problem.options.get("cu_seqlens")
+    sequences = batch if documents is None else len(documents) - 1
+    channels, columns = (sequences, problem.key.shape[1], width), problem.value.shape[3]
+    shapes = {
+        "output": (batch, heads, length, columns),
+        "log_normalizer": channels,
+        "memory": (*channels, columns),
+    }
+    return {name: torch.randn(shape).to(problem.query) for name, shape in shapes.items()}
 
 
 def assert_results_are_close(

@@ -20,6 +20,7 @@ from sightline.triton.recurrence_chunk import (
     load_row,
     load_state,
     load_tile,
+    rounded,
     state_places,
     store_tile,
     takes_part,
@@ -55,7 +56,7 @@ def sum_chunks(problem, chunk_normalizers, variant: tl.constexpr):
     values = load_tile(problem.value, chunk, key_head, live, column, variant.value_width, variant.block_value_width)
     unit = chunk.index * problem.key_heads + key_head
     places, inside = state_places(problem.states, unit, channel, column, variant)
-    tl.store(places, dot(tl.trans(weights), values, variant), mask=inside)
+    tl.store(places, dot(tl.trans(rounded(weights, variant)), values, variant), mask=inside)
     if column == 0:
         channels = channel + tl.arange(0, variant.block_width)
         found = tl.where(dead, -float("inf"), shift + tl.log(total))
@@ -98,7 +99,7 @@ def scan_chunks(problem, chunk_normalizers, initial_log_normalizer, initial_stat
         places, inside = state_places(problem.states, unit, channel, column, variant)
         found = tl.load(places, mask=inside, other=0.0)
         key = load_channels(chunk_normalizers, unit, channel, variant, -float("inf"))
-        tl.store(places, state, mask=inside)
+        tl.store(places, rounded(state, variant), mask=inside)
         if column == 0:
             z = log_normalizer(shift, total)
             tl.store(problem.log_normalizers + unit * variant.width + channels, z, mask=channels < variant.width)
@@ -162,14 +163,14 @@ def recurrence_outputs(problem, output, variant: tl.constexpr):
             gain = load_gain(problem, variant, chunk, key_head, live, channel)
             if found.fast & finite_values & all_finite(gain):
                 scaled = tl.where(found.inverse == 0.0, 0.0, queries * found.inverse)
-                total += dot(scaled * found.before[None, :], state, variant)
-                scores += dot(scaled, tl.trans(found.weights * gain), variant)
+                total += dot(rounded(scaled * found.before[None, :], variant), state, variant)
+                scores += dot(rounded(scaled, variant), tl.trans(rounded(found.weights * gain, variant)), variant)
             else:
                 total += walk_outputs(problem, variant, chunk, key_head, head, channel, column, z, state)
         else:
             z = load_channels(problem.final_log_normalizer, own, channel, variant, -float("inf"))
             state = load_state(problem.final_state, own, channel, column, variant)
-            total += dot(tl.where((z == -float("inf"))[None, :], 0.0, queries), state, variant)
+            total += dot(tl.where((z == -float("inf"))[None, :], 0.0, queries), rounded(state, variant), variant)
     if variant.causal and finite_values:
-        total += dot(tl.where(index[:, None] >= index[None, :], scores, 0.0), values, variant)
+        total += dot(rounded(tl.where(index[:, None] >= index[None, :], scores, 0.0), variant), values, variant)
     store_tile(output, chunk, head, column, total * problem.scale, variant.value_width, variant.block_value_width)

@@ -21,6 +21,8 @@ from recurrence_cases import (
 import sightline as sl
 from sightline.ops.triton_recurrence import ADDITIVE_RECURRENCE_TRITON, ADDITIVE_RECURRENCE_TRITON_BACKWARD
 
+pytestmark = pytest.mark.usefixtures("arithmetic_of_a_gpu")
+
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "unordered"])
 SMALL = Sizes(batch=2, heads=2, key_heads=1, length=70, width=20, value_width=36)
 
