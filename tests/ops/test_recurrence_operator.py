@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 import torch
+from recurrence_raw_calls import REFUSED, REFUSED_BACKWARD, arguments
 from torch.utils.checkpoint import checkpoint
 
 import sightline as sl
@@ -243,25 +245,15 @@ def test_meta_tensors_go_through_the_fake_kernel():
     assert state.memory.shape == (2, 2, 8, 6)
 
 
-@pytest.mark.parametrize("problem", ["width", "heads", "dtype", "length", "gain", "mask", "state", "documents"])
-def test_raw_operator_refuses_what_would_read_out_of_bounds(problem):
-    query, key, value = make_inputs()
-    options = {}
-    if problem == "width":
-        key = key[..., :4]
-    elif problem == "heads":
-        key, value = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 6)
-    elif problem == "dtype":
-        value = value.half()
-    elif problem == "length":
-        value = value[:, :, :5]
-    elif problem == "gain":
-        options["key_gain"] = torch.randn(2, 2, 9, 4)
-    elif problem == "mask":
-        options["key_mask"] = torch.ones(2, 3, dtype=torch.bool)
-    elif problem == "state":
-        options |= {"initial_log_normalizer": torch.zeros(1, 2, 8), "initial_memory": torch.zeros(1, 2, 8, 6)}
-    else:
-        options["cu_seqlens"] = torch.tensor([0, 9], dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="expected"):
-        ADDITIVE_RECURRENCE(*operator_arguments((query, key, value), **options))
+@pytest.mark.parametrize("name", REFUSED)
+def test_raw_operator_refuses_what_would_read_out_of_bounds(name):
+    changes, message = REFUSED[name]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ADDITIVE_RECURRENCE(*arguments(ADDITIVE_RECURRENCE, **changes))
+
+
+@pytest.mark.parametrize("name", REFUSED_BACKWARD)
+def test_raw_backward_operator_refuses_what_would_read_out_of_bounds(name):
+    changes, message = REFUSED_BACKWARD[name]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ADDITIVE_RECURRENCE_BACKWARD(*arguments(ADDITIVE_RECURRENCE_BACKWARD, **changes))

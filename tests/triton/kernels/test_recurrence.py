@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from recurrence_cases import (
     random_problem,
     run,
 )
+from recurrence_raw_calls import REFUSED, REFUSED_BACKWARD, arguments
 
 import sightline as sl
 from sightline.ops.triton_recurrence import ADDITIVE_RECURRENCE_TRITON, ADDITIVE_RECURRENCE_TRITON_BACKWARD
@@ -124,9 +126,23 @@ def test_output_is_a_view_of_memory_with_the_heads_inside():
     assert outputs(random_problem(SMALL), "triton")["output"].transpose(1, 2).is_contiguous()
 
 
-def test_a_raw_call_that_would_read_out_of_bounds_is_refused():
-    problem = random_problem(SMALL)
-    with pytest.raises(RuntimeError, match="width and the rows of query"):
-        ADDITIVE_RECURRENCE_TRITON(
-            problem.query, problem.key[..., :4], problem.value, None, None, None, None, None, True, 1.0, False
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_raw_call_that_would_read_out_of_bounds_is_refused(name):
+    changes, message = REFUSED[name]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ADDITIVE_RECURRENCE_TRITON(*on_default_device(arguments(ADDITIVE_RECURRENCE_TRITON, **changes)))
+
+
+@pytest.mark.parametrize("name", REFUSED_BACKWARD)
+def test_a_raw_backward_call_that_would_read_out_of_bounds_is_refused(name):
+    changes, message = REFUSED_BACKWARD[name]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ADDITIVE_RECURRENCE_TRITON_BACKWARD(
+            *on_default_device(arguments(ADDITIVE_RECURRENCE_TRITON_BACKWARD, **changes))
         )
+
+
+def on_default_device(values):
+    """What a module made when it was imported was made on the CPU."""
+    device = torch.get_default_device()
+    return tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in values)
