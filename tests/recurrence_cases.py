@@ -214,10 +214,12 @@ def assert_results_are_close(
     backend: str = "native",
     *,
     one_key_dominates: bool = False,
+    with_nan: bool = False,
 ) -> dict[str, Tensor]:
     """Compare the outputs and every gradient with the float64 reference; the gradients are random unless given.
 
-    one_key_dominates: one key of a sequence has almost all of its weight, as in a sequence of one or two.
+    one_key_dominates: one key of a sequence has almost all of its weight, as in a sequence of one or two. with_nan: NaN
+    is expected, and where the reference has it alone.
     """
     one_key_dominates |= problem.key.shape[2] <= 2
     gradients = random_gradients(problem) if gradients is None else gradients
@@ -229,15 +231,17 @@ def assert_results_are_close(
         assert results.keys() == reference.keys()
         for name, result in results.items():
             assert result.dtype == in_dtype[name].dtype, name
-        return {
-            name: Comparison(
-                result,
-                reference[name],
-                in_dtype[name],
-                _size_without_cancellation(problem, name, gradients) if one_key_dominates else None,
-            )
-            for name, result in results.items()
-        }
+        sizes = {name: size_of(problem, name, gradients) for name in results}
+        if with_nan:
+            for name, tensor in reference.items():
+                spoilt = tensor.isnan()
+                assert torch.equal(results[name].isnan(), spoilt), f"{name}: NaN is not where the reference has it"
+                for found in (results, reference, in_dtype, sizes):
+                    found[name] = None if found[name] is None else found[name].masked_fill(spoilt, 0.0)
+        return {name: Comparison(results[name], reference[name], in_dtype[name], sizes[name]) for name in results}
+
+    def size_of(problem: Problem, name: str, gradients: dict[str, Tensor]) -> Tensor | None:
+        return _size_without_cancellation(problem, name, gradients) if one_key_dominates else None
 
     def compare_again(name: str, turn: int) -> Comparison:
         order = torch.Generator(device=problem.query.device).manual_seed(turn)
@@ -254,6 +258,15 @@ def assert_results_are_close(
             redraw=partial(compare_again, name),
         )
     return {name: comparison.actual for name, comparison in comparisons.items()}
+
+
+def assert_non_finite_keys_are_what_they_are_in_the_formula(
+    number: float, sizes: Sizes, causal: bool, option: str, backend: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """-inf is a key of no weight; NaN and +inf make NaN of what has weighed them, and of nothing else."""
+    problem = random_problem(sizes, dtype, causal=causal, **OPTIONS[option](sizes))
+    problem.key[0, -1, sizes.length // 2, sizes.width // 2] = number
+    assert_results_are_close(problem, backend=backend, with_nan=number != -math.inf)
 
 
 def _size_without_cancellation(problem: Problem, name: str, gradients: dict[str, Tensor]) -> Tensor | None:

@@ -94,8 +94,10 @@ struct Normalizer {
   }
 };
 
-// What multiplies a quantity in units of e^-`before` to bring it to units of e^-`after`.
+// What multiplies a quantity in units of e^-`before` to bring it to units of e^-`after`. An infinite key has no weight
+// that is a number, nor do the keys before it.
 SIGHTLINE_INLINE float change_of_unit(float before, float after) {
+  if (after == INFINITY) return NAN;
   return before == after ? 1.0f : static_cast<float>(std::exp(static_cast<double>(before) - after));
 }
 

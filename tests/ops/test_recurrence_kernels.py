@@ -15,6 +15,7 @@ from recurrence_cases import (
     PACKINGS,
     Problem,
     Sizes,
+    assert_non_finite_keys_are_what_they_are_in_the_formula,
     assert_results_are_close,
     outputs,
     random_gradients,
@@ -322,6 +323,16 @@ def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(dtype, 
     states = torch.zeros(2, 2, dtype=torch.bool)
     states[0, 1] = where != "query"
     assert torch.equal(spoilt["memory"][~states], clean["memory"][~states])
+
+
+@pytest.mark.isa
+@CAUSAL
+@EVERY_DTYPE
+@pytest.mark.parametrize("option", ["plain", "everything"])
+@pytest.mark.parametrize("number", [-math.inf, math.nan, math.inf])
+def test_non_finite_keys_forward_and_backward(number, option, dtype, causal):
+    sizes = Sizes(length=150)
+    assert_non_finite_keys_are_what_they_are_in_the_formula(number, sizes, causal, option, "native", dtype)
 
 
 @CAUSAL

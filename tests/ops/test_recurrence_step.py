@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from attention_cases import DTYPES
@@ -10,12 +12,14 @@ from recurrence_cases import (
     Problem,
     Sizes,
     assert_light_keys_add_up,
+    assert_non_finite_keys_are_what_they_are_in_the_formula,
     assert_results_are_close,
     in_pieces,
     outputs,
     random_problem,
 )
 
+CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "unordered"])
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
 
@@ -63,3 +67,30 @@ def test_ten_thousand_tokens_one_by_one_are_as_exact_as_one_call():
 @pytest.mark.parametrize("piece", [1, 7])
 def test_light_keys_are_not_lost_beside_a_heavy_state(piece):
     assert_light_keys_add_up(piece, "native")
+
+
+@pytest.mark.isa
+@CAUSAL
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 9])
+def test_every_number_of_query_heads_to_a_key_head(group, causal):
+    """Up to four at a time share a pass over the state, and the first pass alone writes it."""
+    sizes = Sizes(batch=8, heads=2 * group, key_heads=2, length=1, width=20, value_width=37)
+    assert_results_are_close(random_problem(sizes, causal=causal, **OPTIONS["everything"](sizes)))
+
+
+@pytest.mark.isa
+@CAUSAL
+@pytest.mark.parametrize("option", ["plain", "state"])
+@pytest.mark.parametrize("number", [-math.inf, math.nan, math.inf])
+def test_non_finite_keys(number, option, causal):
+    sizes = Sizes(batch=8, length=1, width=20, value_width=37)
+    assert_non_finite_keys_are_what_they_are_in_the_formula(number, sizes, causal, option, "native")
+
+
+@pytest.mark.isa
+def test_a_key_that_climbs_far_enough_forgets_a_state_that_is_not_finite():
+    sizes = Sizes(batch=2, length=1, width=20, value_width=37)
+    problem = random_problem(sizes, ramp=150.0, **OPTIONS["state"](sizes))
+    problem.options["initial_state"].memory[0, 0, 3, [5, 36]] = math.nan
+    results = outputs(problem, "native")
+    assert all(tensor.isfinite().all() for tensor in results.values())

@@ -241,9 +241,8 @@ def row_of(tile, row):
 @triton.jit
 def add_logs(z, key):
     """(ln(e^z + e^key), e^z and e^key over the sum): z' and the two shares, all for -inf where both are."""
-    largest = tl.maximum(z, key)
-    dead = largest == -float("inf")
-    shift = tl.where(dead, 0.0, largest)
+    dead = (z == -float("inf")) & (key == -float("inf"))  # the larger of -inf and NaN is -inf too
+    shift = tl.where(dead, 0.0, tl.maximum(z, key))
     past = tl.exp(z - shift)
     present = tl.exp(key - shift)
     total = tl.where(dead, 1.0, past + present)

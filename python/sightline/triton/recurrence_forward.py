@@ -47,9 +47,8 @@ def sum_chunks(problem, chunk_normalizers, variant: tl.constexpr):
     column = tl.program_id(2) % tiles * variant.block_value_width
     live = takes_part(problem, variant, chunk, tl.arange(0, variant.rows))
     keys = load_keys(problem, variant, chunk, key_head, live, channel)
-    largest = tl.max(keys, axis=0)
-    dead = largest == -float("inf")
-    shift = tl.where(dead, 0.0, largest)
+    dead = tl.max((keys != -float("inf")).to(tl.int32), axis=0) == 0  # the largest of NaN alone is -inf too
+    shift = tl.where(dead, 0.0, tl.max(keys, axis=0))
     weights = tl.exp(keys - shift[None, :])
     total = tl.where(dead, 1.0, tl.sum(weights, axis=0))
     weights = weights * load_gain(problem, variant, chunk, key_head, live, channel) / total[None, :]

@@ -13,6 +13,7 @@ from recurrence_cases import (
     PACKINGS,
     Sizes,
     assert_light_keys_add_up,
+    assert_non_finite_keys_are_what_they_are_in_the_formula,
     assert_results_are_close,
     outputs,
     random_problem,
@@ -82,6 +83,14 @@ def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(number,
     touched[0, 1, 20 : 21 if where == "query" else None] = True
     torch.testing.assert_close(spoilt["output"][~touched], clean["output"][~touched])
     assert not spoilt["output"][touched].isfinite().all(-1).any()
+
+
+@CAUSAL
+@pytest.mark.parametrize("number", [-math.inf, math.nan, math.inf])
+@pytest.mark.parametrize(("length", "option"), [(1, "plain"), (1, "state"), (20, "state")])
+def test_non_finite_keys_forward_and_backward(length, option, number, causal):
+    sizes = Sizes(batch=20 // length, heads=2, key_heads=1, length=length, width=8, value_width=12)
+    assert_non_finite_keys_are_what_they_are_in_the_formula(number, sizes, causal, option, "triton")
 
 
 @CAUSAL
