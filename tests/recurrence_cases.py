@@ -57,7 +57,7 @@ class Problem:
     def redrawn(self, turn: int) -> Problem:
         """Every tensor of numbers with them in another order; the keys climb as they did."""
         order = torch.Generator(device=self.query.device).manual_seed(turn)
-        key = shuffled(self.key - self.ramp, order) + self.ramp
+        key = (shuffled(self.key - self.ramp, order) + self.ramp).to(self.key.dtype)
         options = dict(self.options)
         if "key_gain" in options:
             options["key_gain"] = shuffled(options["key_gain"], order)

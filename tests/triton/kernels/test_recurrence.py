@@ -16,7 +16,9 @@ from recurrence_cases import (
     assert_non_finite_keys_are_what_they_are_in_the_formula,
     assert_results_are_close,
     outputs,
+    random_gradients,
     random_problem,
+    random_state,
     run,
 )
 from recurrence_raw_calls import REFUSED, REFUSED_BACKWARD, arguments
@@ -49,6 +51,26 @@ def test_widths(widths, causal):
 
 
 @CAUSAL
+@pytest.mark.parametrize(("width", "dtype"), [(256, "bf16"), (512, "fp32")])
+def test_the_largest_widths(width, dtype, causal):
+    sizes = Sizes(batch=1, heads=1, key_heads=1, length=7, width=width, value_width=width)
+    assert_results_are_close(random_problem(sizes, DTYPES[dtype], causal=causal), backend="triton")
+
+
+@CAUSAL
+def test_an_empty_sequence_hands_its_state_on(causal):
+    sizes = Sizes(batch=2, heads=2, key_heads=1, length=0, width=8, value_width=12)
+    nothing = random_problem(sizes, causal=causal)
+    for name, expected in outputs(nothing, "reference").items():
+        assert torch.equal(outputs(nothing, "triton")[name], expected), name
+    problem = random_problem(sizes, causal=causal, **OPTIONS["state"](sizes))
+    gradients = random_gradients(problem)
+    results = run(problem, "triton", gradients)
+    for name, expected in run(problem, "reference", gradients).items():
+        torch.testing.assert_close(results[name], expected)
+
+
+@CAUSAL
 @pytest.mark.parametrize("option", [*OPTIONS, *PACKINGS])
 def test_options(option, causal):
     packed = option in PACKINGS
@@ -58,12 +80,13 @@ def test_options(option, causal):
 
 
 @pytest.mark.parametrize("step", [100.0, -100.0])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @CAUSAL
-def test_steep_keys_lose_no_accuracy(step, causal):
+def test_steep_keys_lose_no_accuracy(step, dtype, causal):
     """Keys that climb or fall by `step` every eight rows, in a few channels or all of them."""
     sizes = Sizes(batch=1, heads=2, key_heads=1, length=40, width=8, value_width=8)
     ramp = (torch.rand(8) < 0.5) * step / 8 * torch.arange(40.0)[:, None]
-    problem = random_problem(sizes, causal=causal, key_gain=torch.randn(sizes.key_shape()), ramp=ramp)
+    problem = random_problem(sizes, dtype, causal=causal, key_gain=torch.randn(sizes.key_shape()), ramp=ramp)
     assert_results_are_close(problem, backend="triton", one_key_dominates=step < 0 or not causal)
 
 
@@ -116,6 +139,16 @@ def test_opcheck():
     output, *final = ADDITIVE_RECURRENCE_TRITON(*arguments, True)
     backward = (torch.randn_like(output), *map(torch.randn_like, final), *arguments)
     torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON_BACKWARD, backward)
+
+
+def test_opcheck_of_packed_documents():
+    sizes = Sizes(batch=1, heads=2, key_heads=1, length=9, width=8, value_width=6)
+    problem, state = random_problem(sizes), random_state(sizes, 3)
+    cuts = torch.tensor([1, 4, 4, 9], dtype=torch.int32)
+    arguments = (problem.query, problem.key, problem.value, None, None, cuts, *state, True, 0.5)
+    torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON, (*arguments, True))
+    gradients = map(torch.randn_like, ADDITIVE_RECURRENCE_TRITON(*arguments, True))
+    torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON_BACKWARD, (*gradients, *arguments))
 
 
 def test_compiled_forward_and_backward_equal_eager():
