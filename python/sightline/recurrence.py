@@ -67,7 +67,8 @@ def additive_recurrence(
     Args:
         query: (B, H, N, Dk) in float32, float16 or bfloat16 (float64 is computed by the reference); Dk from 1 to 512.
         key: (B, Hk, N, Dk), logits. H must be a multiple of Hk: query head h reads key head ``h // (H / Hk)``.
-        value: (B, Hk, N, Dv); Dv from 1 to 512.
+        value: (B, Hk, N, Dv); Dv from 1 to 512. The CPU kernels keep sums of values with weights of up to e^20: N times
+            the largest value has to stay below 7e29, or outputs are not finite.
         causal: row t reads the positions up to t, else all.
         scale: a number that multiplies the output.
         key_gain: (B, Hk, N, Dk) in the query's dtype or float32, of any sign: multiplies the weight of a key after the

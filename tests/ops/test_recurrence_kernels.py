@@ -23,7 +23,7 @@ from recurrence_cases import (
     random_state,
     run,
 )
-from tolerance import Comparison, assert_close_to_reference
+from tolerance import FROBENIUS_BOUND, Comparison, assert_close_to_reference
 
 import sightline as sl
 
@@ -133,6 +133,20 @@ def test_a_state_far_heavier_or_lighter_than_the_keys(weight, causal):
     for name in ("output", "log_normalizer", "memory"):
         redraw = partial(lambda name, turn: compare(name, problem.redrawn(turn)), name)
         assert_close_to_reference(compare(name, problem), name=name, redraw=redraw)
+
+
+@pytest.mark.isa
+@CAUSAL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # float16 ends at 65504
+def test_values_as_large_as_they_may_be(dtype, causal):
+    """Under the keys that make the largest state: the first sets the unit, and all others have e^19.9 of it."""
+    problem = random_problem(Sizes(batch=1, length=200), dtype, causal=causal)
+    problem.key.fill_(19.9)[:, :, 0] = 0.0
+    problem.value.uniform_(0.5, 1.0).mul_(6.5e29 / 200)
+    exact, results = outputs(problem.in_float64(), "reference"), outputs(problem, "native")
+    for name in ("output", "memory"):
+        error = (results[name].double() - exact[name]).norm() / exact[name].norm()
+        assert error < FROBENIUS_BOUND[dtype], name
 
 
 def test_steps_of_a_hundred_from_row_to_row():
