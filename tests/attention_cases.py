@@ -113,7 +113,8 @@ def _cast(option: Any, dtype: torch.dtype) -> Any:
 
 
 def shuffled(tensor: Tensor, order: torch.Generator) -> Tensor:
-    return tensor.flatten()[torch.randperm(tensor.numel(), generator=order)].view(tensor.shape)
+    places = torch.randperm(tensor.numel(), generator=order, device=order.device)
+    return tensor.flatten()[places.to(tensor.device)].view(tensor.shape)
 
 
 def random_inputs(sizes: Sizes, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -56,7 +57,7 @@ class Problem:
     def redrawn(self, turn: int) -> Problem:
         """Every tensor of numbers with them in another order; the keys climb as they did."""
         order = torch.Generator(device=self.query.device).manual_seed(turn)
-        key = shuffled(self.key - self.ramp, order) + self.ramp
+        key = (shuffled(self.key - self.ramp, order) + self.ramp).to(self.key.dtype)
         options = dict(self.options)
         if "key_gain" in options:
             options["key_gain"] = shuffled(options["key_gain"], order)
@@ -144,6 +145,34 @@ def outputs(problem: Problem, backend: str) -> dict[str, Tensor]:
     return {"output": output, "log_normalizer": state.log_normalizer, "memory": state.memory}
 
 
+def in_pieces(problem: Problem, cuts: Sequence[int], backend: str) -> dict[str, Tensor]:
+    """The same from one call for each piece, of rows cuts[i] to cuts[i + 1], that goes on from the state before it."""
+    state, pieces = problem.options.get("initial_state"), []
+    for begin, end in itertools.pairwise(cuts):
+        rows = slice(begin, end)
+        options = problem.options | {"initial_state": state}
+        if "key_gain" in options:
+            options["key_gain"] = options["key_gain"][:, :, rows]
+        if "key_mask" in options:
+            options["key_mask"] = options["key_mask"][:, rows]
+        piece = Problem(problem.query[:, :, rows], problem.key[:, :, rows], problem.value[:, :, rows], options)
+        results = outputs(piece, backend)
+        state = sl.RecurrenceState(results["log_normalizer"], results["memory"])
+        pieces.append(results["output"])
+    return {"output": torch.cat(pieces, 2), "log_normalizer": state.log_normalizer, "memory": state.memory}
+
+
+def assert_light_keys_add_up(piece: int, backend: str) -> None:
+    """Keys of a weight of e^-17 after a state of one of 1: less than what float32 resolves beside 1."""
+    sizes = Sizes(batch=1, heads=2, key_heads=2, length=56, width=8, value_width=5)
+    state = sl.RecurrenceState(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8, 5))
+    problem = random_problem(sizes, ramp=-17.0, initial_state=state)
+    results = in_pieces(problem, range(0, sizes.length + 1, piece), backend)
+    exact = outputs(problem.in_float64(), "reference")
+    for name, tensor in results.items():
+        assert (tensor - exact[name]).norm() < 1e-5 * exact[name].norm(), name
+
+
 def run(problem: Problem, backend: str, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """The three outputs, and the gradients of everything that has one, for gradients of the outputs named."""
     leaves = {name: getattr(problem, name).detach().requires_grad_() for name in ("query", "key", "value")}
@@ -166,8 +195,17 @@ def run(problem: Problem, backend: str, gradients: dict[str, Tensor]) -> dict[st
 
 
 def random_gradients(problem: Problem) -> dict[str, Tensor]:
-    shapes = {name: result.shape for name, result in outputs(problem, "native").items()}
-    return {name: torch.randn(shape).to(problem.query.dtype) for name, shape in shapes.items()}
+    """Of the three outputs, in the dtype of the query."""
+    batch, heads, length, width = problem.query.shape
+    documents = problem.options.get("cu_seqlens")
+    sequences = batch if documents is None else len(documents) - 1
+    channels, columns = (sequences, problem.key.shape[1], width), problem.value.shape[3]
+    shapes = {
+        "output": (batch, heads, length, columns),
+        "log_normalizer": channels,
+        "memory": (*channels, columns),
+    }
+    return {name: torch.randn(shape).to(problem.query) for name, shape in shapes.items()}
 
 
 def assert_results_are_close(
@@ -176,10 +214,12 @@ def assert_results_are_close(
     backend: str = "native",
     *,
     one_key_dominates: bool = False,
+    with_nan: bool = False,
 ) -> dict[str, Tensor]:
     """Compare the outputs and every gradient with the float64 reference; the gradients are random unless given.
 
-    one_key_dominates: one key of a sequence has almost all of its weight, as in a sequence of one or two.
+    one_key_dominates: one key of a sequence has almost all of its weight, as in a sequence of one or two. with_nan: NaN
+    is expected, and where the reference has it alone.
     """
     one_key_dominates |= problem.key.shape[2] <= 2
     gradients = random_gradients(problem) if gradients is None else gradients
@@ -191,15 +231,17 @@ def assert_results_are_close(
         assert results.keys() == reference.keys()
         for name, result in results.items():
             assert result.dtype == in_dtype[name].dtype, name
-        return {
-            name: Comparison(
-                result,
-                reference[name],
-                in_dtype[name],
-                _size_without_cancellation(problem, name, gradients) if one_key_dominates else None,
-            )
-            for name, result in results.items()
-        }
+        sizes = {name: size_of(problem, name, gradients) for name in results}
+        if with_nan:
+            for name, tensor in reference.items():
+                spoilt = tensor.isnan()
+                assert torch.equal(results[name].isnan(), spoilt), f"{name}: NaN is not where the reference has it"
+                for found in (results, reference, in_dtype, sizes):
+                    found[name] = None if found[name] is None else found[name].masked_fill(spoilt, 0.0)
+        return {name: Comparison(results[name], reference[name], in_dtype[name], sizes[name]) for name in results}
+
+    def size_of(problem: Problem, name: str, gradients: dict[str, Tensor]) -> Tensor | None:
+        return _size_without_cancellation(problem, name, gradients) if one_key_dominates else None
 
     def compare_again(name: str, turn: int) -> Comparison:
         order = torch.Generator(device=problem.query.device).manual_seed(turn)
@@ -216,6 +258,15 @@ def assert_results_are_close(
             redraw=partial(compare_again, name),
         )
     return {name: comparison.actual for name, comparison in comparisons.items()}
+
+
+def assert_non_finite_keys_are_what_they_are_in_the_formula(
+    number: float, sizes: Sizes, causal: bool, option: str, backend: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """-inf is a key of no weight; NaN and +inf make NaN of what has weighed them, and of nothing else."""
+    problem = random_problem(sizes, dtype, causal=causal, **OPTIONS[option](sizes))
+    problem.key[0, -1, sizes.length // 2, sizes.width // 2] = number
+    assert_results_are_close(problem, backend=backend, with_nan=number != -math.inf)
 
 
 def _size_without_cancellation(problem: Problem, name: str, gradients: dict[str, Tensor]) -> Tensor | None:

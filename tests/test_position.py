@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import itertools
@@ -9,8 +10,10 @@ import math
 
 import pytest
 import torch
+from tolerance import Comparison, assert_close_to_reference
 
 import sightline as sl
+from sightline.nn import ToeplitzPositions
 from sightline.position import grid_positions, lrpe_angles, lrpe_frequencies, md_lrpe, md_tpe
 
 
@@ -97,6 +100,27 @@ def test_tpe_has_gradients():
     coefficient = torch.randn(2, dtype=torch.float64, requires_grad=True)
     decay = torch.rand(2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(md_tpe, (x, coefficient, decay))
+
+
+@pytest.mark.parametrize("of_decay", ["float32", "that of x"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tpe_is_as_exact_as_its_dtype(dtype, of_decay):
+    """A decay of 0.982 rounded to eight bits is off by a tenth after 1,024 positions."""
+    x, coefficient = torch.randn(2, 1024, 6).to(dtype), torch.tensor([0.7, -1.2]).to(dtype)
+    decay = torch.tensor([3.0, 4.0]).sigmoid().to(torch.float32 if of_decay == "float32" else dtype)
+    in_float64 = md_tpe(x.double(), coefficient.double(), decay.double())
+    filtered = md_tpe(x, coefficient, decay)
+    assert filtered.dtype == dtype
+    assert_close_to_reference(Comparison(filtered, in_float64, in_float64.to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tpe_module_in_16_bits_is_as_exact_as_its_dtype(dtype):
+    module, x = ToeplitzPositions(6, 2).to(dtype), torch.randn(2, 1024, 6).to(dtype)
+    exact = copy.deepcopy(module).double()(x.double())
+    filtered = module(x)
+    assert filtered.dtype == dtype
+    assert_close_to_reference(Comparison(filtered, exact, exact.to(dtype)))
 
 
 def test_tpe_decays_of_zero_and_one():

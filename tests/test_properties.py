@@ -1,10 +1,11 @@
-"""What must hold of attention whatever the numbers (Hypothesis chooses sizes, options and seeds)."""
+"""What must hold of attention and recurrence whatever the numbers (Hypothesis chooses sizes, options and seeds)."""
 
 from __future__ import annotations
 
 import itertools
 from typing import Any
 
+import recurrence_cases
 import torch
 from attention_cases import WEIGHTINGS, Sizes, random_inputs
 from hypothesis import HealthCheck, given, settings
@@ -203,3 +204,54 @@ def test_packed_documents_equal_separate_calls(
         separate.append(attend(query[:, :, of_queries], key[:, :, of_keys], value[:, :, of_keys], weighting, **options))
     outputs, log_normalizers = zip(*separate, strict=True)
     assert_same(packed, (torch.cat(outputs, 2), torch.cat(log_normalizers, 2)), weighting)
+
+
+@st.composite
+def recurrences(draw: st.DrawFn, **options: Any) -> recurrence_cases.Problem:
+    key_heads = draw(st.integers(1, 3))
+    sizes = recurrence_cases.Sizes(
+        batch=draw(st.integers(1, 2)),
+        heads=key_heads * draw(st.integers(1, 5)),
+        key_heads=key_heads,
+        length=draw(lengths),
+        width=draw(st.integers(1, 40)),
+        value_width=draw(st.integers(1, 40)),
+    )
+    option = draw(st.sampled_from(list(recurrence_cases.OPTIONS.values())))
+    torch.manual_seed(draw(seeds))
+    problem = recurrence_cases.random_problem(sizes, **option(sizes), **options)
+    # Ordinary keys, and those that climb and fall by what ends a chunk of the kernels.
+    problem.key *= draw(st.sampled_from([1.0, 10.0, 40.0]))
+    return problem
+
+
+def assert_same_recurrence(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            actual[name], tensor, rtol=2e-5, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@modest
+@given(recurrences(), st.lists(st.integers(0, 140), max_size=4))
+def test_a_recurrence_in_any_pieces_is_the_whole(problem: recurrence_cases.Problem, cuts: list[int]) -> None:
+    length = problem.key.shape[2]
+    edges = [0, *sorted(min(cut, length) for cut in cuts), length]
+    assert_same_recurrence(
+        recurrence_cases.in_pieces(problem, edges, "native"), recurrence_cases.outputs(problem, "native")
+    )
+
+
+@modest
+@given(recurrences(causal=False))
+def test_permuting_the_keys_of_a_recurrence_changes_nothing_without_causality(
+    problem: recurrence_cases.Problem,
+) -> None:
+    order = torch.randperm(problem.key.shape[2])
+    options = dict(problem.options)
+    if "key_gain" in options:
+        options["key_gain"] = options["key_gain"][:, :, order]
+    if "key_mask" in options:
+        options["key_mask"] = options["key_mask"][:, order]
+    permuted = recurrence_cases.Problem(problem.query, problem.key[:, :, order], problem.value[:, :, order], options)
+    assert_same_recurrence(recurrence_cases.outputs(permuted, "native"), recurrence_cases.outputs(problem, "native"))

@@ -32,6 +32,8 @@ constexpr int kTriangleRows = 16;
 // Scores are summed in short chains: in a sequence of a few rows a gradient of the query is little more than one of
 // them, and a chain as long as the width has twice the error of the dot product that it is compared with.
 constexpr int64_t kScoreDepth = 16;
+// A state is a sum of up to N values times e^kLift, which has to stay finite. With a lift of 10 instead, 4,096 normal
+// keys of a standard deviation of 4 in 64 channels make 106 chunks, with this one 68 of at least 64.
 constexpr float kLift = 20.0f;
 static_assert(kChunkRows % kTriangleRows == 0 && kTriangleRows % Vec::kWidth == 0);
 
@@ -94,8 +96,10 @@ struct Normalizer {
   }
 };
 
-// What multiplies a quantity in units of e^-`before` to bring it to units of e^-`after`.
+// What multiplies a quantity in units of e^-`before` to bring it to units of e^-`after`. An infinite key has no weight
+// that is a number, nor do the keys before it.
 SIGHTLINE_INLINE float change_of_unit(float before, float after) {
+  if (after == INFINITY) return NAN;
   return before == after ? 1.0f : static_cast<float>(std::exp(static_cast<double>(before) - after));
 }
 

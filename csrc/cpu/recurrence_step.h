@@ -57,17 +57,22 @@ struct StepScratch {
     const Mask dead = equal(largest, minus_infinity);
     const Vec shift = select(dead, nothing, largest);
     const Vec past = core::exp2((z - shift) * log2e), present = core::exp2((key - shift) * log2e);
-    const Vec total = past + present;  // in [1, 2] where not dead
-    const Vec log_total = core::log2_one_plus(total - one) * Vec::broadcast(core::kLn2);
-    store(scratch.decays + d, select(dead, nothing, past / total));
-    store(scratch.keys + d, select(dead, nothing, present / total));
+    // One of the two is 1, so that their product is the other, and NaN of either stays. Their sum would keep no more
+    // than 2^-23 of the other: where each of thousands of tokens is a small part of what has been, what is lost of them
+    // adds up.
+    const Vec other = past * present;
+    const Vec minor = other / (one + other), major = one - minor;
+    const Vec log_total = core::log2_one_plus(other) * Vec::broadcast(core::kLn2);
+    const Mask climbs = less(past, present);
+    store(scratch.decays + d, select(dead, nothing, select(climbs, minor, major)));
+    store(scratch.keys + d, select(dead, nothing, select(climbs, major, minor)));
     store(scratch.log_normalizer + d, select(dead, minus_infinity, shift + log_total));
   }
   return live;
 }
 
-// Columns [column, column + kVectors vectors) of the state: S = decay S + key v^T, outputs = queries S. Where the value
-// is not finite a weight of 0 takes nothing of it.
+// Columns [column, column + kVectors vectors) of the state: S = decay S + key v^T, outputs = queries S. A decay of 0
+// forgets the state, NaN included, and a weight of 0 takes nothing of a value that is not finite.
 template <int kHeads, int kVectors, bool kFinite>
 static void step_columns(const StepScratch& scratch, int64_t channels, int64_t column, const float* before,
                          float* after, int64_t stride) {
@@ -80,11 +85,12 @@ static void step_columns(const StepScratch& scratch, int64_t channels, int64_t c
   }
   for (int64_t d = 0; d < channels; ++d) {
     const Vec decay = Vec::broadcast(scratch.decays[d]), weight = Vec::broadcast(scratch.keys[d]);
+    const bool keeps = before != nullptr && scratch.decays[d] != 0.0f;
     const bool takes = kFinite || scratch.keys[d] != 0.0f;
     SIGHTLINE_UNROLL
     for (int vector = 0; vector < kVectors; ++vector) {
       Vec state = Vec::broadcast(0.0f);
-      if (before != nullptr) state = Vec::load(before + d * stride + vector * Vec::kWidth) * decay;
+      if (keeps) state = Vec::load(before + d * stride + vector * Vec::kWidth) * decay;
       if (takes) state = fma(weight, values[vector], state);
       if (after != nullptr) store(after + d * stride + vector * Vec::kWidth, state);
       SIGHTLINE_UNROLL
@@ -106,7 +112,8 @@ static void step_last_columns(const StepScratch& scratch, int64_t channels, int6
   for (int64_t lane = 0; lane < columns; ++lane) {
     float outputs[kHeads] = {};
     for (int64_t d = 0; d < channels; ++d) {
-      float state = before != nullptr ? before[d * stride + lane] * scratch.decays[d] : 0.0f;
+      const bool keeps = before != nullptr && scratch.decays[d] != 0.0f;
+      float state = keeps ? before[d * stride + lane] * scratch.decays[d] : 0.0f;
       if (scratch.keys[d] != 0.0f) state += scratch.keys[d] * scratch.values[column + lane];
       if (after != nullptr) after[d * stride + lane] = state;
       for (int head = 0; head < kHeads; ++head) outputs[head] += scratch.queries[head * scratch.key_stride + d] * state;

@@ -146,7 +146,8 @@ def md_tpe(x: Tensor, coefficient: Tensor, decay: Tensor) -> Tensor:
         decay: (H,), lambda of every head, in [0, 1].
 
     Returns:
-        A tensor like x. Computed by doubling the reach of the filter, in O(n log n) per axis.
+        A tensor like x. Computed by doubling the reach of the filter, in O(n log n) per axis, and in float32 at least:
+        give coefficient and decay in float32 where x is in 16 bits.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or shape; the message names it.
@@ -171,9 +172,11 @@ def md_tpe(x: Tensor, coefficient: Tensor, decay: Tensor) -> Tensor:
     if decay.shape != coefficient.shape:
         raise ValueError(f"decay: expected shape (H,) = ({heads},), got {_shape(decay)}")
     share = x.shape[-1] // heads
-    decays = decay.to(x.dtype).repeat_interleave(share)
-    total = sum(_decayed_sum(x, decays, axis) for axis in range(1, x.dim() - 1))
-    return total * coefficient.to(x.dtype).repeat_interleave(share)
+    # In 16 bits a decay near 1 is another decay after a few hundred positions, and every step of the sum rounds.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide, decays = x.to(dtype), decay.to(dtype).repeat_interleave(share)
+    total = sum(_decayed_sum(wide, decays, axis) for axis in range(1, x.dim() - 1))
+    return (total * coefficient.to(dtype).repeat_interleave(share)).to(x.dtype)
 
 
 def _decayed_sum(x: Tensor, decay: Tensor, axis: int) -> Tensor:

@@ -102,6 +102,40 @@ def test_positions_that_count_on_are_one_document():
     assert later.past_key_values.get_seq_length() == 8
 
 
+PACKED_POSITIONS = torch.cat([torch.arange(length) for length in (5, 1, 6)])[None]
+COMPILED_CALLS = {
+    "plain": {},
+    "attention_mask": {"attention_mask": (torch.arange(12) >= torch.tensor([[0], [4]])).long()},
+    "position_ids": {"position_ids": torch.arange(12)[None]},
+    "packed position_ids": {"position_ids": torch.cat([PACKED_POSITIONS, PACKED_POSITIONS.flip(1)])},
+}
+
+
+@pytest.mark.parametrize("position_encoding", POSITIONS)
+@pytest.mark.parametrize("call", COMPILED_CALLS)
+def test_compiled_without_graph_breaks_it_gives_what_it_gives_eagerly(call, position_encoding):
+    model, input_ids, arguments = build(position_encoding=position_encoding), tokens(2, 12), COMPILED_CALLS[call]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, actual = (run(input_ids, labels=input_ids, **arguments) for run in (model, compiled))
+    assert_same(actual.logits, expected.logits)
+    parameters = list(model.parameters())
+    for one, other in zip(*(torch.autograd.grad(run.loss, parameters) for run in (actual, expected)), strict=True):
+        assert_same(one, other)
+    # A graph cannot look whether positions count on: they may always mean documents, which leave no cache.
+    assert (actual.past_key_values is None) == ("position_ids" in call)
+
+
+def test_compiled_it_goes_on_from_a_cache():
+    model, input_ids = build(position_encoding="lrpe"), tokens(2, 12)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    cache = model(input_ids[:, :7]).past_key_values
+    later = compiled(input_ids[:, 7:], position_ids=torch.arange(7, 12)[None], past_key_values=cache)
+    assert_same(later.logits, model(input_ids).logits[:, 7:])
+    assert later.past_key_values.get_seq_length() == 12
+
+
 def test_loss_is_that_of_the_next_token_and_gradients_reach_every_weight():
     model, input_ids = build(), tokens(2, 10)
     labels = input_ids.clone()

@@ -79,6 +79,18 @@ def test_what_is_saved_is_loaded_by_the_auto_classes(tmp_path, positions, poolin
     assert torch.equal(base(images, return_dict=False)[1], model.model(images).pooler_output)
 
 
+@pytest.mark.parametrize(("positions", "pooling"), VARIANTS)
+def test_compiled_without_graph_breaks_it_gives_what_it_gives_eagerly(positions, pooling):
+    model, images = build(position_encoding=positions, pooling=pooling), torch.randn(2, 3, 6, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, actual = (run(images, labels=torch.tensor([0, 3])) for run in (model, compiled))
+    assert_same(actual.logits, expected.logits)
+    parameters = list(model.parameters())
+    for one, other in zip(*(torch.autograd.grad(run.loss, parameters) for run in (actual, expected)), strict=True):
+        assert_same(one, other)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model, images = build().train(), torch.randn(2, 3, 6, 8)
     model(images, labels=torch.tensor([1, 2])).loss.backward()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 import torch
+from recurrence_raw_calls import REFUSED, REFUSED_BACKWARD, arguments
 from torch.utils.checkpoint import checkpoint
 
 import sightline as sl
@@ -53,9 +55,22 @@ def test_opcheck_of_forward(case, grad):
     torch.library.opcheck(ADDITIVE_RECURRENCE, operator_arguments(make_inputs(grad=grad), **options))
 
 
-def test_opcheck_of_packed_documents():
-    cuts = torch.tensor([0, 4, 9], dtype=torch.int32)
-    torch.library.opcheck(ADDITIVE_RECURRENCE, operator_arguments(make_inputs(batch=1), cu_seqlens=cuts))
+def packed_arguments(grad):
+    """Of the raw operator: three documents, one of them empty, with a row before and states of their own."""
+    cuts, state = torch.tensor([1, 4, 4, 9], dtype=torch.int32), make_state(3, grad)
+    options = {"cu_seqlens": cuts, "initial_log_normalizer": state.log_normalizer, "initial_memory": state.memory}
+    return operator_arguments(make_inputs(batch=1, grad=grad), **options)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_opcheck_of_packed_documents(grad):
+    torch.library.opcheck(ADDITIVE_RECURRENCE, packed_arguments(grad))
+
+
+def test_opcheck_of_backward_of_packed_documents():
+    arguments = packed_arguments(False)
+    gradients = tuple(torch.randn_like(part) for part in ADDITIVE_RECURRENCE(*arguments))
+    torch.library.opcheck(ADDITIVE_RECURRENCE_BACKWARD, (*gradients, *arguments[:-1]))
 
 
 @pytest.mark.parametrize("case", OPCHECK_CASES)
@@ -94,6 +109,25 @@ def test_compiled_forward_and_backward_equal_eager(compiler, causal):
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("compiler", [pytest.param("inductor", marks=pytest.mark.inductor), "aot_eager"])
+def test_compiled_with_documents_forward_and_backward_equal_eager(compiler, causal):
+    def loss(query, key, value, z, memory, cuts):
+        output, state = sl.additive_recurrence(
+            query, key, value, cu_seqlens=cuts, causal=causal, initial_state=(z, memory), output_final_state=True
+        )
+        return (output * output).sum() + state.log_normalizer.sin().sum() + state.memory.sin().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
+    for offsets in ([1, 4, 4, 11], [0, 5, 7, 9, 16]):
+        leaves = (*make_inputs(batch=1, length=17, grad=True), *make_state(len(offsets) - 1, grad=True))
+        cuts = torch.tensor(offsets, dtype=torch.int32)
+        expected = torch.autograd.grad(loss(*leaves, cuts), leaves)
+        for one, other in zip(torch.autograd.grad(compiled(*leaves, cuts), leaves), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_new_lengths_do_not_recompile():
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()
@@ -109,9 +143,9 @@ class _Layer(torch.nn.Module):
         super().__init__()
         self.projection = torch.nn.Linear(32, 96)
 
-    def forward(self, hidden):
+    def forward(self, hidden, cuts=None):
         query, key, value = self.projection(hidden).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-        return sl.additive_recurrence(query, key, value).transpose(1, 2).flatten(2)
+        return sl.additive_recurrence(query, key, value, cu_seqlens=cuts).transpose(1, 2).flatten(2)
 
 
 def test_export_and_reload_keep_the_numbers():
@@ -126,6 +160,19 @@ def test_export_and_reload_keep_the_numbers():
     for positions in (10, 33):
         hidden = torch.randn(2, positions, 32)
         torch.testing.assert_close(reloaded(hidden), layer(hidden))
+
+
+def test_export_with_documents_and_reload_keep_the_numbers():
+    layer, length, documents = _Layer(), torch.export.Dim("length", min=2), torch.export.Dim("documents", min=2)
+    example = (torch.randn(1, 10, 32), torch.tensor([0, 3, 10], dtype=torch.int32))
+    program = torch.export.export(layer, example, dynamic_shapes=({1: length}, {0: documents}))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    reloaded = torch.export.load(buffer).module()
+    for positions, offsets in ((10, [0, 3, 10]), (33, [2, 2, 9, 30])):
+        given = (torch.randn(1, positions, 32), torch.tensor(offsets, dtype=torch.int32))
+        torch.testing.assert_close(reloaded(*given), layer(*given))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -241,27 +288,22 @@ def test_meta_tensors_go_through_the_fake_kernel():
     assert output.shape == (2, 4, 9, 6)
     assert output.transpose(1, 2).is_contiguous()
     assert state.memory.shape == (2, 2, 8, 6)
+    packed = [tensor.to("meta") for tensor in make_inputs(batch=1)]
+    cuts = torch.tensor([0, 4, 4, 9], dtype=torch.int32, device="meta")
+    output, state = sl.additive_recurrence(*packed, cu_seqlens=cuts, output_final_state=True)
+    assert output.shape == (1, 4, 9, 6)
+    assert state.log_normalizer.shape == (3, 2, 8)
 
 
-@pytest.mark.parametrize("problem", ["width", "heads", "dtype", "length", "gain", "mask", "state", "documents"])
-def test_raw_operator_refuses_what_would_read_out_of_bounds(problem):
-    query, key, value = make_inputs()
-    options = {}
-    if problem == "width":
-        key = key[..., :4]
-    elif problem == "heads":
-        key, value = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 6)
-    elif problem == "dtype":
-        value = value.half()
-    elif problem == "length":
-        value = value[:, :, :5]
-    elif problem == "gain":
-        options["key_gain"] = torch.randn(2, 2, 9, 4)
-    elif problem == "mask":
-        options["key_mask"] = torch.ones(2, 3, dtype=torch.bool)
-    elif problem == "state":
-        options |= {"initial_log_normalizer": torch.zeros(1, 2, 8), "initial_memory": torch.zeros(1, 2, 8, 6)}
-    else:
-        options["cu_seqlens"] = torch.tensor([0, 9], dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="expected"):
-        ADDITIVE_RECURRENCE(*operator_arguments((query, key, value), **options))
+@pytest.mark.parametrize("name", REFUSED)
+def test_raw_operator_refuses_what_would_read_out_of_bounds(name):
+    changes, message = REFUSED[name]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ADDITIVE_RECURRENCE(*arguments(ADDITIVE_RECURRENCE, **changes))
+
+
+@pytest.mark.parametrize("name", REFUSED_BACKWARD)
+def test_raw_backward_operator_refuses_what_would_read_out_of_bounds(name):
+    changes, message = REFUSED_BACKWARD[name]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ADDITIVE_RECURRENCE_BACKWARD(*arguments(ADDITIVE_RECURRENCE_BACKWARD, **changes))

@@ -110,7 +110,9 @@ class LightNetModel(LightNetPreTrainedModel):
             input_ids: (B, N) tokens; or inputs_embeds (B, N, hidden_size).
             attention_mask: (B, N) or (B, N_before + N), 0 where a token is padding, on either side.
             position_ids: (B, N); where they do not count on by 1, without an attention_mask, a new document begins
-                with an empty state. 0, 1, 2, ... after the tokens of the cache by default.
+                with an empty state. 0, 1, 2, ... after the tokens of the cache by default. A compiled model cannot look
+                at them: without a cache they mean documents, as many as there are tokens at most, and leave no cache
+                (`cu_seq_lens_q` costs less); with one they have to count on.
             past_key_values: the `RecurrenceCache` of the tokens before these.
             use_cache: also return a cache; config.use_cache by default, False in training.
             cu_seq_lens_q: (documents + 1,) int32 offsets of documents packed into one row, as transformers'
@@ -130,7 +132,9 @@ class LightNetModel(LightNetPreTrainedModel):
             )
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = hidden.shape[:2]
-        documents = _documents(batch, length, attention_mask, position_ids, cu_seq_lens_q)
+        # What goes on from a cache is one document, which can be checked where numbers can be looked at.
+        unchecked = torch.compiler.is_compiling() and past_key_values is not None
+        documents = _documents(batch, length, attention_mask, None if unchecked else position_ids, cu_seq_lens_q)
         if documents is not None and past_key_values is not None:
             raise ValueError("past_key_values: expected None with packed documents, which end in a state each")
         checkpointing = self.gradient_checkpointing and self.training
@@ -287,7 +291,12 @@ def _documents(
         return None
     begins = torch.ones(position_ids.shape, dtype=torch.bool, device=position_ids.device)
     begins[:, 1:] = position_ids.diff(dim=1) != 1
-    if not bool(begins[:, 1:].any()):
+    places = torch.arange(batch * length, device=position_ids.device)
+    if torch.compiler.is_compiling():
+        # A graph's shapes do not depend on numbers: one offset for every token, and equal ones enclose no document.
+        starts = torch.where(begins.expand(batch, length).flatten(), places, 0).cummax(0).values
+    elif begins[:, 1:].any():
+        starts = places[begins.expand(batch, length).flatten()]
+    else:
         return None
-    starts = begins.expand(batch, length).flatten().nonzero().flatten()
     return torch.cat([starts, starts.new_tensor([batch * length])]).to(torch.int32)

@@ -38,4 +38,7 @@ class ToeplitzPositions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (B, n_1, ..., n_k, embed_dim) filtered along its k axes."""
-        return md_tpe(x, (self.query * self.key).sum(-1), self.decay_logits.sigmoid())
+        # Parameters of 16 bits are what they are; the decay and the coefficient that follow from them are not rounded.
+        dtype = torch.promote_types(self.decay_logits.dtype, torch.float32)
+        query, key, logits = self.query.to(dtype), self.key.to(dtype), self.decay_logits.to(dtype)
+        return md_tpe(x, (query * key).sum(-1), logits.sigmoid())

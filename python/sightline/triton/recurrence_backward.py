@@ -23,6 +23,7 @@ from sightline.triton.recurrence_chunk import (
     load_row,
     load_state,
     load_tile,
+    rounded,
     rows_of,
     state_places,
     store_tile,
@@ -39,7 +40,7 @@ class Gradients(NamedTuple):
     grad_output: Any  # Heads
     query_responses: Any  # Heads (B, Hk, N, Dk): q dq summed over the query heads of the group
     responses: Any  # (chunks, Hk, Dk): the chunk's own part of r, then r after the chunk
-    state_gradients: Any  # (chunks, Hk, Dk, Dv): the chunk's own part of G, then G after the chunk
+    state_gradients: Any  # (chunks, Hk, Dk, Dv): the chunk's own part of G, then G after the chunk, `rounded`
     first_response: Any  # (sequences, Hk, Dk): r before the first chunk; without order r of all rows
     first_state_gradient: Any  # (sequences, Hk, Dk, Dv): likewise G
 
@@ -128,11 +129,13 @@ def query_gradients(problem, gradients, grad_query, variant: tl.constexpr):
                     )
             else:
                 state = load_state(problem.final_state, own, channel, column, variant)
-                gradient += dot(received, tl.trans(state), variant)
+                gradient += dot(received, tl.trans(rounded(state, variant)), variant)
         if variant.causal:
             if fast:
                 scores = tl.where(index[:, None] >= index[None, :], scores, 0.0)
-                gradient = gradient * found.before[None, :] + dot(scores, found.weights * gain, variant)
+                gradient = gradient * found.before[None, :] + dot(
+                    rounded(scores, variant), rounded(found.weights * gain, variant), variant
+                )
                 gradient = tl.where(found.inverse == 0.0, 0.0, gradient * found.inverse)
         else:
             gradient = tl.where((z == -float("inf"))[None, :], 0.0, gradient)
@@ -180,7 +183,7 @@ def sum_back(problem, gradients, variant: tl.constexpr):
         queries = load_tile(problem.query, chunk, head, within, channel, variant.width, variant.block_width, True)
         queries = tl.where(decays == 0.0, 0.0, queries * decays) * problem.scale
         received = load_grad_output(problem, gradients, variant, chunk, head, within, column, True)
-        total += dot(tl.trans(queries), received, variant)
+        total += dot(tl.trans(rounded(queries, variant)), received, variant)
     places, inside = state_places(gradients.state_gradients, unit, channel, column, variant)
     tl.store(places, total, mask=inside)
 
@@ -205,7 +208,7 @@ def scan_back(problem, gradients, grad_state, final_response, variant: tl.conste
         places, inside = state_places(gradients.state_gradients, unit, channel, column, variant)
         found = tl.load(places, mask=inside, other=0.0)
         if variant.causal:
-            tl.store(places, gradient, mask=inside)
+            tl.store(places, rounded(gradient, variant), mask=inside)
             z = load_channels(problem.log_normalizers, unit, channel, variant, -float("inf"))
             decay = tl.where(z == -float("inf"), 0.0, tl.exp(z - later))
             later = z

@@ -39,7 +39,7 @@ class RecurrenceProblem(NamedTuple):
     chunk_rows: Any  # (chunks,) int64: the number of rows, 0 where there is no such chunk
     sequence_chunks: Any  # (sequences + 1,) int64: the first chunk of each
     log_normalizers: Any  # (chunks, Hk, Dk): z before each chunk
-    states: Any  # (chunks, Hk, Dk, Dv): S before each chunk
+    states: Any  # (chunks, Hk, Dk, Dv): S before each chunk, `rounded`
     final_log_normalizer: Any  # (sequences, Hk, Dk)
     final_state: Any  # (sequences, Hk, Dk, Dv)
     final_shift: Any  # (sequences, Hk, Dk): the final Delta once more, as e^shift times a number of at least 1, because
@@ -94,6 +94,20 @@ def find_chunk(problem, variant: tl.constexpr, index):
         tl.load(problem.chunk_firsts + index),
         tl.load(problem.chunk_rows + index),
     )
+
+
+@triton.jit
+def rounded(x, variant: tl.constexpr):
+    """What is computed here as an operand of products: a product of tf32 reads the first ten bits of a mantissa.
+
+    The tensor cores would drop the others, so that all products were too small and float16 outputs off by 1e-3. What is
+    16 bits wide in memory has no others.
+    """
+    if variant.precision == "tf32":
+        bits = x.to(tl.uint32, bitcast=True)
+        return tl.where(x == x, ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True), x)
+    else:
+        return x
 
 
 @triton.jit
@@ -227,9 +241,8 @@ def row_of(tile, row):
 @triton.jit
 def add_logs(z, key):
     """(ln(e^z + e^key), e^z and e^key over the sum): z' and the two shares, all for -inf where both are."""
-    largest = tl.maximum(z, key)
-    dead = largest == -float("inf")
-    shift = tl.where(dead, 0.0, largest)
+    dead = (z == -float("inf")) & (key == -float("inf"))  # the larger of -inf and NaN is -inf too
+    shift = tl.where(dead, 0.0, tl.maximum(z, key))
     past = tl.exp(z - shift)
     present = tl.exp(key - shift)
     total = tl.where(dead, 1.0, past + present)

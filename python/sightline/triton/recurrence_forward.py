@@ -20,6 +20,7 @@ from sightline.triton.recurrence_chunk import (
     load_row,
     load_state,
     load_tile,
+    rounded,
     state_places,
     store_tile,
     takes_part,
@@ -46,20 +47,29 @@ def sum_chunks(problem, chunk_normalizers, variant: tl.constexpr):
     column = tl.program_id(2) % tiles * variant.block_value_width
     live = takes_part(problem, variant, chunk, tl.arange(0, variant.rows))
     keys = load_keys(problem, variant, chunk, key_head, live, channel)
-    largest = tl.max(keys, axis=0)
-    dead = largest == -float("inf")
-    shift = tl.where(dead, 0.0, largest)
+    dead = tl.max((keys != -float("inf")).to(tl.int32), axis=0) == 0  # the largest of NaN alone is -inf too
+    shift = tl.where(dead, 0.0, tl.max(keys, axis=0))
     weights = tl.exp(keys - shift[None, :])
     total = tl.where(dead, 1.0, tl.sum(weights, axis=0))
     weights = weights * load_gain(problem, variant, chunk, key_head, live, channel) / total[None, :]
     values = load_tile(problem.value, chunk, key_head, live, column, variant.value_width, variant.block_value_width)
     unit = chunk.index * problem.key_heads + key_head
     places, inside = state_places(problem.states, unit, channel, column, variant)
-    tl.store(places, dot(tl.trans(weights), values, variant), mask=inside)
+    tl.store(places, dot(tl.trans(rounded(weights, variant)), values, variant), mask=inside)
     if column == 0:
         channels = channel + tl.arange(0, variant.block_width)
         found = tl.where(dead, -float("inf"), shift + tl.log(total))
         tl.store(chunk_normalizers + unit * variant.width + channels, found, mask=channels < variant.width)
+
+
+@triton.jit
+def log_normalizer(shift, total):
+    """shift + ln total, -inf where the total (in fp64) is 0.
+
+    In fp64 up to the last rounding: what a call of few keys adds to 1 is less than fp32 resolves beside it.
+    """
+    dead = total == 0.0
+    return tl.where(dead, -float("inf"), (shift + tl.log(tl.where(dead, 1.0, total))).to(tl.float32))
 
 
 @triton.jit
@@ -88,9 +98,9 @@ def scan_chunks(problem, chunk_normalizers, initial_log_normalizer, initial_stat
         places, inside = state_places(problem.states, unit, channel, column, variant)
         found = tl.load(places, mask=inside, other=0.0)
         key = load_channels(chunk_normalizers, unit, channel, variant, -float("inf"))
-        tl.store(places, state, mask=inside)
+        tl.store(places, rounded(state, variant), mask=inside)
         if column == 0:
-            z = tl.where(total == 0.0, -float("inf"), shift + tl.log(total.to(tl.float32)))
+            z = log_normalizer(shift, total)
             tl.store(problem.log_normalizers + unit * variant.width + channels, z, mask=channels < variant.width)
         largest = tl.maximum(shift, key)
         dead = largest == -float("inf")
@@ -104,7 +114,7 @@ def scan_chunks(problem, chunk_normalizers, initial_log_normalizer, initial_stat
     places, inside = state_places(problem.final_state, own, channel, column, variant)
     tl.store(places, state, mask=inside)
     if column == 0:
-        z = tl.where(total == 0.0, -float("inf"), shift + tl.log(total.to(tl.float32)))
+        z = log_normalizer(shift, total)
         target = own * variant.width + channels
         exists = channels < variant.width
         tl.store(problem.final_log_normalizer + target, z, mask=exists)
@@ -152,14 +162,14 @@ def recurrence_outputs(problem, output, variant: tl.constexpr):
             gain = load_gain(problem, variant, chunk, key_head, live, channel)
             if found.fast & finite_values & all_finite(gain):
                 scaled = tl.where(found.inverse == 0.0, 0.0, queries * found.inverse)
-                total += dot(scaled * found.before[None, :], state, variant)
-                scores += dot(scaled, tl.trans(found.weights * gain), variant)
+                total += dot(rounded(scaled * found.before[None, :], variant), state, variant)
+                scores += dot(rounded(scaled, variant), tl.trans(rounded(found.weights * gain, variant)), variant)
             else:
                 total += walk_outputs(problem, variant, chunk, key_head, head, channel, column, z, state)
         else:
             z = load_channels(problem.final_log_normalizer, own, channel, variant, -float("inf"))
             state = load_state(problem.final_state, own, channel, column, variant)
-            total += dot(tl.where((z == -float("inf"))[None, :], 0.0, queries), state, variant)
+            total += dot(tl.where((z == -float("inf"))[None, :], 0.0, queries), rounded(state, variant), variant)
     if variant.causal and finite_values:
-        total += dot(tl.where(index[:, None] >= index[None, :], scores, 0.0), values, variant)
+        total += dot(rounded(tl.where(index[:, None] >= index[None, :], scores, 0.0), variant), values, variant)
     store_tile(output, chunk, head, column, total * problem.scale, variant.value_width, variant.block_value_width)

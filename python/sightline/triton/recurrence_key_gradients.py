@@ -20,6 +20,7 @@ from sightline.triton.recurrence_chunk import (
     load_row,
     load_state,
     load_tile,
+    rounded,
     row_of,
     store_tile,
     takes_part,
@@ -109,7 +110,8 @@ def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr
                     scores += dot(values, tl.trans(given), variant)
                 scores = tl.where(index[None, :] >= index[:, None], scores, 0.0)
                 queries = load_tile(problem.query, chunk, head, within, channel, variant.width, variant.block_width)
-                received += dot(scores, queries * found.inverse * problem.scale, variant)
+                queries = rounded(queries * found.inverse * problem.scale, variant)
+                received += dot(rounded(scores, variant), queries, variant)
             received = received * found.weights
             parts = tl.where(found.inverse == 0.0, 0.0, own_responses * found.inverse)
             responses = found.weights * (last * response)[None, :]
@@ -160,7 +162,7 @@ def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr
                 problem.value, chunk, key_head, live, column, variant.value_width, variant.block_value_width
             )
             state_gradient = load_state(gradients.first_state_gradient, own, channel, column, variant)
-            received += dot(values, tl.trans(state_gradient), variant)
+            received += dot(values, tl.trans(rounded(state_gradient, variant)), variant)
         received = received * weights
         responses = weights * load_channels(gradients.first_response, own, channel, variant, 0.0)[None, :]
     gain = load_gain(problem, variant, chunk, key_head, live, channel)
@@ -235,7 +237,8 @@ def value_gradients(problem, gradients, grad_value, variant: tl.constexpr):
                 gain = load_gain(problem, variant, chunk, key_head, live, channel)
                 last = row_of(found.inverse, variant.rows - 1)
                 state_gradient = load_state(gradients.state_gradients, unit, channel, column, variant)
-                total += dot(found.weights * gain * last[None, :], state_gradient, variant)
+                weights = rounded(found.weights * gain * last[None, :], variant)
+                total += dot(weights, state_gradient, variant)
             else:
                 total += walk_value_gradients(problem, gradients, variant, chunk, key_head, channel, column, z)
         for member in tl.range(0, problem.group):
@@ -248,17 +251,17 @@ def value_gradients(problem, gradients, grad_value, variant: tl.constexpr):
                     gain = load_gain(problem, variant, chunk, key_head, live, channel)
                     queries = load_tile(problem.query, chunk, head, within, channel, variant.width, variant.block_width)
                     queries = tl.where(found.inverse == 0.0, 0.0, queries * found.inverse) * problem.scale
-                    scores += dot(found.weights * gain, tl.trans(queries), variant)
+                    scores += dot(rounded(found.weights * gain, variant), tl.trans(rounded(queries, variant)), variant)
             if finite:
                 scores = tl.where(index[None, :] >= index[:, None], scores, 0.0)
                 given = load_grad_output(problem, gradients, variant, chunk, head, within, column)
-                total += dot(scores, given, variant)
+                total += dot(rounded(scores, variant), given, variant)
     else:
         for channel in tl.range(0, variant.width, variant.block_width):
             keys = load_keys(problem, variant, chunk, key_head, live, channel)
             weights = weigh_finally(problem, variant, own, channel, keys)
             gain = load_gain(problem, variant, chunk, key_head, live, channel)
             state_gradient = load_state(gradients.first_state_gradient, own, channel, column, variant)
-            total += dot(weights * gain, state_gradient, variant)
+            total += dot(rounded(weights * gain, variant), rounded(state_gradient, variant), variant)
     total = tl.where(live[:, None], total, 0.0)
     store_tile(grad_value, chunk, key_head, column, total, variant.value_width, variant.block_value_width)

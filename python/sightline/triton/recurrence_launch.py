@@ -10,6 +10,7 @@ from torch import Tensor
 from sightline.triton.arguments import heads_view, with_contiguous_rows
 from sightline.triton.compat import INTERPRETED, launch_options, launching_on
 from sightline.triton.problem import Heads
+from sightline.triton.recurrence_arguments import check_call, check_gradients
 from sightline.triton.recurrence_backward import (
     Gradients,
     query_gradients,
@@ -58,12 +59,7 @@ class _Call:
 
     def __init__(self, operator: str, arguments: tuple[Any, ...]) -> None:
         query, key, value, key_gain, key_mask, cu_seqlens, self.z, self.memory, causal, scale = arguments
-        if key.shape[3] != query.shape[3] or key.shape[:3] != value.shape[:3] or query.shape[2] != key.shape[2]:
-            raise RuntimeError("key and value: expected the width and the rows of query, and heads alike")
-        if key_mask is not None and key_mask.shape != (query.shape[0], query.shape[2]):
-            raise RuntimeError("key_mask: expected shape (B, N)")
-        if key_gain is not None and key_gain.shape != key.shape:
-            raise RuntimeError("key_gain: expected the shape of key")
+        check_call(*arguments[:8])
         self.query, self.key, self.value, self.key_gain = query, key, value, key_gain
         self.device, self.dtype = query.device, query.dtype
         batch, heads, self.length, self.width = query.shape
@@ -173,6 +169,8 @@ def additive_recurrence_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """`sightline::additive_recurrence_triton_backward`."""
     grad_output, grad_log_normalizer, grad_memory = arguments[:3]
     call = _Call("backward", arguments[3:])
+    shape = (*call.query.shape[:3], call.value_width)
+    check_gradients(arguments[:3], shape, tuple(call.problem.final_state.shape), call.query)
     final_z, final_state = call.problem.final_log_normalizer, call.problem.final_state
     tiles = call.channel_tiles * call.column_tiles
     key_gain = call.key_gain

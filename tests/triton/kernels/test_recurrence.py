@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from attention_cases import DTYPES
-from recurrence_cases import OPTIONS, PACKINGS, Sizes, assert_results_are_close, outputs, random_problem, run
+from recurrence_cases import (
+    OPTIONS,
+    PACKINGS,
+    Sizes,
+    assert_light_keys_add_up,
+    assert_non_finite_keys_are_what_they_are_in_the_formula,
+    assert_results_are_close,
+    outputs,
+    random_gradients,
+    random_problem,
+    random_state,
+    run,
+)
+from recurrence_raw_calls import REFUSED, REFUSED_BACKWARD, arguments
 
 import sightline as sl
 from sightline.ops.triton_recurrence import ADDITIVE_RECURRENCE_TRITON, ADDITIVE_RECURRENCE_TRITON_BACKWARD
+
+pytestmark = pytest.mark.usefixtures("arithmetic_of_a_gpu")
 
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "unordered"])
 SMALL = Sizes(batch=2, heads=2, key_heads=1, length=70, width=20, value_width=36)
@@ -35,6 +51,26 @@ def test_widths(widths, causal):
 
 
 @CAUSAL
+@pytest.mark.parametrize(("width", "dtype"), [(256, "bf16"), (512, "fp32")])
+def test_the_largest_widths(width, dtype, causal):
+    sizes = Sizes(batch=1, heads=1, key_heads=1, length=7, width=width, value_width=width)
+    assert_results_are_close(random_problem(sizes, DTYPES[dtype], causal=causal), backend="triton")
+
+
+@CAUSAL
+def test_an_empty_sequence_hands_its_state_on(causal):
+    sizes = Sizes(batch=2, heads=2, key_heads=1, length=0, width=8, value_width=12)
+    nothing = random_problem(sizes, causal=causal)
+    for name, expected in outputs(nothing, "reference").items():
+        assert torch.equal(outputs(nothing, "triton")[name], expected), name
+    problem = random_problem(sizes, causal=causal, **OPTIONS["state"](sizes))
+    gradients = random_gradients(problem)
+    results = run(problem, "triton", gradients)
+    for name, expected in run(problem, "reference", gradients).items():
+        torch.testing.assert_close(results[name], expected)
+
+
+@CAUSAL
 @pytest.mark.parametrize("option", [*OPTIONS, *PACKINGS])
 def test_options(option, causal):
     packed = option in PACKINGS
@@ -44,13 +80,19 @@ def test_options(option, causal):
 
 
 @pytest.mark.parametrize("step", [100.0, -100.0])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @CAUSAL
-def test_steep_keys_lose_no_accuracy(step, causal):
+def test_steep_keys_lose_no_accuracy(step, dtype, causal):
     """Keys that climb or fall by `step` every eight rows, in a few channels or all of them."""
     sizes = Sizes(batch=1, heads=2, key_heads=1, length=40, width=8, value_width=8)
     ramp = (torch.rand(8) < 0.5) * step / 8 * torch.arange(40.0)[:, None]
-    problem = random_problem(sizes, causal=causal, key_gain=torch.randn(sizes.key_shape()), ramp=ramp)
+    problem = random_problem(sizes, dtype, causal=causal, key_gain=torch.randn(sizes.key_shape()), ramp=ramp)
     assert_results_are_close(problem, backend="triton", one_key_dominates=step < 0 or not causal)
+
+
+@pytest.mark.parametrize("piece", [1, 7])
+def test_light_keys_are_not_lost_beside_a_heavy_state(piece):
+    assert_light_keys_add_up(piece, "triton")
 
 
 @pytest.mark.parametrize("where", ["key", "value", "query"])
@@ -64,6 +106,14 @@ def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(number,
     touched[0, 1, 20 : 21 if where == "query" else None] = True
     torch.testing.assert_close(spoilt["output"][~touched], clean["output"][~touched])
     assert not spoilt["output"][touched].isfinite().all(-1).any()
+
+
+@CAUSAL
+@pytest.mark.parametrize("number", [-math.inf, math.nan, math.inf])
+@pytest.mark.parametrize(("length", "option"), [(1, "plain"), (1, "state"), (20, "state")])
+def test_non_finite_keys_forward_and_backward(length, option, number, causal):
+    sizes = Sizes(batch=20 // length, heads=2, key_heads=1, length=length, width=8, value_width=12)
+    assert_non_finite_keys_are_what_they_are_in_the_formula(number, sizes, causal, option, "triton")
 
 
 @CAUSAL
@@ -91,6 +141,16 @@ def test_opcheck():
     torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON_BACKWARD, backward)
 
 
+def test_opcheck_of_packed_documents():
+    sizes = Sizes(batch=1, heads=2, key_heads=1, length=9, width=8, value_width=6)
+    problem, state = random_problem(sizes), random_state(sizes, 3)
+    cuts = torch.tensor([1, 4, 4, 9], dtype=torch.int32)
+    arguments = (problem.query, problem.key, problem.value, None, None, cuts, *state, True, 0.5)
+    torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON, (*arguments, True))
+    gradients = map(torch.randn_like, ADDITIVE_RECURRENCE_TRITON(*arguments, True))
+    torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON_BACKWARD, (*gradients, *arguments))
+
+
 def test_compiled_forward_and_backward_equal_eager():
     def loss(query, key, value):
         return sl.additive_recurrence(query, key, value, backend="triton").square().sum()
@@ -108,9 +168,23 @@ def test_output_is_a_view_of_memory_with_the_heads_inside():
     assert outputs(random_problem(SMALL), "triton")["output"].transpose(1, 2).is_contiguous()
 
 
-def test_a_raw_call_that_would_read_out_of_bounds_is_refused():
-    problem = random_problem(SMALL)
-    with pytest.raises(RuntimeError, match="width and the rows of query"):
-        ADDITIVE_RECURRENCE_TRITON(
-            problem.query, problem.key[..., :4], problem.value, None, None, None, None, None, True, 1.0, False
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_raw_call_that_would_read_out_of_bounds_is_refused(name):
+    changes, message = REFUSED[name]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ADDITIVE_RECURRENCE_TRITON(*on_default_device(arguments(ADDITIVE_RECURRENCE_TRITON, **changes)))
+
+
+@pytest.mark.parametrize("name", REFUSED_BACKWARD)
+def test_a_raw_backward_call_that_would_read_out_of_bounds_is_refused(name):
+    changes, message = REFUSED_BACKWARD[name]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ADDITIVE_RECURRENCE_TRITON_BACKWARD(
+            *on_default_device(arguments(ADDITIVE_RECURRENCE_TRITON_BACKWARD, **changes))
         )
+
+
+def on_default_device(values):
+    """What a module made when it was imported was made on the CPU."""
+    device = torch.get_default_device()
+    return tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in values)

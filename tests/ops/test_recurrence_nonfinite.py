@@ -1,0 +1,104 @@
+"""What numbers that are not finite reach in the native additive recurrence, and what they do not, both ways."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from attention_cases import DTYPES
+from recurrence_cases import (
+    Sizes,
+    assert_non_finite_keys_are_what_they_are_in_the_formula,
+    outputs,
+    random_gradients,
+    random_problem,
+    run,
+)
+
+CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "unordered"])
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+
+
+def test_a_non_finite_value_of_a_late_segment_reaches_its_column_alone():
+    problem = random_problem(Sizes(batch=1, length=5_000), causal=False)
+    clean = outputs(problem, "native")["output"]
+    problem.value[0, 1, 4_000, 7] = math.nan
+    spoilt = outputs(problem, "native")["output"]
+    assert spoilt[:, 2:, :, 7].isnan().all()
+    spoilt[:, 2:, :, 7] = clean[:, 2:, :, 7]
+    assert torch.equal(spoilt, clean)
+
+
+@pytest.mark.isa
+@EVERY_DTYPE
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["key", "value", "query"])
+@pytest.mark.parametrize("row", [0, 20, 100])
+def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(dtype, number, where, row):
+    problem = random_problem(Sizes(length=150), dtype)
+    clean = outputs(problem, "native")
+    getattr(problem, where)[0, 1, row, 3] = number
+    spoilt = outputs(problem, "native")
+    heads = [1] if where == "query" else [2, 3]
+    touched = torch.zeros(2, 4, 150, dtype=torch.bool)
+    touched[0, heads, row : row + 1 if where == "query" else None] = True
+    assert torch.equal(spoilt["output"][~touched], clean["output"][~touched])
+    assert not spoilt["output"][touched].isfinite().all(-1).any()
+    states = torch.zeros(2, 2, dtype=torch.bool)
+    states[0, 1] = where != "query"
+    assert torch.equal(spoilt["memory"][~states], clean["memory"][~states])
+
+
+@pytest.mark.isa
+@CAUSAL
+@EVERY_DTYPE
+@pytest.mark.parametrize("option", ["plain", "everything"])
+@pytest.mark.parametrize("number", [-math.inf, math.nan, math.inf])
+def test_non_finite_keys_forward_and_backward(number, option, dtype, causal):
+    sizes = Sizes(length=150)
+    assert_non_finite_keys_are_what_they_are_in_the_formula(number, sizes, causal, option, "native", dtype)
+
+
+@CAUSAL
+@EVERY_DTYPE
+def test_masked_keys_may_hold_anything(dtype, causal):
+    sizes = Sizes(length=150)
+    mask = torch.rand(2, 150) < 0.6
+    problem = random_problem(sizes, dtype, causal=causal, key_mask=mask, key_gain=torch.randn(sizes.key_shape()))
+    gradients = random_gradients(problem)
+    expected = run(problem, "native", gradients)
+    off = ~mask[:, None, :, None]
+    for tensor in (problem.key, problem.value, problem.options["key_gain"]):
+        tensor.masked_fill_(off, math.nan)
+    results = run(problem, "native", gradients)
+    for name, tensor in results.items():
+        assert torch.equal(tensor, expected[name]), name
+    for name in ("key", "value", "key_gain"):
+        assert not results[name][off.expand_as(results[name])].any(), name
+
+
+@EVERY_DTYPE
+def test_a_gradient_that_is_not_finite_reaches_earlier_rows_alone(dtype):
+    problem = random_problem(Sizes(length=150), dtype)
+    gradients = {"output": torch.randn(2, 4, 150, 37)}
+    clean = run(problem, "native", gradients)
+    gradients["output"][1, 0, 70, 5] = math.nan
+    spoilt = run(problem, "native", gradients)
+    for name in ("key", "value"):
+        touched = torch.zeros(2, 2, 150, dtype=torch.bool)
+        touched[1, 0, :71] = True
+        torch.testing.assert_close(spoilt[name][~touched], clean[name][~touched])
+        assert spoilt[name][touched].isnan().any(-1).all()
+
+
+@EVERY_DTYPE
+def test_keys_that_climb_far_enough_forget_a_value_that_is_not_finite(dtype):
+    problem = random_problem(Sizes(batch=1, length=150), dtype)
+    problem.key[:, :, 0] = 0.0
+    problem.key[:, :, 70:] += 150.0
+    problem.value[0, 1, 0, 5] = math.nan
+    results = run(problem, "native", {"output": torch.randn(1, 4, 150, 37)})
+    assert results["output"][:, 2:, 69].isnan().any(-1).all()
+    for name in ("output", "query"):
+        assert results[name][:, :, 70:].isfinite().all(), name
