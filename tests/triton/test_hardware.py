@@ -17,7 +17,7 @@ import sightline as sl
 
 pytest.importorskip("triton")
 
-from sightline.triton import tiles, tuning
+from sightline.triton import launch, skipping, tiles, tuning
 
 pytestmark = pytest.mark.gpu
 
@@ -187,14 +187,25 @@ def test_tensors_on_two_devices_are_refused_by_name() -> None:
 
 
 @main_weightings
-def test_memory_is_linear_in_the_length(weighting: Any) -> None:
+def test_memory_is_linear_in_the_length(weighting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     length, heads, width = 16384, 4, 64
     query, key, value = (torch.randn(1, heads, length, width, dtype=torch.bfloat16) for _ in range(3))
     sl.attention(query, key, value, weighting=weighting, causal=True)
+    scratch: list[int] = []
+    make_scratch = launch.make_scratch
+
+    def making(waves: skipping.Waves, row_tiles: int, rows: int, device: torch.device) -> skipping.Scratch:
+        scratch.append(waves.programs * waves.program_bytes(rows))
+        return make_scratch(waves, row_tiles, rows, device)
+
+    monkeypatch.setattr(launch, "make_scratch", making)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     output = sl.attention(query, key, value, weighting=weighting, causal=True)
     extra = torch.cuda.max_memory_allocated() - before
-    # The output, a few numbers per row and per program; all pairs would be a hundred times the output.
-    assert extra <= output.numel() * output.element_size() + 64 * heads * length
+    assert len(scratch) == (weighting.reweight is not None)
+    assert sum(scratch) <= skipping.SCRATCH_BYTES
+    # The output, a few numbers per row and per program, and what skipping says that it takes; all pairs would be a
+    # hundred times the output.
+    assert extra <= output.numel() * output.element_size() + 64 * heads * length + sum(scratch)

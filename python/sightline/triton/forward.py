@@ -24,7 +24,7 @@ from sightline.triton.descriptors import describe_keys
 from sightline.triton.key_range import visible_range
 from sightline.triton.products import is_finite
 from sightline.triton.rows import load_rows, row_factors, set_up_rows, store_rows
-from sightline.triton.skipping import list_tiles
+from sightline.triton.skipping import Maxima, list_tiles
 from sightline.triton.sweeps import (
     attend_range,
     find_peaks,
@@ -56,9 +56,9 @@ def attention_forward(
     if variant.reweight:
         spread = start_spread(variant, rows)
         if variant.skips:
-            place = tl.program_id(0).to(tl.int64) * scratch.tiles
-            maxima = scratch.maxima + place * variant.row_tile
-            listed = scratch.listed + place
+            place = tl.program_id(0).to(tl.int64)
+            maxima = Maxima(scratch.maxima + place * scratch.groups * variant.row_tile, scratch.sharing)
+            listed = scratch.listed + place * scratch.tiles
             spread = measure_range(problem, variant, keys, rows, descriptors, factors.factor, queries, spread, maxima)
             peaks = find_peaks(problem, variant, factors.visible, spread)
             whole = (keys.full_stop - keys.full_start) // variant.key_tile
