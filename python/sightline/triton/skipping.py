@@ -31,6 +31,7 @@ SCRATCH_BYTES = 2**26  # of one launch, at any length
 _WAVE_STEP = 16  # programs: waves are multiples, so that no launch is compiled for itself
 _LEAST_WAVE = 2  # programs per multiprocessor, as long as fewer than so many tiles have to share a maximum
 _MOST_SHARING = 64
+_LEAST_FLOAT16 = tl.constexpr(-65504.0)
 
 
 class Scratch(NamedTuple):
@@ -155,7 +156,8 @@ def keep_maxima(variant: tl.constexpr, maxima, place, is_last, shared, largest):
     `largest` are the scores of the tile at `place`, `shared` what came back for the one before.
     """
     shared = tl.where(place % maxima.sharing == 0, largest, tl.maximum(shared, largest))
-    kept = shared.to(tl.float16)
+    # Below the least fp16 number stands that number: -inf would say that the tile has no weights, and NaN must stay.
+    kept = tl.where(shared < _LEAST_FLOAT16, _LEAST_FLOAT16, shared).to(tl.float16)
     target = maxima.data + place // maxima.sharing * variant.row_tile + tl.arange(0, variant.row_tile)
     tl.store(target, kept, mask=((place + 1) % maxima.sharing == 0) | is_last)
     return shared

@@ -74,6 +74,22 @@ def test_waves_and_shared_maxima_change_nothing_but_how_many_tiles_are_visited(
     assert 0.1 < shared.skipped_share < alone.skipped_share
 
 
+def test_scores_that_fp16_cannot_hold_are_not_taken_for_no_scores() -> None:
+    """A row of softmax is shifted by its maximum, however far below 0 that lies."""
+    weighting = sl.Softmax(reweight=sl.Reweight(3.0))
+    query, key = torch.zeros(1, 1, 80, 16), torch.zeros(1, 1, 330, 16)
+    value = torch.randn(1, 1, 330, 16)
+    query[..., 0], query[..., 1] = 64.0, torch.randint(1, 4, (80,))
+    key[..., 1] = torch.randint(-64, 65, (330,)) / 32  # scores of few bits, so that a large one is exact beside them
+    expected = sl.attention(query, key, value, weighting=weighting, scale=1.0, backend="reference")
+    for far in (-1100.0, 1100.0):
+        key[..., 0] = far
+        with count_tiles() as counts:
+            output = sl.attention(query, key, value, weighting=weighting, scale=1.0, backend="triton")
+        assert counts.calls
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("power", [3.0, 15.0])
 def test_keys_under_the_bound_hold_less_than_tau_together(power: float) -> None:
     """The proof of MATH.md section 2 on numbers: the worst case, every key but one just under the bound."""
