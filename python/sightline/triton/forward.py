@@ -52,7 +52,10 @@ def attention_forward(
     queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
     factors = row_factors(problem, variant, rows, queries)
     keys = visible_range(variant, rows)
-    descriptors = describe_keys(problem, variant, rows)
+    # Before Triton 3.7 no device function may return None.
+    descriptors = None
+    if variant.descriptors:
+        descriptors = describe_keys(problem, variant, rows)
     if variant.reweight:
         spread = start_spread(variant, rows)
         if variant.skips:
