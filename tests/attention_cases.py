@@ -103,7 +103,7 @@ class Problem:
     def redrawn(self, turn: int) -> Problem:
         """Query, key and value with their numbers in another order, each: of random ones another draw every turn."""
         seed = self.seed + 1 + turn
-        order = torch.Generator().manual_seed(seed)
+        order = torch.Generator(device=self.query.device).manual_seed(seed)
         inputs = (shuffled(tensor, order) for tensor in (self.query, self.key, self.value))
         return Problem(*inputs, self.options, seed)
 
@@ -113,7 +113,8 @@ def _cast(option: Any, dtype: torch.dtype) -> Any:
 
 
 def shuffled(tensor: Tensor, order: torch.Generator) -> Tensor:
-    return tensor.flatten()[torch.randperm(tensor.numel(), generator=order)].view(tensor.shape)
+    """The numbers of a tensor in another order; `order` is of the tensor's device."""
+    return tensor.flatten()[torch.randperm(tensor.numel(), generator=order, device=order.device)].view(tensor.shape)
 
 
 def random_inputs(sizes: Sizes, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tolerance
 import torch
-from attention_cases import DTYPES, MAIN_WEIGHTINGS, Sizes, random_problem, run
+from attention_cases import DTYPES, MAIN_WEIGHTINGS, Problem, Sizes, random_problem, run
 from attention_checks import assert_results_are_close, random_gradients
 
 import sightline as sl
@@ -70,6 +71,27 @@ def test_every_tile_that_tuning_may_choose_is_right(
         if not tried:
             break
     assert place > 0 or not tiles.has_tensor_descriptors()
+
+
+@main_weightings
+def test_a_missed_rule_is_decided_by_other_draws_on_the_device(weighting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comparisons do where a draw misses a rule by chance has to work where the tensors lie."""
+    redrawn: list[Problem] = []
+    redraw = Problem.redrawn
+
+    def counting(problem: Problem, turn: int) -> Problem:
+        redrawn.append(redraw(problem, turn))
+        return redrawn[-1]
+
+    def missed(comparison: Any, *arguments: Any) -> tuple[float, str]:
+        return (0.0 if redrawn else 2.0), "missed once"
+
+    monkeypatch.setattr(Problem, "redrawn", counting)
+    monkeypatch.setattr(tolerance, "_excess", missed)
+    problem = random_problem(Sizes(1, 4, 2, 70, 90, 64, 64), torch.bfloat16, causal=True)
+    assert_results_are_close(problem, weighting, "triton", outputs=True)
+    assert len(redrawn) >= tolerance.DECISIVE_LEAD
+    assert {tensor.device.type for each in redrawn for tensor in (each.query, each.key, each.value)} == {"cuda"}
 
 
 OPTIONS = {
