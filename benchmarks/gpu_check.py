@@ -48,10 +48,15 @@ def describe(python: str) -> dict[str, Any]:
 
 
 def build_missing(python: str, described: dict[str, Any], limit: float) -> dict[str, Any]:
-    """Build the native libraries where they are missing or do not load here; the description afterwards."""
-    if described["library"]["loaded"]:
+    """Build the native libraries where they are missing or do not load here; the description afterwards.
+
+    The one with the CUDA kernels is built where there is an nvcc.
+    """
+    wanted = ["native"] + ["cuda"] * (plan.find_nvcc() is not None)
+    missing = [name for name in wanted if not described["libraries"][name]["loaded"]]
+    if not missing:
         return described
-    say(f"building: {described['library']['reason']}")
+    say(f"building: {described['libraries'][missing[0]]['reason']}")
     outcome = run_step(plan.build_step(python, ROOT), min(plan.BUILD_LIMIT, limit), lambda finding: None, ROOT)
     say(f"building: {outcome.status}, {outcome.seconds:.0f} s {outcome.detail[-1500:]}")
     return describe(python)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ _TESTS = {
     "kernels": (("tests/triton/kernels",), 230.0),
 }
 _SANITIZERS = ("memcheck", "racecheck", "synccheck")
-_SANITIZER_FOLDER = "/usr/local/cuda/bin"
+_CUDA_FOLDER = "/usr/local/cuda/bin"  # of the toolkit, which is often not on PATH
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -47,10 +48,17 @@ def fingerprint(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def find_nvcc() -> str | None:
+    """The compiler of the CUDA kernels, where there is one."""
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=_CUDA_FOLDER)
+
+
 def build_step(python: str, root: Path) -> Step:
     """Build the native libraries with what this machine has."""
     command = (python, "setup.py", "--quiet", "build_ext", "--inplace")
-    return Step("build", "libraries", command, BUILD_LIMIT, environment(root))
+    nvcc = find_nvcc()
+    told = environment(root) | ({"CUDACXX": nvcc} if nvcc is not None else {})
+    return Step("build", "libraries", command, BUILD_LIMIT, told)
 
 
 def test_steps(python: str, root: Path, described: Mapping[str, Any], findings: Mapping[str, Any]) -> list[Step]:
@@ -78,7 +86,7 @@ def test_steps(python: str, root: Path, described: Mapping[str, Any], findings: 
 
 def sanitize_steps(python: str, root: Path) -> list[Step]:
     """compute-sanitizer over one call of every kernel, each tool by itself."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=_SANITIZER_FOLDER)
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=_CUDA_FOLDER)
     unavailable = None if tool else "there is no compute-sanitizer"
     # Without torch's caching allocator every tensor is an allocation of its own, whose bounds are watched.
     told = environment(root) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

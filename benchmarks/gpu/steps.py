@@ -103,13 +103,14 @@ def run_step(step: Step, limit: float, keep: Callable[[dict[str, Any]], None], f
             _end_group(process)
             reader.join(_GRACE)
         seconds = time.monotonic() - start
-        output.seek(max(0, output.seek(0, os.SEEK_END) - _TAIL))
-        tail = output.read().decode(errors="replace")
+        output.seek(0)
+        said = output.read().decode(errors="replace")
+    tail = said[-_TAIL:]
     if not in_time:
         return Outcome("cut off", seconds, f"after {limit:.0f} s\n{tail}")
     if process.returncode in step.accepts:
         return Outcome("passed", seconds)
-    if step.unavailable_where is not None and step.unavailable_where in tail:
+    if step.unavailable_where is not None and step.unavailable_where in said:
         return Outcome("skipped", seconds, step.unavailable_where)
     return Outcome("failed", seconds, f"exit code {process.returncode}\n{tail}")
 

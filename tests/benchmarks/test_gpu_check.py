@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import cases, plan, summary
-from gpu.steps import Document, Step, run_part
+from gpu import cases, describe, plan, summary
+from gpu.steps import Document, Outcome, Step, run_part
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
@@ -25,7 +25,7 @@ DESCRIBED = {
     "versions": {"torch": "2.11.0"},
     "processors": 4,
     "installed": ["pytest", "xdist"],
-    "library": {"loaded": True, "reason": "loaded"},
+    "libraries": {name: {"loaded": True, "reason": "loaded"} for name in ("native", "cuda")},
     "backends": {},
 }
 
@@ -128,6 +128,61 @@ def test_a_failed_step_makes_the_check_fail(
     assert "bench/only: failed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("missing", "nvcc", "built"),
+    [
+        ((), "/nvcc", False),
+        (("native",), None, True),
+        (("cuda",), "/nvcc", True),
+        (("cuda",), None, False),
+        (("native", "cuda"), "/nvcc", True),
+    ],
+)
+def test_libraries_that_are_missing_are_built_where_there_is_a_compiler_for_them(
+    missing: tuple[str, ...], nvcc: str | None, built: bool, check: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = copy.deepcopy(DESCRIBED)
+    for name in missing:
+        described["libraries"][name] = {"loaded": False, "reason": f"{name} was not built"}
+    ran: list[Step] = []
+
+    def run_step(step: Step, *arguments: Any) -> Outcome:
+        ran.append(step)
+        return Outcome("passed", 1.0)
+
+    monkeypatch.setattr(plan, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(check, "run_step", run_step)
+    assert check.build_missing("python3", described, 100.0) == (DESCRIBED if built else described)
+    assert len(ran) == built
+    assert all(step.environment.get("CUDACXX") == nvcc for step in ran)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "rocm", "available", "why"),
+    [
+        ("13.0", None, True, None),
+        (None, "7.0", True, None),
+        (None, None, False, "without CUDA or ROCm"),
+        (None, "7.0", False, "finds no GPU"),
+    ],
+)
+def test_a_gpu_is_one_of_nvidia_or_amd(
+    cuda: str | None, rocm: str | None, available: bool, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", rocm)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    found = describe.absence()
+    assert found is None if why is None else why in found
+
+
+def test_the_machine_is_asked_for_both_libraries() -> None:
+    libraries = describe.describe_libraries()
+    assert libraries["native"] == {"loaded": True, "reason": "loaded"}
+    assert libraries["cuda"]["loaded"] is torch.cuda.is_available()
+    assert libraries["cuda"]["reason"]
+
+
 def test_the_parts_together_take_less_than_ten_minutes() -> None:
     assert sum(plan.PARTS.values()) <= plan.WHOLE_LIMIT < 600
 
@@ -192,6 +247,7 @@ def test_outcomes_are_recorded_and_what_passed_is_not_run_again(
         step = Step("tests", "some", (*command, str(tests)), 90.0, told, made[0].accepts)
         run_part([step], 100.0, document, tmp_path, lambda line: None)
 
+    monkeypatch.setenv("SIGHTLINE_TEST_SEED", "123")
     run()
     found = document.content["findings"]["tests"]
     outcomes = {name.rpartition("::")[2]: test["outcome"] for name, test in found.items()}
@@ -200,6 +256,10 @@ def test_outcomes_are_recorded_and_what_passed_is_not_run_again(
     messages = {name.rpartition("::")[2]: test.get("message", "") for name, test in found.items()}
     assert "assert 1 == 2" in messages["test_fails"]
     assert "no such unit" in messages["test_skips"]
+    seeds = {name.rpartition("::")[2]: test["seed"] for name, test in found.items() if "seed" in test}
+    assert seeds == {"test_fails": "123"}
+    table = summary.text_table({"device": {"name": "x"}, **document.content})
+    assert "::test_fails (SIGHTLINE_TEST_SEED=123)" in table
     assert document.content["steps"]["tests/some"]["status"] == "failed"
     tests.write_text(PLUGIN_TESTS.replace("assert 1 == 2", "assert 1 == 1"))
     run()
