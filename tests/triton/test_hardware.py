@@ -18,7 +18,7 @@ import sightline as sl
 
 pytest.importorskip("triton")
 
-from sightline.triton import launch, skipping, tiles, tuning
+from sightline.triton import launch, skipping
 
 pytestmark = pytest.mark.gpu
 
@@ -48,29 +48,6 @@ def test_every_width_forward_and_backward(width: int, value_width: int, weightin
 def test_ragged_lengths_forward_and_backward(queries: int, keys: int, weighting: Any, dtype: torch.dtype) -> None:
     sizes = Sizes(1, 4, 2, queries, keys, 64, 64)
     assert_results_are_close(random_problem(sizes, dtype, causal=True), weighting, "triton", outputs=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@main_weightings
-@pytest.mark.parametrize("width", [64, 128])
-def test_every_tile_that_tuning_may_choose_is_right(
-    width: int, weighting: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tuning looks at the time alone, so that what it may choose has to be right beforehand."""
-    for place in range(16):
-        tried: list[tiles.Tile] = []
-
-        def tile_for(kernel: str, variant: Any, *_: Any, place: int = place, tried: Any = tried) -> tiles.Tile:
-            described = [tile for tile in tiles.candidates(kernel, variant) if tile.descriptors]
-            tried += described[place : place + 1]
-            return described[place] if place < len(described) else tiles.choose_tile(kernel, variant)
-
-        monkeypatch.setattr(tuning, "tile_for", tile_for)
-        problem = random_problem(Sizes(1, 4, 2, 700, 1100, width, width), dtype, causal=True)
-        assert_results_are_close(problem, weighting, "triton", outputs=True)
-        if not tried:
-            break
-    assert place > 0 or not tiles.has_tensor_descriptors()
 
 
 @main_weightings
@@ -195,7 +172,7 @@ def test_kernels_run_on_the_current_stream(weighting: Any) -> None:
     assert torch.equal(actual, expected)
 
 
-def test_the_default_backend_of_a_gpu_is_triton_and_of_a_cache_is_decoding() -> None:
+def test_the_default_backend_of_a_gpu_is_triton_and_native_is_decoding_alone() -> None:
     query, cache = torch.randn(1, 4, 300, 64, dtype=torch.bfloat16), torch.randn(1, 4, 300, 64, dtype=torch.bfloat16)
     assert torch.equal(sl.attention(query, cache, cache), sl.attention(query, cache, cache, backend="triton"))
     with pytest.raises(NotImplementedError, match="decoding kernel is all there is"):
