@@ -174,6 +174,11 @@ class Document:
         self.content["findings"].pop(kind, None)
         self.write()
 
+    def unfinished(self) -> list[str]:
+        """The steps that a limit ended or kept from beginning."""
+        steps = self.content["steps"]
+        return [key for key, step in steps.items() if step["status"] in ("cut off", "not reached")]
+
     def is_settled(self, step: Step) -> bool:
         """Whether a step has passed already, or cannot run here."""
         return self.content["steps"].get(step.key, {}).get("status") in SETTLED

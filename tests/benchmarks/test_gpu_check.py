@@ -69,10 +69,12 @@ def test_make_gpu_check_takes_the_interpreter_it_is_given() -> None:
 def test_a_check_runs_its_parts_writes_one_file_and_ends_with_the_table(
     check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def steps_of(part: str, python: str, described: Any, findings: Any) -> list[Step]:
+    def steps_of(part: str, *others: Any) -> list[Step]:
         kind, name = ("tests", "one") if part == "tests" else ("peaks", part)
         found = {"kind": kind, "name": name, "outcome": "passed", "gigabytes_per_second": 4000.0}
-        return [Step(part, "only", (python, "-c", f"from gpu.steps import record; record({found!r})"), 60.0, told)]
+        return [
+            Step(part, "only", (sys.executable, "-c", f"from gpu.steps import record; record({found!r})"), 60.0, told)
+        ]
 
     told = plan.environment(ROOT)
     monkeypatch.setattr(check, "steps_of", steps_of)
@@ -187,8 +189,46 @@ def test_the_parts_together_take_less_than_ten_minutes() -> None:
     assert sum(plan.PARTS.values()) <= plan.WHOLE_LIMIT < 600
 
 
+def test_a_part_that_is_run_by_name_has_the_time_of_all(tmp_path: Path) -> None:
+    for part in plan.PARTS:
+        assert plan.part_limit(part, alone=True) == plan.ALONE_LIMIT > plan.part_limit(part, alone=False)
+    assert plan.ALONE_LIMIT <= plan.WHOLE_LIMIT
+    limits = [
+        {step.name: step.limit for step in plan.test_steps("python3", tmp_path, DESCRIBED, {}, limit)}
+        for limit in (200.0, 580.0)
+    ]
+    assert limits[1] == {name: pytest.approx(2.9 * limit) for name, limit in limits[0].items()}
+    # One test must fit into any step, or no call would ever get past it.
+    assert min(limits[1].values()) > plan._TEST_LIMIT
+
+
+def test_what_is_not_finished_is_said(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [
+        Step("bench", name, (sys.executable, "-c", code), 1.0)
+        for name, code in (("one", ""), ("two", "import time; time.sleep(600)"))
+    ]
+    monkeypatch.setattr(check, "steps_of", lambda *arguments: steps)
+    assert check.main(["--results", str(tmp_path), "--part", "bench"]) == 0
+    assert "not finished: 1 of the steps" in capsys.readouterr().out
+
+
+def test_the_guide_says_how_long_all_steps_may_take() -> None:
+    guide = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+    seconds = {
+        "benchmarks": sum(step.limit for step in plan.bench_steps("python3", ROOT, {})),
+        "tuning": sum(step.limit for step in plan.tune_steps("python3", ROOT)),
+        "compute-sanitizer": sum(step.limit for step in plan.sanitize_steps("python3", ROOT)),
+    }
+    for name, limit in seconds.items():
+        assert f"{limit:.0f} s of {name}" in guide
+    for part, limit in plan.PARTS.items():
+        assert f"{part} {limit:.0f} s" in guide
+
+
 def test_without_pytest_the_tests_are_skipped_and_it_is_said(tmp_path: Path) -> None:
-    steps = plan.test_steps("python3", tmp_path, {**DESCRIBED, "installed": []}, {})
+    steps = plan.test_steps("python3", tmp_path, {**DESCRIBED, "installed": []}, {}, 100.0)
     assert steps
     assert all("pytest is not installed" in step.unavailable for step in steps)
 
@@ -240,7 +280,7 @@ def test_outcomes_are_recorded_and_what_passed_is_not_run_again(
 
     def run() -> None:
         made = plan.test_steps(
-            sys.executable, tmp_path, {**DESCRIBED, "installed": installed}, document.content["findings"]
+            sys.executable, tmp_path, {**DESCRIBED, "installed": installed}, document.content["findings"], 100.0
         )
         command = [part.replace("benchmarks/gpu", str(ROOT / "benchmarks/gpu")) for part in made[0].command[:-2]]
         told = {**made[0].environment, **plan.environment(ROOT)}
