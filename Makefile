@@ -85,7 +85,7 @@ bench: env $(PEERS)/.installed ## measure sightline against its peers and regene
 
 # Wants no .venv: a machine with a GPU brings its own torch and Triton (PYTHON=python3 names the interpreter that has
 # them), and often no network.
-gpu-check: ## where there is a GPU, in ten minutes: its tests, compute-sanitizer, benchmarks; PART=tests|sanitize|bench|tune
+gpu-check: ## where there is a GPU, ten minutes of: its tests, compute-sanitizer, benchmarks; PART=tests|sanitize|bench|tune
 	@$(or $(PYTHON),$(wildcard $(BIN)/python),python3) benchmarks/gpu_check.py $(if $(PART),--part $(PART)) $(ARGS)
 
 # build/lib may hold modules that have been deleted since.

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_check.py --part bench --results benchmarks/results
 
-Runs in under ten minutes with what the machine has: its own torch, Triton and pytest, no network. Every step is a child
-process with a limit, and what it finds is in the JSON file at once, so a call that was cut off is continued by the
-next one. Where there is no GPU it says so in one line and exits with 0.
+A call ends within ten minutes, with what the machine has: its own torch, Triton and pytest, no network. Every step is a
+child process with a limit, and what it finds is in the JSON file at once, so what one call did not reach the next one
+does. Where there is no GPU it says so in one line and exits with 0.
 """
 
 from __future__ import annotations
@@ -48,19 +48,24 @@ def describe(python: str) -> dict[str, Any]:
 
 
 def build_missing(python: str, described: dict[str, Any], limit: float) -> dict[str, Any]:
-    """Build the native libraries where they are missing or do not load here; the description afterwards."""
-    if described["library"]["loaded"]:
+    """Build the native libraries where they are missing or do not load here; the description afterwards.
+
+    The one with the CUDA kernels is built where there is an nvcc.
+    """
+    wanted = ["native"] + ["cuda"] * (plan.find_nvcc() is not None)
+    missing = [name for name in wanted if not described["libraries"][name]["loaded"]]
+    if not missing:
         return described
-    say(f"building: {described['library']['reason']}")
+    say(f"building: {described['libraries'][missing[0]]['reason']}")
     outcome = run_step(plan.build_step(python, ROOT), min(plan.BUILD_LIMIT, limit), lambda finding: None, ROOT)
     say(f"building: {outcome.status}, {outcome.seconds:.0f} s {outcome.detail[-1500:]}")
     return describe(python)
 
 
-def steps_of(part: str, python: str, described: dict[str, Any], findings: dict[str, Any]) -> list[Step]:
-    """The steps of a part."""
+def steps_of(part: str, python: str, described: dict[str, Any], findings: dict[str, Any], limit: float) -> list[Step]:
+    """The steps of a part that has so many seconds."""
     if part == "tests":
-        return plan.test_steps(python, ROOT, described, findings)
+        return plan.test_steps(python, ROOT, described, findings, limit)
     if part == "tune":
         return plan.tune_steps(python, ROOT)
     if part == "sanitize":
@@ -110,13 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.fresh and document.resume():
         say(f"continuing {document.path}")
     for part in [options.part] if options.part else list(plan.PARTS):
-        limit = options.limit if options.limit is not None else plan.PARTS.get(part, plan.TUNE_LIMIT)
-        steps = steps_of(part, python, described, document.content["findings"])
-        run_part(steps, min(limit, end - time.monotonic()), document, ROOT, say)
+        limit = options.limit if options.limit is not None else plan.part_limit(part, options.part is not None)
+        limit = min(limit, end - time.monotonic())
+        run_part(steps_of(part, python, described, document.content["findings"], limit), limit, document, ROOT, say)
         if part == "tune":
             document.forget("bench", "cases")
     print(summary.text_table(document.content))
     print(f"written: {document.path}")
+    if unfinished := document.unfinished():
+        print(f"not finished: {len(unfinished)} of the steps; the same call again goes on with them")
     return int(any(step["status"] == "failed" for step in document.content["steps"].values()))
 
 

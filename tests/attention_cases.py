@@ -103,7 +103,7 @@ class Problem:
     def redrawn(self, turn: int) -> Problem:
         """Query, key and value with their numbers in another order, each: of random ones another draw every turn."""
         seed = self.seed + 1 + turn
-        order = torch.Generator().manual_seed(seed)
+        order = torch.Generator(device=self.query.device).manual_seed(seed)
         inputs = (shuffled(tensor, order) for tensor in (self.query, self.key, self.value))
         return Problem(*inputs, self.options, seed)
 
@@ -113,6 +113,7 @@ def _cast(option: Any, dtype: torch.dtype) -> Any:
 
 
 def shuffled(tensor: Tensor, order: torch.Generator) -> Tensor:
+    """The numbers of a tensor in another order; `order` may be of another device than the tensor."""
     places = torch.randperm(tensor.numel(), generator=order, device=order.device)
     return tensor.flatten()[places.to(tensor.device)].view(tensor.shape)
 

@@ -149,7 +149,7 @@ def assert_results_are_close(
         }
 
     def compare_again(name: str, turn: int) -> Comparison:
-        order = torch.Generator().manual_seed(turn)
+        order = torch.Generator(device=problem.query.device).manual_seed(turn)
         others = [None if gradient is None else shuffled(gradient, order) for gradient in gradients]
         return compare(problem.redrawn(turn), others, (name,))[name]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,21 +15,22 @@ from gpu.steps import DONE_VARIABLE, PASSED_VARIABLE, Step
 
 # Seconds. Together they stay under ten minutes; a build of missing libraries comes out of the same ten.
 PARTS = {"tests": 230.0, "sanitize": 70.0, "bench": 270.0}
-# Run by name alone: it takes as long as all the others.
-TUNE_LIMIT = 580.0
+# Of a part that is run by name, tuning always: the whole time is its own.
+ALONE_LIMIT = 580.0
 WHOLE_LIMIT = 590.0
 BUILD_LIMIT = 300.0
 DESCRIBE_LIMIT = 90.0
 _MOST_WORKERS = 12  # processes that test at once on one GPU
-_TEST_LIMIT = 90  # seconds of one test
+_TEST_LIMIT = 240  # seconds of one test, which may compile a dozen kernels; a worker that exceeds it is ended
 _NO_TESTS_LEFT = 5  # pytest's exit code
+# Files, and the share of the part's time that they may take; what is cut off goes on in the next call.
 _TESTS = {
-    "hardware": (("tests/triton/test_hardware.py", "tests/triton/test_long_context.py"), 150.0),
-    "decoding": (("tests/ops/test_decode.py",), 90.0),
-    "kernels": (("tests/triton/kernels",), 230.0),
+    "hardware": (("tests/triton/test_hardware.py", "tests/triton/test_long_context.py"), 0.6),
+    "decoding": (("tests/ops/test_decode.py",), 0.45),
+    "kernels": (("tests/triton/kernels",), 1.0),
 }
 _SANITIZERS = ("memcheck", "racecheck", "synccheck")
-_SANITIZER_FOLDER = "/usr/local/cuda/bin"
+_CUDA_FOLDER = "/usr/local/cuda/bin"  # of the toolkit, which is often not on PATH
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -47,14 +49,31 @@ def fingerprint(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def find_nvcc() -> str | None:
+    """The compiler of the CUDA kernels, where there is one."""
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=_CUDA_FOLDER)
+
+
 def build_step(python: str, root: Path) -> Step:
     """Build the native libraries with what this machine has."""
     command = (python, "setup.py", "--quiet", "build_ext", "--inplace")
-    return Step("build", "libraries", command, BUILD_LIMIT, environment(root))
+    nvcc = find_nvcc()
+    told = environment(root) | ({"CUDACXX": nvcc} if nvcc is not None else {})
+    return Step("build", "libraries", command, BUILD_LIMIT, told)
 
 
-def test_steps(python: str, root: Path, described: Mapping[str, Any], findings: Mapping[str, Any]) -> list[Step]:
-    """The tests that need a GPU, the most telling first; those that passed before are left out by the plugin."""
+def part_limit(part: str, alone: bool) -> float:
+    """The seconds of a part: all there are where it is run by name."""
+    return ALONE_LIMIT if alone else PARTS[part]
+
+
+def test_steps(
+    python: str, root: Path, described: Mapping[str, Any], findings: Mapping[str, Any], limit: float
+) -> list[Step]:
+    """The tests that need a GPU, the most telling first; those that passed before are left out by the plugin.
+
+    `limit`: the seconds of all steps together.
+    """
     installed = described["installed"]
     unavailable = None if "pytest" in installed else f"pytest is not installed for {python}"
     passed = [name for name, test in findings.get("tests", {}).items() if test["outcome"] == "passed"]
@@ -71,14 +90,14 @@ def test_steps(python: str, root: Path, described: Mapping[str, Any], findings: 
     told = environment(root) | {PASSED_VARIABLE: str(known), "OMP_NUM_THREADS": "1"}
     accepted = (0, _NO_TESTS_LEFT)
     return [
-        Step("tests", name, (*command, *files), limit, told, accepted, unavailable)
-        for name, (files, limit) in _TESTS.items()
+        Step("tests", name, (*command, *files), share * limit, told, accepted, unavailable)
+        for name, (files, share) in _TESTS.items()
     ]
 
 
 def sanitize_steps(python: str, root: Path) -> list[Step]:
     """compute-sanitizer over one call of every kernel, each tool by itself."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=_SANITIZER_FOLDER)
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=_CUDA_FOLDER)
     unavailable = None if tool else "there is no compute-sanitizer"
     # Without torch's caching allocator every tensor is an allocation of its own, whose bounds are watched.
     told = environment(root) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

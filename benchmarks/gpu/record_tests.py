@@ -11,6 +11,7 @@ import pytest
 
 from gpu.steps import PASSED_VARIABLE, record
 
+SEED_VARIABLE = "SIGHTLINE_TEST_SEED"  # by which tests/conftest.py repeats the random numbers of a run
 _MESSAGE = 1500  # characters of a failure that are kept
 
 
@@ -35,5 +36,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> Generator[None, None,
             finding["message"] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
         elif report.failed:
             finding["message"] = report.longreprtext[-_MESSAGE:]
+            finding["seed"] = os.environ.get(SEED_VARIABLE)
         record(finding)
     return (yield)

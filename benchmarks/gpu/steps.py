@@ -103,13 +103,14 @@ def run_step(step: Step, limit: float, keep: Callable[[dict[str, Any]], None], f
             _end_group(process)
             reader.join(_GRACE)
         seconds = time.monotonic() - start
-        output.seek(max(0, output.seek(0, os.SEEK_END) - _TAIL))
-        tail = output.read().decode(errors="replace")
+        output.seek(0)
+        said = output.read().decode(errors="replace")
+    tail = said[-_TAIL:]
     if not in_time:
         return Outcome("cut off", seconds, f"after {limit:.0f} s\n{tail}")
     if process.returncode in step.accepts:
         return Outcome("passed", seconds)
-    if step.unavailable_where is not None and step.unavailable_where in tail:
+    if step.unavailable_where is not None and step.unavailable_where in said:
         return Outcome("skipped", seconds, step.unavailable_where)
     return Outcome("failed", seconds, f"exit code {process.returncode}\n{tail}")
 
@@ -172,6 +173,11 @@ class Document:
         self.content["steps"] = {key: step for key, step in steps.items() if not key.startswith(f"{part}/")}
         self.content["findings"].pop(kind, None)
         self.write()
+
+    def unfinished(self) -> list[str]:
+        """The steps that a limit ended or kept from beginning."""
+        steps = self.content["steps"]
+        return [key for key, step in steps.items() if step["status"] in ("cut off", "not reached")]
 
     def is_settled(self, step: Step) -> bool:
         """Whether a step has passed already, or cannot run here."""

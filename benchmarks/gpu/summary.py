@@ -163,8 +163,8 @@ def text_table(document: dict[str, Any]) -> str:
     lines += [f"  tuned {name}: {tile}" for name, tile in tile_rows(findings)]
     counts = test_counts(findings)
     lines.append("tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
-    failures = [name for name, test in findings.get("tests", {}).items() if test["outcome"] == "failed"]
-    lines += [f"  failed: {name}" for name in failures[:20]]
+    failures = [(name, test) for name, test in findings.get("tests", {}).items() if test["outcome"] == "failed"]
+    lines += [f"  failed: {name} (SIGHTLINE_TEST_SEED={test.get('seed')})" for name, test in failures[:20]]
     lines += [f"  {key}: {step['status']}" for key, step in steps.items() if step["status"] != "passed"]
     return "\n".join(lines)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import cases, plan, summary
-from gpu.steps import Document, Step, run_part
+from gpu import cases, describe, plan, summary
+from gpu.steps import Document, Outcome, Step, run_part
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
@@ -25,7 +25,7 @@ DESCRIBED = {
     "versions": {"torch": "2.11.0"},
     "processors": 4,
     "installed": ["pytest", "xdist"],
-    "library": {"loaded": True, "reason": "loaded"},
+    "libraries": {name: {"loaded": True, "reason": "loaded"} for name in ("native", "cuda")},
     "backends": {},
 }
 
@@ -69,10 +69,12 @@ def test_make_gpu_check_takes_the_interpreter_it_is_given() -> None:
 def test_a_check_runs_its_parts_writes_one_file_and_ends_with_the_table(
     check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def steps_of(part: str, python: str, described: Any, findings: Any) -> list[Step]:
+    def steps_of(part: str, *others: Any) -> list[Step]:
         kind, name = ("tests", "one") if part == "tests" else ("peaks", part)
         found = {"kind": kind, "name": name, "outcome": "passed", "gigabytes_per_second": 4000.0}
-        return [Step(part, "only", (python, "-c", f"from gpu.steps import record; record({found!r})"), 60.0, told)]
+        return [
+            Step(part, "only", (sys.executable, "-c", f"from gpu.steps import record; record({found!r})"), 60.0, told)
+        ]
 
     told = plan.environment(ROOT)
     monkeypatch.setattr(check, "steps_of", steps_of)
@@ -128,12 +130,105 @@ def test_a_failed_step_makes_the_check_fail(
     assert "bench/only: failed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("missing", "nvcc", "built"),
+    [
+        ((), "/nvcc", False),
+        (("native",), None, True),
+        (("cuda",), "/nvcc", True),
+        (("cuda",), None, False),
+        (("native", "cuda"), "/nvcc", True),
+    ],
+)
+def test_libraries_that_are_missing_are_built_where_there_is_a_compiler_for_them(
+    missing: tuple[str, ...], nvcc: str | None, built: bool, check: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = copy.deepcopy(DESCRIBED)
+    for name in missing:
+        described["libraries"][name] = {"loaded": False, "reason": f"{name} was not built"}
+    ran: list[Step] = []
+
+    def run_step(step: Step, *arguments: Any) -> Outcome:
+        ran.append(step)
+        return Outcome("passed", 1.0)
+
+    monkeypatch.setattr(plan, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(check, "run_step", run_step)
+    assert check.build_missing("python3", described, 100.0) == (DESCRIBED if built else described)
+    assert len(ran) == built
+    assert all(step.environment.get("CUDACXX") == nvcc for step in ran)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "rocm", "available", "why"),
+    [
+        ("13.0", None, True, None),
+        (None, "7.0", True, None),
+        (None, None, False, "without CUDA or ROCm"),
+        (None, "7.0", False, "finds no GPU"),
+    ],
+)
+def test_a_gpu_is_one_of_nvidia_or_amd(
+    cuda: str | None, rocm: str | None, available: bool, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", rocm)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    found = describe.absence()
+    assert found is None if why is None else why in found
+
+
+def test_the_machine_is_asked_for_both_libraries() -> None:
+    libraries = describe.describe_libraries()
+    assert libraries["native"] == {"loaded": True, "reason": "loaded"}
+    assert libraries["cuda"]["loaded"] is torch.cuda.is_available()
+    assert libraries["cuda"]["reason"]
+
+
 def test_the_parts_together_take_less_than_ten_minutes() -> None:
     assert sum(plan.PARTS.values()) <= plan.WHOLE_LIMIT < 600
 
 
+def test_a_part_that_is_run_by_name_has_the_time_of_all(tmp_path: Path) -> None:
+    for part in plan.PARTS:
+        assert plan.part_limit(part, alone=True) == plan.ALONE_LIMIT > plan.part_limit(part, alone=False)
+    assert plan.ALONE_LIMIT <= plan.WHOLE_LIMIT
+    limits = [
+        {step.name: step.limit for step in plan.test_steps("python3", tmp_path, DESCRIBED, {}, limit)}
+        for limit in (200.0, 580.0)
+    ]
+    assert limits[1] == {name: pytest.approx(2.9 * limit) for name, limit in limits[0].items()}
+    # One test must fit into any step, or no call would ever get past it.
+    assert min(limits[1].values()) > plan._TEST_LIMIT
+
+
+def test_what_is_not_finished_is_said(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [
+        Step("bench", name, (sys.executable, "-c", code), 1.0)
+        for name, code in (("one", ""), ("two", "import time; time.sleep(600)"))
+    ]
+    monkeypatch.setattr(check, "steps_of", lambda *arguments: steps)
+    assert check.main(["--results", str(tmp_path), "--part", "bench"]) == 0
+    assert "not finished: 1 of the steps" in capsys.readouterr().out
+
+
+def test_the_guide_says_how_long_all_steps_may_take() -> None:
+    guide = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+    seconds = {
+        "benchmarks": sum(step.limit for step in plan.bench_steps("python3", ROOT, {})),
+        "tuning": sum(step.limit for step in plan.tune_steps("python3", ROOT)),
+        "compute-sanitizer": sum(step.limit for step in plan.sanitize_steps("python3", ROOT)),
+    }
+    for name, limit in seconds.items():
+        assert f"{limit:.0f} s of {name}" in guide
+    for part, limit in plan.PARTS.items():
+        assert f"{part} {limit:.0f} s" in guide
+
+
 def test_without_pytest_the_tests_are_skipped_and_it_is_said(tmp_path: Path) -> None:
-    steps = plan.test_steps("python3", tmp_path, {**DESCRIBED, "installed": []}, {})
+    steps = plan.test_steps("python3", tmp_path, {**DESCRIBED, "installed": []}, {}, 100.0)
     assert steps
     assert all("pytest is not installed" in step.unavailable for step in steps)
 
@@ -185,13 +280,14 @@ def test_outcomes_are_recorded_and_what_passed_is_not_run_again(
 
     def run() -> None:
         made = plan.test_steps(
-            sys.executable, tmp_path, {**DESCRIBED, "installed": installed}, document.content["findings"]
+            sys.executable, tmp_path, {**DESCRIBED, "installed": installed}, document.content["findings"], 100.0
         )
         command = [part.replace("benchmarks/gpu", str(ROOT / "benchmarks/gpu")) for part in made[0].command[:-2]]
         told = {**made[0].environment, **plan.environment(ROOT)}
         step = Step("tests", "some", (*command, str(tests)), 90.0, told, made[0].accepts)
         run_part([step], 100.0, document, tmp_path, lambda line: None)
 
+    monkeypatch.setenv("SIGHTLINE_TEST_SEED", "123")
     run()
     found = document.content["findings"]["tests"]
     outcomes = {name.rpartition("::")[2]: test["outcome"] for name, test in found.items()}
@@ -200,6 +296,10 @@ def test_outcomes_are_recorded_and_what_passed_is_not_run_again(
     messages = {name.rpartition("::")[2]: test.get("message", "") for name, test in found.items()}
     assert "assert 1 == 2" in messages["test_fails"]
     assert "no such unit" in messages["test_skips"]
+    seeds = {name.rpartition("::")[2]: test["seed"] for name, test in found.items() if "seed" in test}
+    assert seeds == {"test_fails": "123"}
+    table = summary.text_table({"device": {"name": "x"}, **document.content})
+    assert "::test_fails (SIGHTLINE_TEST_SEED=123)" in table
     assert document.content["steps"]["tests/some"]["status"] == "failed"
     tests.write_text(PLUGIN_TESTS.replace("assert 1 == 2", "assert 1 == 1"))
     run()

@@ -117,6 +117,12 @@ def test_accepted_exit_codes_pass_and_unavailable_steps_are_skipped(document: Do
     assert "there is no tool" in said[1]
 
 
+def test_that_a_step_cannot_run_is_found_anywhere_in_its_output(document: Document) -> None:
+    code = "print('Device not supported'); print('x' * 100000); raise SystemExit(1)"
+    run(document, step(code, unavailable_where="Device not supported"), step("raise SystemExit(1)", name="two"))
+    assert [entry["status"] for entry in stored(document)["steps"].values()] == ["skipped", "failed"]
+
+
 def test_a_part_ends_with_its_time_and_says_what_it_did_not_reach(document: Document) -> None:
     times = iter([0.0, 1.0, 97.0])
     said: list[str] = []

@@ -111,6 +111,27 @@ def test_a_device_that_runs_out_of_memory_ends_its_row_and_not_the_run(monkeypat
     assert statuses[128, "softmax"] == "measured"
 
 
+def test_a_row_that_fails_in_any_way_ends_alone_and_says_what_failed(monkeypatch):
+    class OutOfResources(Exception):  # Triton's errors are no RuntimeError
+        pass
+
+    settings = RequestedBench(
+        {"device": "cpu", "output": Path("x"), "lengths": (32,), "heads": 2, "kv_heads": 1, "head_dim": 8}
+    ).on("cpu")
+    benchmark = bench._Benchmark(settings, Corpus("here", b"some text"), torch.device("cpu"))
+
+    def measure_memory(measurement, context):
+        if measurement.row == "lssa":
+            raise OutOfResources("shared memory, Required: 300000, Hardware limit: 232448")
+        return 0.001
+
+    monkeypatch.setattr(benchmark, "_measure_memory", measure_memory)
+    benchmark.run()
+    assert benchmark.measurements[32, "lssa"].failed.startswith("OutOfResources: shared memory")
+    statuses = {row: found.status for (_, row), found in benchmark.measurements.items()}
+    assert statuses == {row: "failed" if row == "lssa" else "measured" for row in ROWS}
+
+
 def test_progress_is_one_line_per_step_without_a_terminal(sightline):
     result = sightline("bench", *SMALL, "--lengths", "32", "--repetitions", "2")
     lines = result.stderr.splitlines()

@@ -5,10 +5,12 @@ A sample of the cases of docs/triton_resources.md; tools/triton_resources.py com
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,24 @@ CANDIDATE_CASES = [
     (100, "lssa", "bf16", 128, 2),
     (100, "lssar", "bf16", 64, 2),
 ]
+
+
+def device_functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """(file name, function) of everything that Triton compiles."""
+    for path in sorted((ROOT / "python" / "sightline" / "triton").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+                yield path.name, node
+
+
+def test_no_device_function_returns_none() -> None:
+    """Triton's compiler refuses that before 3.7, which is not installed here to say so."""
+    functions = list(device_functions())
+    assert len(functions) > 50
+    for name, function in functions:
+        for node in ast.walk(function):
+            if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant):
+                assert node.value.value is not None, f"{name}: {function.name} returns None"
 
 
 def compiled(arch: int, weighting: str, dtype: str, width: int, *options: str) -> str:

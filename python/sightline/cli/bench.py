@@ -84,7 +84,7 @@ class _Benchmark:
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 measurement.skipped = f"memory: {length:,} tokens do not fit into that of the device"
-            except (MeasurementError, RuntimeError) as error:
+            except Exception as error:  # Triton's errors derive from it alone
                 measurement.failed = str(error) if isinstance(error, MeasurementError) else describe_error(error)
             else:
                 measurement.skipped = limits.time_reason(seconds, self.settings.time_limit)

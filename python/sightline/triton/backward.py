@@ -74,7 +74,10 @@ def query_gradients(
     upstream = load_rows(grad_output, rows, variant.value_width, variant.block_value_width)
     state = load_row_gradients(table, table_stride, variant, rows)
     keys = visible_range(variant, rows)
-    descriptors = describe_keys(problem, variant, rows)
+    # Before Triton 3.7 no device function may return None.
+    descriptors = None
+    if variant.descriptors:
+        descriptors = describe_keys(problem, variant, rows)
     total = tl.full((variant.row_tile, variant.block_width), 0.0, tl.float32)
     if variant.masked_everywhere or variant.safe:
         total = gather_query_gradient(

@@ -101,6 +101,8 @@ def has_warp_specialization() -> bool:
     Compute capabilities 10.0 to 11.0 (tensor memory), from Triton 3.7 on. On Hopper 3.7 refuses the loops of these
     kernels with 4 warps and leaves those with 8 as they are; on 12.0 there is nothing to multiply beside the others.
     """
+    if INTERPRETED:
+        return False
     target = triton.runtime.driver.active.get_current_target()
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return target.backend == "cuda" and 100 <= target.arch < 120 and version >= (3, 7)

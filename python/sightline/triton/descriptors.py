@@ -59,15 +59,12 @@ def describe(heads, batch, head, rows, tile: tl.constexpr, width: tl.constexpr):
 
 @triton.jit
 def describe_keys(problem, variant: tl.constexpr, rows):
-    """The descriptors of the keys and values that rows see; None where pointers load them."""
-    if variant.descriptors:
-        tile: tl.constexpr = variant.key_tile
-        return KeyDescriptors(
-            describe(problem.key, rows.batch, rows.key_head, problem.keys, tile, variant.head_width),
-            describe(problem.value, rows.batch, rows.key_head, problem.keys, tile, variant.value_width),
-        )
-    else:
-        return None
+    """The descriptors of the keys and values that rows see, where the variant loads by descriptors."""
+    tile: tl.constexpr = variant.key_tile
+    return KeyDescriptors(
+        describe(problem.key, rows.batch, rows.key_head, problem.keys, tile, variant.head_width),
+        describe(problem.value, rows.batch, rows.key_head, problem.keys, tile, variant.value_width),
+    )
 
 
 @triton.jit

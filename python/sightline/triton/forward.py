@@ -24,7 +24,7 @@ from sightline.triton.descriptors import describe_keys
 from sightline.triton.key_range import visible_range
 from sightline.triton.products import is_finite
 from sightline.triton.rows import load_rows, row_factors, set_up_rows, store_rows
-from sightline.triton.skipping import list_tiles
+from sightline.triton.skipping import Maxima, list_tiles
 from sightline.triton.sweeps import (
     attend_range,
     find_peaks,
@@ -52,13 +52,16 @@ def attention_forward(
     queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
     factors = row_factors(problem, variant, rows, queries)
     keys = visible_range(variant, rows)
-    descriptors = describe_keys(problem, variant, rows)
+    # Before Triton 3.7 no device function may return None.
+    descriptors = None
+    if variant.descriptors:
+        descriptors = describe_keys(problem, variant, rows)
     if variant.reweight:
         spread = start_spread(variant, rows)
         if variant.skips:
-            place = tl.program_id(0).to(tl.int64) * scratch.tiles
-            maxima = scratch.maxima + place * variant.row_tile
-            listed = scratch.listed + place
+            place = tl.program_id(0).to(tl.int64)
+            maxima = Maxima(scratch.maxima + place * scratch.groups * variant.row_tile, scratch.sharing)
+            listed = scratch.listed + place * scratch.tiles
             spread = measure_range(problem, variant, keys, rows, descriptors, factors.factor, queries, spread, maxima)
             peaks = find_peaks(problem, variant, factors.visible, spread)
             whole = (keys.full_stop - keys.full_start) // variant.key_tile

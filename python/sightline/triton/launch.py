@@ -34,7 +34,7 @@ from sightline.triton.forward import attention_forward
 from sightline.triton.gradients import PLAIN_COLUMNS, REWEIGHT_COLUMNS, prepare_rows
 from sightline.triton.mask_gradient import mask_gradient
 from sightline.triton.problem import Heads, Problem, SavedRows, Variant
-from sightline.triton.skipping import make_scratch, programs_at_once
+from sightline.triton.skipping import make_scratch, plan_waves
 from sightline.triton.tiles import Tile, can_be_specialized, choose_tile
 from sightline.triton.tuning import launch_tuned
 
@@ -167,12 +167,13 @@ def _launch_skipping(variant: Variant, tile: Tile, device: torch.device, key_til
     """The forward kernel with tile skipping, in waves of programs; then those whose result was not finite."""
     units, tiles = arguments[-2:]
     programs = units * tiles
-    wave = programs_at_once(programs, key_tiles, tile.rows, multiprocessors(device))
-    scratch = make_scratch(wave, programs, key_tiles, tile.rows, device)
+    waves = plan_waves(programs, key_tiles, tile.rows, multiprocessors(device))
+    scratch = make_scratch(waves, programs, tile.rows, device)
     repairs = torch.empty(programs, dtype=torch.int32, device=device)
     skipping = _tiled(variant, tile, skips=True)
-    for first in range(0, programs, wave):
-        _start(attention_forward, min(wave, programs - first), skipping, tile, *arguments, scratch, first, repairs)
+    for first in range(0, programs, waves.programs):
+        launched = min(waves.programs, programs - first)
+        _start(attention_forward, launched, skipping, tile, *arguments, scratch, first, repairs)
     _repair(attention_forward, programs, variant, tile, *arguments, None, 0, repairs)
 
 

@@ -7,8 +7,9 @@ tau and the exponent of the bound are MATH.md's. Such weights count as 0 in ever
 reach a row through them.
 
 The second sweep walks the list, so its loop has no branch and is pipelined like any other. Maxima and list are memory
-of a program. So that they stay few, long problems are launched in waves of programs, which use the same memory one
-after the other.
+of a program. So that a launch never takes more than SCRATCH_BYTES, long problems are launched in waves of programs,
+which use the same memory one after the other; and where so few would fit that the device stood idle, several tiles in a
+row share a maximum, which lists some tiles more than need be.
 """
 
 from __future__ import annotations
@@ -26,17 +27,21 @@ from torch import Tensor
 from sightline.triton.weights import positive_part, weigh
 
 _TILES_AT_ONCE = tl.constexpr(16)
-# Of one launch; waves are as large as it allows, but fill the device several times.
-_SCRATCH_BYTES = 2**28
-_LEAST_WAVE = 4  # programs per multiprocessor
+SCRATCH_BYTES = 2**26  # of one launch, at any length
+_WAVE_STEP = 16  # programs: waves are multiples, so that no launch is compiled for itself
+_LEAST_WAVE = 2  # programs per multiprocessor, as long as fewer than so many tiles have to share a maximum
+_MOST_SHARING = 64
+_LEAST_FLOAT16 = tl.constexpr(-65504.0)
 
 
 class Scratch(NamedTuple):
     """What a program leaves for its own second sweep; all programs of a launch side by side."""
 
-    maxima: Any  # (programs, tiles, rows of a tile) fp16: largest score
+    maxima: Any  # (programs, groups of tiles, rows of a tile) fp16: largest score
     listed: Any  # (programs, tiles) int32: first keys of the tiles to visit
+    groups: Any  # per program
     tiles: Any  # key tiles there is room for
+    sharing: Any  # tiles of a group
     counts: Any  # (row tiles, 2) int32: tiles that could be skipped and tiles visited; or None
 
 
@@ -67,17 +72,46 @@ def count_tiles() -> Iterator[TileCounts]:
         _watching.remove(counts)
 
 
-def programs_at_once(programs: int, key_tiles: int, rows: int, processors: int) -> int:
-    """How many programs one launch gets; a multiple of 16, so that no launch is compiled for itself.
+class Maxima(NamedTuple):
+    """The part of Scratch.maxima that is one program's."""
 
-    >>> programs_at_once(1000, 16, 64, 132), programs_at_once(10**6, 2048, 64, 132)
-    (1000, 992)
+    data: Any
+    sharing: Any
+
+
+class Waves(NamedTuple):
+    """How a problem is cut into launches: programs of each, key tiles there is room for, and tiles per maximum."""
+
+    programs: int
+    key_tiles: int
+    sharing: int
+
+    @property
+    def groups(self) -> int:
+        return -(-self.key_tiles // self.sharing)
+
+    def program_bytes(self, rows: int) -> int:
+        """Scratch memory of one program with tiles of so many rows."""
+        return self.groups * rows * 2 + self.key_tiles * 4
+
+
+def plan_waves(programs: int, key_tiles: int, rows: int, processors: int) -> Waves:
+    """The fewest launches whose programs keep the device busy, and the fewest tiles per maximum, within the bound.
+
+    >>> plan_waves(1000, 16, 64, 132), plan_waves(10**6, 2048, 128, 132)
+    (Waves(programs=1000, key_tiles=16, sharing=1), Waves(programs=480, key_tiles=2048, sharing=4))
     """
-    affordable = _SCRATCH_BYTES // (key_tiles * (2 * rows + 4))
-    return min(programs, max(affordable, _LEAST_WAVE * processors) // 16 * 16)
+    sharing, wanted = 1, min(programs, _LEAST_WAVE * processors)
+    while sharing < _MOST_SHARING and Waves(wanted, key_tiles, sharing).program_bytes(rows) * wanted > SCRATCH_BYTES:
+        sharing *= 2
+    waves = Waves(programs, key_tiles, sharing)
+    affordable = SCRATCH_BYTES // waves.program_bytes(rows)
+    if programs <= affordable:
+        return waves
+    return waves._replace(programs=max(1, affordable // _WAVE_STEP) * _WAVE_STEP)
 
 
-def make_scratch(programs: int, row_tiles: int, key_tiles: int, rows: int, device: torch.device) -> Scratch:
+def make_scratch(waves: Waves, row_tiles: int, rows: int, device: torch.device) -> Scratch:
     """Memory for one launch."""
     counts = None
     if _watching:
@@ -85,9 +119,11 @@ def make_scratch(programs: int, row_tiles: int, key_tiles: int, rows: int, devic
         for watcher in _watching:
             watcher.calls.append(counts)
     return Scratch(
-        torch.empty(programs, key_tiles, rows, dtype=torch.float16, device=device),
-        torch.empty(programs, key_tiles, dtype=torch.int32, device=device),
-        key_tiles,
+        torch.empty(waves.programs, waves.groups, rows, dtype=torch.float16, device=device),
+        torch.empty(waves.programs, waves.key_tiles, dtype=torch.int32, device=device),
+        waves.groups,
+        waves.key_tiles,
+        waves.sharing,
         counts,
     )
 
@@ -114,9 +150,17 @@ def least_excess(problem, variant: tl.constexpr, visible):
 
 
 @triton.jit
-def keep_maxima(variant: tl.constexpr, maxima, place, largest):
-    """Leave the largest scores of a tile for list_tiles."""
-    tl.store(maxima + place * variant.row_tile + tl.arange(0, variant.row_tile), largest.to(tl.float16))
+def keep_maxima(variant: tl.constexpr, maxima, place, is_last, shared, largest):
+    """Leave the largest scores of a group of tiles for list_tiles, at its last tile; returns those of the group so far.
+
+    `largest` are the scores of the tile at `place`, `shared` what came back for the one before.
+    """
+    shared = tl.where(place % maxima.sharing == 0, largest, tl.maximum(shared, largest))
+    # Below the least fp16 number stands that number: -inf would say that the tile has no weights, and NaN must stay.
+    kept = tl.where(shared < _LEAST_FLOAT16, _LEAST_FLOAT16, shared).to(tl.float16)
+    target = maxima.data + place // maxima.sharing * variant.row_tile + tl.arange(0, variant.row_tile)
+    tl.store(target, kept, mask=((place + 1) % maxima.sharing == 0) | is_last)
+    return shared
 
 
 @triton.jit
@@ -138,7 +182,7 @@ def list_tiles(problem, variant: tl.constexpr, maxima, listed, start, tiles, vis
     for first in tl.range(0, tiles, _TILES_AT_ONCE):
         places = first + tl.arange(0, _TILES_AT_ONCE)
         inside = places < tiles
-        pointers = maxima + places[None, :] * variant.row_tile + rows[:, None]
+        pointers = maxima.data + (places // maxima.sharing)[None, :] * variant.row_tile + rows[:, None]
         largest = tl.load(pointers, mask=inside[None, :], other=float("-inf"))
         plain = weigh(score_bound(largest), peaks.shift[:, None], variant.softplus)
         excess = positive_part(plain - peaks.mean[:, None]) * peaks.inverse_peak[:, None]

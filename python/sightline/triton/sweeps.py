@@ -192,6 +192,8 @@ def measure(
     largest = spread.largest
     normalizer = spread.normalizer
     normalizer_lost = spread.normalizer_lost
+    if maxima is not None:
+        shared = largest
     for first_key in tl.range(start, stop, variant.key_tile, warp_specialize=variant.specialized):
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
@@ -199,7 +201,9 @@ def measure(
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         top = tl.max(scores, 1)
         if maxima is not None:
-            keep_maxima(variant, maxima, (first_key - start) // variant.key_tile, top)
+            place = (first_key - start) // variant.key_tile
+            is_last = first_key + variant.key_tile >= stop
+            shared = keep_maxima(variant, maxima, place, is_last, shared, top)
         largest = tl.maximum(largest, top)
         if variant.softplus:
             weights = weigh(scores, 0.0, True)

@@ -3,7 +3,7 @@
 A first call must not be slow, so nothing is measured unless SIGHTLINE_AUTOTUNE=1 asks for it: then the first call of a
 kind of kernel times the default tile and the few of tiles.CANDIDATES on its own arguments and writes the fastest down.
 Every process after it reads the file. The kind is what a kernel is compiled for without lengths or strides: a new
-length never tunes again. `make gpu-check` tunes before it measures.
+length never tunes again. `make gpu-check PART=tune` tunes for the benchmarks that it runs next.
 
 The file is SIGHTLINE_TUNING, or tiles-<target>.json in the cache folder of the user. One that another version of the
 kernels or of Triton wrote, or another kind of GPU, is not used.

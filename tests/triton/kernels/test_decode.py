@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import DTYPES, OPTIONS, SOFTMAX_OPTIONS, WEIGHTINGS, Problem, Sizes, random_problem, run
+from attention_cases import DTYPES, OPTIONS, PACKINGS, SOFTMAX_OPTIONS, WEIGHTINGS, Problem, Sizes, random_problem, run
 from attention_checks import assert_outputs_are_close
 
 import sightline as sl
 from sightline.triton import launch
 
 SIZES = Sizes(batch=2, heads=4, key_heads=2, queries=3, keys=600, width=20, value_width=24)
+# At most 64 rows of a key head are packed, over all documents.
+PACKED_SIZES = Sizes(batch=1, heads=2, key_heads=1, queries=32, keys=600, width=20, value_width=24)
 CHOSEN = (
     "causal",
     "causal_window",
@@ -58,6 +60,14 @@ def assert_decoding_is_close(problem: Problem, weighting: Any, splits: list[int]
 def test_every_option(turn: int, option: str, weighting: str, splits: list[int]) -> None:
     dtype = list(DTYPES.values())[(turn + len(weighting)) % 3]
     problem = random_problem(SIZES, dtype, **OPTIONS[option](SIZES))
+    assert_decoding_is_close(problem, WEIGHTINGS[weighting], splits)
+
+
+@pytest.mark.parametrize("weighting", ["softmax", "lssa", "lssar"])
+@pytest.mark.parametrize(("turn", "packing"), list(enumerate(PACKINGS)))
+def test_packed_documents(turn: int, packing: str, weighting: str, splits: list[int]) -> None:
+    dtype = list(DTYPES.values())[(turn + len(weighting)) % 3]
+    problem = random_problem(PACKED_SIZES, dtype, **PACKINGS[packing](PACKED_SIZES))
     assert_decoding_is_close(problem, WEIGHTINGS[weighting], splits)
 
 

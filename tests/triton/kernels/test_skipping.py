@@ -10,7 +10,7 @@ from attention_cases import DTYPES, OPTIONS, PACKINGS, WEIGHTINGS, Sizes, cluste
 from attention_checks import assert_results_are_close, random_gradients
 
 import sightline as sl
-from sightline.triton import launch
+from sightline.triton import launch, skipping
 from sightline.triton.skipping import count_tiles
 
 LOG_TAU = {torch.float32: -24, torch.float16: -14, torch.bfloat16: -12}
@@ -49,6 +49,45 @@ def test_what_is_skipped_holds_less_than_its_share(dtype: torch.dtype, monkeypat
     largest = float(problem.value.abs().max())
     rounding = {torch.float32: 2**-20, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     assert (skipping - whole).abs().max() <= (2 * 2.0 ** LOG_TAU[dtype] + 2 * rounding) * largest
+
+
+@every_dtype
+def test_waves_and_shared_maxima_change_nothing_but_how_many_tiles_are_visited(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = clustered_problem(dtype, queries=200, keys=1090, causal=True)
+    with count_tiles() as alone:
+        run(problem, sl.LSSAR(), "triton")
+    planned: list[skipping.Waves] = []
+
+    def plan(programs: int, key_tiles: int, rows: int, processors: int) -> skipping.Waves:
+        planned.append(skipping.plan_waves(programs, key_tiles, rows, 1))
+        return planned[-1]
+
+    # Room for 16 programs that have a maximum for every second tile.
+    monkeypatch.setattr(launch, "plan_waves", plan)
+    monkeypatch.setattr(skipping, "_LEAST_WAVE", 16)
+    monkeypatch.setattr(skipping, "SCRATCH_BYTES", 16 * skipping.Waves(16, 18, 2).program_bytes(32))
+    with count_tiles() as shared:
+        assert_results_are_close(problem, sl.LSSAR(), "triton", outputs=True)
+    assert set(planned) == {skipping.Waves(16, 18, 2)}
+    assert 0.1 < shared.skipped_share < alone.skipped_share
+
+
+def test_scores_that_fp16_cannot_hold_are_not_taken_for_no_scores() -> None:
+    """A row of softmax is shifted by its maximum, however far below 0 that lies."""
+    weighting = sl.Softmax(reweight=sl.Reweight(3.0))
+    query, key = torch.zeros(1, 1, 80, 16), torch.zeros(1, 1, 330, 16)
+    value = torch.randn(1, 1, 330, 16)
+    query[..., 0], query[..., 1] = 64.0, torch.randint(1, 4, (80,))
+    key[..., 1] = torch.randint(-64, 65, (330,)) / 32  # scores of few bits, so that a large one is exact beside them
+    expected = sl.attention(query, key, value, weighting=weighting, scale=1.0, backend="reference")
+    for far in (-1100.0, 1100.0):
+        key[..., 0] = far
+        with count_tiles() as counts:
+            output = sl.attention(query, key, value, weighting=weighting, scale=1.0, backend="triton")
+        assert counts.calls
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("power", [3.0, 15.0])
