@@ -99,7 +99,7 @@ def attend(
     for first_key in tl.range(start, stop, variant.key_tile, warp_specialize=variant.specialized):
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
-        key_factor = key_factors(variant, key_vectors)
+        key_factor = key_factors(problem, variant, MASKED, rows, keys, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         if variant.softplus:
             weights = weigh(scores, 0.0, variant)
@@ -197,7 +197,7 @@ def measure(
     for first_key in tl.range(start, stop, variant.key_tile, warp_specialize=variant.specialized):
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
-        key_factor = key_factors(variant, key_vectors)
+        key_factor = key_factors(problem, variant, MASKED, rows, keys, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         top = tl.max(scores, 1)
         if maxima is not None:
@@ -289,7 +289,7 @@ def sharpen(
             first_key = tl.load(listed + place)
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
-        key_factor = key_factors(variant, key_vectors)
+        key_factor = key_factors(problem, variant, MASKED, rows, keys, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         plain = weigh(scores, peaks.shift[:, None], variant)
         excess = positive_part(plain - peaks.mean[:, None]) * peaks.inverse_peak[:, None]
