@@ -51,6 +51,7 @@ KERNELS = (
     "key_gradients",
     "mask_gradient",
     "count_visible_keys",
+    "measure_keys",
     "measure_split",
     "attend_split",
     "merge_splits",
@@ -73,6 +74,7 @@ class Usage:
     shared: int
     bulk_loads: int = 0  # instructions of the tensor memory accelerator
     split_loops: int = 0  # loops whose work has warps of its own
+    products: str = ""  # the instructions that multiply: "wgmma" of whole warp groups, "mma" of single warps
     effective: bool = True  # whether what the tile asks for is in the code
 
     @property
@@ -134,6 +136,12 @@ def _assembled(compiled: Any, arch: int) -> tuple[int, int]:
     return int(registers[1]), sum(map(int, spills))
 
 
+def _products(ptx: str) -> str:
+    """The instructions by which a kernel multiplies matrices."""
+    kinds = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync.aligned"}
+    return " and ".join(kind for kind, instruction in kinds.items() if instruction in ptx)
+
+
 def _launch_candidates(kernel: str, variant: Any, launch_tile: Any, describable: Any) -> Tile:
     """In place of tuning.tile_for: launch every candidate that has descriptors; on Blackwell the specialised ones."""
     specialized = driver.active.get_current_target().arch >= 100
@@ -167,6 +175,7 @@ def measure(
         for name, kernel in originals.items():
             setattr(launch, name, kernel)
         tuning.tile_for = tile_for
+    seen: set[Usage] = set()
     for name, variant, result in compiled:
         if name in kernels and variant.descriptors == of_candidates:
             registers, spilled = _assembled(result, arch)
@@ -181,7 +190,10 @@ def measure(
             if name == "attention_forward" and WEIGHTINGS[weighting].reweight and not variant.saves:
                 name = "attention_forward, inference"
             usage = (arch, name, weighting, dtype, width, tile, registers, spilled, metadata.shared)
-            yield Usage(*usage, loads, loops, effective)
+            found = Usage(*usage, loads, loops, _products(result.asm["ptx"]), effective)
+            if found not in seen:  # forward and backward launch some kernels alike
+                seen.add(found)
+                yield found
 
 
 def _call_operators(weighting: Any, dtype: torch.dtype, width: int, kernels: tuple[str, ...]) -> None:
@@ -210,12 +222,13 @@ def _call_operators(weighting: Any, dtype: torch.dtype, width: int, kernels: tup
 def _table(usages: list[Usage]) -> list[str]:
     rows = [
         f"| {u.arch} | {u.kernel} | {u.weighting} | {u.dtype} | {u.width} | {u.tile} | {u.registers} | {u.spilled} "
-        f"| {u.shared / 1024:.0f} |"
+        f"| {u.shared / 1024:.0f} | {u.products} |"
         for u in usages
     ]
     return [
-        "| sm | kernel | weighting | dtype | D | tile (rows x keys) | registers | spilled bytes | shared KiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| sm | kernel | weighting | dtype | D | tile (rows x keys) | registers | spilled bytes | shared KiB "
+        "| products |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *rows,
     ]
 
@@ -225,7 +238,8 @@ def _page(usages: list[Usage]) -> str:
         "# What the Triton kernels use",
         "",
         f"Written by tools/triton_resources.py with Triton {triton.__version__}, without a GPU: causal, D = Dv.",
-        "Registers are per thread, shared memory in KiB per block. No kernel may spill a register.",
+        "Registers are per thread, shared memory in KiB per block. No kernel may spill a register. Products are the",
+        "instructions that multiply matrices: wgmma those of whole warp groups, mma those of single warps.",
         "",
         *_table(usages),
     ]

@@ -25,14 +25,15 @@ CASES = [
     (80, "lssar", "bf16", 256),
     (80, "softmax", "fp32", 64),
     (86, "lssar", "bf16", 128),
+    (100, "lssar", "fp16", 64),
     (120, "softmax", "bf16", 128),
 ]
 
 
 # Candidates that load by tensor descriptors, and on Blackwell those that are specialised: forward and gradients.
 CANDIDATE_CASES = [
-    (90, "softmax", "bf16", 128, 4),
-    (90, "lssar", "fp16", 64, 4),
+    (90, "softmax", "bf16", 128, 5),
+    (90, "lssar", "fp16", 64, 6),
     (100, "softmax", "bf16", 64, 1),
     (100, "lssa", "bf16", 128, 2),
     (100, "lssar", "bf16", 64, 2),
@@ -76,7 +77,7 @@ def test_candidates_compile_to_bulk_loads_and_split_loops(
     loads = [int(number) for number in re.findall(r"bulk_loads=(\d+)", report)]
     loops = [int(number) for number in re.findall(r"split_loops=(\d+)", report)]
     assert len(loads) == len(loops) == tiles
-    # K and V of each loop, once or more; re-weighting reads K for its first sweep too.
+    # K and V of each loop, or rows and their gradients, once or more; re-weighting reads K for its first sweep too.
     assert all(count >= 4 for count in loads)
     # The loop over whole tiles and the one over the ragged end, per sweep.
     assert all(count == (0 if arch == 90 else 4 if weighting == "lssar" else 2) for count in loops)
@@ -86,8 +87,11 @@ def test_candidates_compile_to_bulk_loads_and_split_loops(
 @pytest.mark.parametrize(("arch", "weighting", "dtype", "width"), CASES)
 def test_kernels_compile_without_spills(arch: int, weighting: str, dtype: str, width: int) -> None:
     report = compiled(arch, weighting, dtype, width)
-    # softmax counts no keys, and re-weighting alone measures a split before it attends to it,
+    # softmax counts no keys and takes no norms, and re-weighting alone measures a split before it attends to it,
     # and has a forward of its own where nothing is saved.
-    expected = {"softmax": 7, "lssa": 8, "lssar": 10}
+    expected = {"softmax": 7, "lssa": 9, "lssar": 11}
     assert report.count("kernel=") == expected[weighting]
+    if arch == 90:
+        large = re.findall("kernel='(?:attention_forward|query_gradients|key_gradients).*products='([^']*)'", report)
+        assert large == ["wgmma"] * (4 if weighting == "lssar" else 3)
     assert not re.search("bulk_loads=[1-9]|split_loops=[1-9]", report)  # nothing of that was measured yet

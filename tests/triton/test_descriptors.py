@@ -17,7 +17,7 @@ import triton
 
 from sightline.triton import compat, launch
 from sightline.triton.arguments import heads_view
-from sightline.triton.descriptors import can_be_described
+from sightline.triton.descriptors import can_be_described, keys_can_be_described, rows_can_be_described
 from sightline.triton.tiles import Tile
 
 WHOLE = (2, 3, 40, 64)
@@ -81,12 +81,26 @@ def test_a_tile_with_descriptors_takes_pointers_for_tensors_that_do_not_fit(
         alibi_slopes = None
 
     problem: Any = Inputs()
-    assert launch._described(problem, Flags(False, False), tile) == Flags(True, True)
-    assert launch._described(problem, Flags(False, False), Tile(64, 64, 4, 2)) == Flags(False, False)
+
+    def described(tile: Tile) -> Any:
+        return launch._described(problem, Flags(False, False), tile, lambda: keys_can_be_described(problem))
+
+    assert described(tile) == Flags(True, True)
+    assert described(Tile(64, 64, 4, 2)) == Flags(False, False)
     problem.alibi_slopes = torch.ones(3)
-    assert launch._described(problem, Flags(False, False), tile) == Flags(True, False)
+    assert described(tile) == Flags(True, False)
     setattr(problem, unfit, heads_view(UNFIT["one element in"]()))
-    assert launch._described(problem, Flags(False, False), tile) == Flags(False, False)
+    assert described(tile) == Flags(False, False)
+
+
+@pytest.mark.parametrize("unfit", [None, "query", "gradient"])
+def test_rows_are_described_where_queries_and_gradients_fit(unfit: str | None) -> None:
+    class Inputs:
+        query = heads_view((UNFIT["odd rows"] if unfit == "query" else FITTING["contiguous"])())
+
+    problem: Any = Inputs()
+    gradient = heads_view((UNFIT["one element in"] if unfit == "gradient" else FITTING["heads inside"])())
+    assert rows_can_be_described(problem, gradient) is (unfit is None)
 
 
 def test_the_allocator_of_the_caller_stays_his_own() -> None:

@@ -31,6 +31,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.setattr(module, "INTERPRETED", False)
     monkeypatch.setattr(tiles, "has_hopper_memory", lambda: True)
     monkeypatch.setattr(tiles, "has_tensor_descriptors", lambda: True)
+    monkeypatch.setattr(tiles, "has_tensor_memory", lambda: False)
     monkeypatch.setattr(tiles, "has_warp_specialization", lambda: False)
     monkeypatch.setattr(tuning, "target_name", lambda: "cuda-90")
     monkeypatch.setattr(tuning, "is_capturing", lambda: False)
@@ -302,10 +303,13 @@ def test_what_chips_have(
     monkeypatch.setattr(compat.triton, "__version__", "3.7.1")
     assert compat.has_hopper_memory() is large
     assert compat.has_tensor_descriptors() is descriptors
+    assert compat.has_tensor_memory() is specialization
     assert compat.has_warp_specialization() is specialization
     assert compat.target_name() == f"{backend}-{arch}"
-    monkeypatch.setattr(compat.triton, "__version__", "3.6.0+git1")
-    assert compat.has_warp_specialization() is False
+    for name, number in (("3.6.0+git1", (3, 6)), ("4.0+git", (4, 0)), ("3.10.1", (3, 10))):
+        monkeypatch.setattr(compat.triton, "__version__", name)
+        assert compat.version() == number
+        assert compat.has_warp_specialization() is (specialization and number >= (3, 7))
 
 
 def test_the_file_lies_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def _dropout(options: Options) -> tuple[Tensor | None, int, float]:
 
 
 def make_problem(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Problem:
-    """The runtime half of a launch; n_i of attn_mask is left to the caller, who has the kernel for it."""
+    """The runtime half of a launch; n_i of attn_mask and norms are left to the caller, who has kernels for them."""
     _check_sizes(query, key, value, options)
     query, key, value = (with_contiguous_rows(tensor) for tensor in (query, key, value))
     key_mask = None if options.key_mask is None else options.key_mask.view(torch.uint8)
@@ -158,6 +158,7 @@ def make_problem(query: Tensor, key: Tensor, value: Tensor, options: Options) ->
         key_mask_key_stride=0 if key_mask is None else key_mask.stride(1),
         visible_prefix=_key_mask_prefix(options),
         visible_counts=None,
+        inverse_key_norms=None,
         mask=mask_view(options.attn_mask),
         alibi_slopes=_per_head(options.alibi_slopes),
         sinks=_per_head(options.sinks),

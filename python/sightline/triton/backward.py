@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from sightline.triton.descriptors import describe_keys, load_key_tile, load_value_tile
+from sightline.triton.descriptors import describe_keys, describe_rows, load_key_tile, load_row_tiles, load_value_tile
 from sightline.triton.gradients import differentiate, load_row_gradients, project_out, times_factor
 from sightline.triton.key_range import KeyRange, visible_range
 from sightline.triton.products import add_scaled_product, dot, is_finite, scaled_to_fit
 from sightline.triton.rows import find_document, load_rows, row_factors, set_up_rows, store_rows
-from sightline.triton.scores import key_factors, load_keys, score_tile
+from sightline.triton.scores import finish_scores, key_factors, load_keys, score_tile
 
 
 class KeyGradients(NamedTuple):
@@ -50,7 +50,7 @@ def gather_query_gradient(
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
         value_vectors = load_value_tile(problem, variant, MASKED, descriptors, rows, first_key)
-        key_factor = key_factors(variant, key_vectors)
+        key_factor = key_factors(problem, variant, MASKED, rows, keys, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, state.factor, queries, keys, key_vectors, key_factor)
         products = dot(upstream, tl.trans(value_vectors))
         _, gradient = differentiate(problem, variant, MASKED, rows, state, keys, scores, products)
@@ -96,6 +96,8 @@ def query_gradients(
         )
     if not variant.safe:
         tl.store(repairs + program, (is_finite(total) == 0).to(tl.int32))
+    # Loaded again: kept, they would take registers from the loops.
+    queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
     factors = row_factors(problem, variant, rows, queries)
     if scale_terms is not None:
         along = tl.sum(total * queries.to(tl.float32), 1)
@@ -165,6 +167,7 @@ def gather_key_gradients(
     value_vectors,
     key_factor,
     grad_output,
+    descriptors,
     table,
     table_stride,
     sums,
@@ -174,12 +177,18 @@ def gather_key_gradients(
     value_sum = sums.value_sum
     for first_row in tl.range(start, stop, variant.row_tile):
         rows = set_up_rows(problem, variant, unit, first_row // variant.row_tile)
-        queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
-        upstream = load_rows(grad_output, rows, variant.value_width, variant.block_value_width)
+        queries, upstream = load_row_tiles(problem, variant, grad_output, descriptors, rows, first_row)
         state = load_row_gradients(table, table_stride, variant, rows)
-        scores = score_tile(problem, variant, MASKED, rows, state.factor, queries, keys, key_vectors, key_factor)
-        products = dot(upstream, tl.trans(value_vectors))
-        weights, gradient = differentiate(problem, variant, MASKED, rows, state, keys, scores, products)
+        # The longer side of the tile first: from 64 on it suits the largest instructions of the tensor cores. And where
+        # that is the keys, weights and gradients are operands of the products below as they come.
+        if variant.key_tile >= variant.row_tile:
+            products = tl.trans(dot(key_vectors, tl.trans(queries)))
+            value_products = tl.trans(dot(value_vectors, tl.trans(upstream)))
+        else:
+            products = dot(queries, tl.trans(key_vectors))
+            value_products = dot(upstream, tl.trans(value_vectors))
+        scores = finish_scores(problem, variant, MASKED, rows, state.factor, keys, products, key_factor)
+        weights, gradient = differentiate(problem, variant, MASKED, rows, state, keys, scores, value_products)
         weights, undo = scaled_to_fit(weights, variant)
         value_sum = add_scaled_product(value_sum, tl.trans(weights), upstream, undo, variant)
         gradient = times_factor(gradient, state.factor[:, None], variant.safe)
@@ -210,6 +219,9 @@ def gather_of_group(
     first_unit = batch * problem.heads + key_head * group
     for unit in tl.range(first_unit, first_unit + group):
         sums = KeyGradients(key_sum, value_sum)
+        descriptors = None
+        if variant.descriptors:
+            descriptors = describe_rows(problem, variant, grad_output, batch, unit - batch * problem.heads)
         if variant.safe or variant.masked_everywhere or variant.documents:
             sums = gather_key_gradients(
                 problem,
@@ -223,6 +235,7 @@ def gather_of_group(
                 value_vectors,
                 key_factor,
                 grad_output,
+                descriptors,
                 table,
                 table_stride,
                 sums,
@@ -240,6 +253,7 @@ def gather_of_group(
                 value_vectors,
                 key_factor,
                 grad_output,
+                descriptors,
                 table,
                 table_stride,
                 sums,
@@ -256,6 +270,7 @@ def gather_of_group(
                 value_vectors,
                 key_factor,
                 grad_output,
+                descriptors,
                 table,
                 table_stride,
                 sums,
@@ -273,6 +288,7 @@ def gather_of_group(
                     value_vectors,
                     key_factor,
                     grad_output,
+                    descriptors,
                     table,
                     table_stride,
                     sums,
@@ -311,7 +327,7 @@ def key_gradients(
     value_vectors = load_keys(
         problem.value, rows, keys, problem.keys, True, variant.value_width, variant.block_value_width
     )
-    key_factor = key_factors(variant, key_vectors)
+    key_factor = key_factors(problem, variant, True, rows, keys, key_vectors)
     seen_by = query_range(problem, variant, batch, first_key)
     sums = gather_of_group(
         problem,
@@ -332,6 +348,8 @@ def key_gradients(
         tl.store(repairs + program, (finite == 0).to(tl.int32))
     gradient = sums.key_sum
     if variant.normalize_qk:
+        # Loaded again: kept, they would take registers from the loop.
+        key_vectors = load_keys(problem.key, rows, keys, problem.keys, True, variant.head_width, variant.block_width)
         gradient = times_factor(gradient, key_factor[:, None], True)
         gradient = project_out(gradient, key_vectors, key_factor)
     store_keys(grad_key, batch, key_head, keys, problem.keys, gradient, variant.head_width, variant.block_width)

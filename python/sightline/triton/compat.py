@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 32
 
 
+def version() -> tuple[int, ...]:
+    """Major and minor number of Triton's version, which may read "4.0+git1234"."""
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+
+
 def launch_options(warps: int, stages: int = 1, specialized: bool = False) -> dict[str, int]:
     """Triton's options for a launch.
 
@@ -87,6 +93,12 @@ def has_hopper_memory() -> bool:
     return target.backend == "cuda" and 90 <= target.arch < 120
 
 
+def has_tensor_memory() -> bool:
+    """Whether products gather in tensor memory: data-centre Blackwell, compute capabilities 10.0 to 11.0."""
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and 100 <= target.arch < 120
+
+
 def has_tensor_descriptors() -> bool:
     """Whether kernels may load by tensor descriptors: NVIDIA from compute capability 9.0 on, and the interpreter."""
     if INTERPRETED:
@@ -98,14 +110,12 @@ def has_tensor_descriptors() -> bool:
 def has_warp_specialization() -> bool:
     """Whether loops may be split among warps that load, multiply and weigh.
 
-    Compute capabilities 10.0 to 11.0 (tensor memory), from Triton 3.7 on. On Hopper 3.7 refuses the loops of these
+    Where there is tensor memory, from Triton 3.7 on. On Hopper 3.7 refuses the loops of these
     kernels with 4 warps and leaves those with 8 as they are; on 12.0 there is nothing to multiply beside the others.
     """
     if INTERPRETED:
         return False
-    target = triton.runtime.driver.active.get_current_target()
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return target.backend == "cuda" and 100 <= target.arch < 120 and version >= (3, 7)
+    return has_tensor_memory() and version() >= (3, 7)
 
 
 def _scratch_memory(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -1,10 +1,12 @@
-"""Tiles of keys and values by tensor descriptors: one instruction of the tensor memory accelerator (TMA) per tile.
+"""Tiles of what a kernel streams by tensor descriptors: one instruction of the tensor memory accelerator (TMA) each.
 
 A program describes the keys and the values of its head once, in memory that Triton asks the launcher for, and its
 loops load by descriptor what they would load by pointers: whole rows of a tile, zero past the last key. So masks,
-NaN and what is skipped stay as they are. `Variant.descriptors` says which of the two a kernel is compiled for; tiles.py
-asks for it, and `can_be_described` says whether the tensors allow it: the accelerator wants rows and heads on 16-byte
-boundaries. Launches that repair non-finite results, decoding and the gradient of a mask load by pointers.
+NaN and what is skipped stay as they are. The gradient of the keys streams rows instead: queries and the gradients of
+the output, described anew for every head of the group. `Variant.descriptors` says which of the two a kernel is compiled
+for; tiles.py asks for it, and `can_be_described` says whether the tensors allow it: the accelerator wants rows and
+heads on 16-byte boundaries. Launches that repair non-finite results, decoding and the gradient of a mask load by
+pointers.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sightline.triton.problem import Problem
+from sightline.triton.problem import Heads, Problem
+from sightline.triton.rows import load_rows
 from sightline.triton.scores import load_keys
 
 _ALIGNMENT = 16  # bytes
@@ -27,6 +30,13 @@ class KeyDescriptors(NamedTuple):
 
     key: Any
     value: Any
+
+
+class RowDescriptors(NamedTuple):
+    """The queries of one head and the gradients of its output."""
+
+    query: Any
+    upstream: Any
 
 
 def can_be_described(tensor: Tensor) -> bool:
@@ -48,6 +58,11 @@ def can_be_described(tensor: Tensor) -> bool:
 def keys_can_be_described(problem: Problem) -> bool:
     """Whether keys and values both do."""
     return can_be_described(problem.key.data) and can_be_described(problem.value.data)
+
+
+def rows_can_be_described(problem: Problem, grad_output: Heads) -> bool:
+    """Whether queries and the gradients of the output both do."""
+    return can_be_described(problem.query.data) and can_be_described(grad_output.data)
 
 
 @triton.jit
@@ -87,3 +102,25 @@ def load_value_tile(problem, variant: tl.constexpr, MASKED: tl.constexpr, descri
         return load_keys(
             problem.value, rows, keys, problem.keys, MASKED, variant.value_width, variant.block_value_width
         )
+
+
+@triton.jit
+def describe_rows(problem, variant: tl.constexpr, grad_output, batch, head):
+    """The descriptors of what a query head streams, where the variant loads by descriptors."""
+    tile: tl.constexpr = variant.row_tile
+    return RowDescriptors(
+        describe(problem.query, batch, head, problem.queries, tile, variant.head_width),
+        describe(grad_output, batch, head, problem.queries, tile, variant.value_width),
+    )
+
+
+@triton.jit
+def load_row_tiles(problem, variant: tl.constexpr, grad_output, descriptors, rows, first_row):
+    """(queries, gradients of the output) of a tile of rows as they are stored; zero past the last row."""
+    if variant.descriptors:
+        queries = descriptors.query.load([first_row, 0])
+        upstream = descriptors.upstream.load([first_row, 0])
+    else:
+        queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
+        upstream = load_rows(grad_output, rows, variant.value_width, variant.block_value_width)
+    return queries, upstream

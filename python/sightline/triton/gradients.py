@@ -134,7 +134,7 @@ def differentiate(problem, variant: tl.constexpr, MASKED: tl.constexpr, rows, st
     if variant.dropout:
         keep = kept(rows.dropout_key, keys, problem.dropout_threshold)
         value_products = tl.where(keep, value_products * problem.dropout_scale, 0.0)
-    plain, slope = weigh_with_derivative(scores, state.shift[:, None], variant.softplus)
+    plain, slope = weigh_with_derivative(scores, state.shift[:, None], variant)
     weights = plain * state.inverse_normalizer[:, None]
     # First what may cancel exactly.
     gradient = value_products - state.delta[:, None] + state.log_gradient[:, None]

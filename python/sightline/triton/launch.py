@@ -29,14 +29,15 @@ from sightline.triton.compat import (
 )
 from sightline.triton.counting import count_visible_keys
 from sightline.triton.decode import Parts, attend_split, measure_split, merge_splits
-from sightline.triton.descriptors import keys_can_be_described
+from sightline.triton.descriptors import keys_can_be_described, rows_can_be_described
 from sightline.triton.forward import attention_forward
 from sightline.triton.gradients import PLAIN_COLUMNS, REWEIGHT_COLUMNS, prepare_rows
+from sightline.triton.key_norms import measure_keys
 from sightline.triton.mask_gradient import mask_gradient
 from sightline.triton.problem import Heads, Problem, SavedRows, Variant
 from sightline.triton.skipping import make_scratch, plan_waves
 from sightline.triton.tiles import Tile, can_be_specialized, choose_tile
-from sightline.triton.tuning import launch_tuned
+from sightline.triton.tuning import Describable, launch_tuned
 
 # Decoding: the most rows of a key head that are packed, programs per multiprocessor that keep it busy, key tiles that
 # are worth a program, and parts that are worth a merge.
@@ -56,9 +57,9 @@ def _tiles_of(length: int, tile: int) -> int:
     return -(-length // tile)
 
 
-def _described(problem: Problem, variant: Variant, tile: Tile) -> Variant:
-    """The variant that loads keys and values as the tile says, or by pointers where they suit no descriptor."""
-    described = tile.descriptors and keys_can_be_described(problem)
+def _described(problem: Problem, variant: Variant, tile: Tile, describable: Describable) -> Variant:
+    """The variant that loads what it streams as the tile says, or by pointers where that suits no descriptor."""
+    described = tile.descriptors and describable()
     specialized = described and tile.specialized and problem.alibi_slopes is None and can_be_specialized(variant)
     return replace(variant, descriptors=described, specialized=specialized)
 
@@ -97,6 +98,19 @@ def with_visible_counts(problem: Problem, variant: Variant, query: Tensor, wante
     grid = (batch * heads * _tiles_of(queries, tile.rows),)
     count_visible_keys[grid](problem, counts, batch * heads, launched, **launch_options(tile.warps))
     return problem._replace(visible_counts=counts)
+
+
+def with_key_norms(problem: Problem, variant: Variant, key: Tensor) -> Problem:
+    """The problem with 1 / |k_j| of every key, where that is wanted."""
+    if not variant.normalize_qk:
+        return problem
+    batch, heads, keys, _ = key.shape
+    norms = key.new_empty((batch, heads, keys), dtype=torch.float32)
+    tile = choose_tile("rows", variant)
+    grid = (batch * heads * _tiles_of(keys, tile.rows),)
+    if grid[0] > 0:
+        measure_keys[grid](problem, norms, batch * heads, _tiled(variant, tile), **launch_options(tile.warps))
+    return problem._replace(inverse_key_norms=norms)
 
 
 def _key_splits(query: Tensor, key: Tensor, variant: Variant) -> int:
@@ -149,18 +163,20 @@ def _forward(
 ) -> None:
     batch, heads, queries, _ = query.shape
     units = batch * heads
+    problem = with_key_norms(problem, variant, key)
+    describable = functools.partial(keys_can_be_described, problem)
 
     def launch(tile: Tile) -> None:
         tiles = _tiles_of(queries, tile.rows)
         key_tiles = _tiles_of(key.shape[2], tile.keys)
         arguments = (problem, output, log_normalizer, saved, units, tiles)
-        described = _described(problem, variant, tile)
+        described = _described(problem, variant, tile, describable)
         if variant.reweight and not variant.masked_everywhere and key_tiles >= LEAST_SKIPPING_TILES:
             _launch_skipping(described, tile, query.device, key_tiles, *arguments)
         else:
             _launch(attention_forward, units * tiles, described, tile, query.device, *arguments, None, 0)
 
-    launch_tuned("forward", variant, launch, functools.partial(keys_can_be_described, problem))
+    launch_tuned("forward", variant, launch, describable)
 
 
 def _launch_skipping(variant: Variant, tile: Tile, device: torch.device, key_tiles: int, *arguments: Any) -> None:
@@ -231,7 +247,8 @@ class Backward:
         self.units = batch * self.heads
         self.variant = make_variant(query, value, self.options)
         counts = self.variant.needs_count or needs_sinks
-        self.problem = with_visible_counts(make_problem(query, key, value, self.options), self.variant, query, counts)
+        problem = with_visible_counts(make_problem(query, key, value, self.options), self.variant, query, counts)
+        self.problem = with_key_norms(problem, self.variant, key)
         self.grad_output = heads_view(with_contiguous_rows(grad_output))
         self.output = heads_view(with_contiguous_rows(output))
         self.grad_log_normalizer = None if grad_log_normalizer is None else grad_log_normalizer.contiguous()
@@ -243,8 +260,11 @@ class Backward:
     def per_row(self, columns: int = 1) -> Tensor:
         return self.query.new_empty((columns, self.rows), dtype=torch.float32)
 
-    def describable(self) -> bool:
+    def keys_describable(self) -> bool:
         return keys_can_be_described(self.problem)
+
+    def rows_describable(self) -> bool:
+        return rows_can_be_described(self.problem, self.grad_output)
 
     def prepare(self, sink_terms: Tensor | None) -> None:
         tile = choose_tile("rows", self.variant)
@@ -268,7 +288,7 @@ class Backward:
             _launch(
                 query_gradients,
                 tiles * self.units,
-                _described(self.problem, self.variant, tile),
+                _described(self.problem, self.variant, tile, self.keys_describable),
                 tile,
                 self.query.device,
                 self.problem,
@@ -281,7 +301,7 @@ class Backward:
                 tiles,
             )
 
-        launch_tuned("queries", self.variant, launch, self.describable)
+        launch_tuned("queries", self.variant, launch, self.keys_describable)
 
     def differentiate_keys(self, grad_key: Tensor, grad_value: Tensor) -> None:
         key_units = self.key.shape[0] * self.key.shape[1]
@@ -290,7 +310,7 @@ class Backward:
             _launch(
                 key_gradients,
                 _tiles_of(self.key.shape[2], tile.keys) * key_units,
-                self.variant,
+                _described(self.problem, self.variant, tile, self.rows_describable),
                 tile,
                 self.query.device,
                 self.problem,
@@ -302,7 +322,7 @@ class Backward:
                 key_units,
             )
 
-        launch_tuned("keys", self.variant, launch, self.describable)
+        launch_tuned("keys", self.variant, launch, self.rows_describable)
 
     def differentiate_mask(self, target: Tensor) -> None:
         tile = choose_tile("mask", self.variant)

@@ -67,7 +67,7 @@ def mask_gradient(
                         queries,
                         keys,
                         key_vectors,
-                        key_factors(variant, key_vectors),
+                        key_factors(problem, variant, True, rows, keys, key_vectors),
                     )
                     products = dot(upstream, tl.trans(value_vectors))
                     _, gradient = differentiate(problem, variant, True, rows, state, keys, scores, products)

@@ -48,6 +48,7 @@ class Problem(NamedTuple):
     key_mask_key_stride: Any
     visible_prefix: Any  # (B, N + 1) int32: how many keys before j take part; with key_mask only
     visible_counts: Any  # (B, H, M) int32: n_i, with attn_mask only
+    inverse_key_norms: Any  # (B, Hk, N) fp32: 1 / |k_j|, with normalize_qk where they are measured beforehand
     mask: Mask
     alibi_slopes: Any  # (H,) fp32
     sinks: Any  # (H,) fp32

@@ -33,10 +33,18 @@ def load_keys(heads, rows, keys, limit, MASKED: tl.constexpr, width: tl.constexp
 
 
 @triton.jit
-def key_factors(variant: tl.constexpr, key_vectors):
-    """1 / |k_j| with normalize_qk, else 1."""
+def key_factors(problem, variant: tl.constexpr, MASKED: tl.constexpr, rows, keys, key_vectors):
+    """1 / |k_j| with normalize_qk, as measured before or from the vectors, else 1."""
     if variant.normalize_qk:
-        return inverse_norms(key_vectors)
+        if problem.inverse_key_norms is None:
+            return inverse_norms(key_vectors)
+        else:
+            unit = rows.batch.to(tl.int64) * problem.key_heads + rows.key_head
+            norms = problem.inverse_key_norms + unit * problem.keys + keys
+            if MASKED:
+                return tl.load(norms, mask=keys < problem.keys, other=0.0)
+            else:
+                return tl.load(norms)
     else:
         return tl.full((key_vectors.shape[0],), 1.0, tl.float32)
 
@@ -77,7 +85,14 @@ def score_tile(
     problem, variant: tl.constexpr, MASKED: tl.constexpr, rows, factor, queries, keys, key_vectors, key_factor
 ):
     """Finished scores of a (rows, keys) tile; `factor` is that of RowFactors."""
-    scores = dot(queries, tl.trans(key_vectors)) * factor[:, None]
+    products = dot(queries, tl.trans(key_vectors))
+    return finish_scores(problem, variant, MASKED, rows, factor, keys, products, key_factor)
+
+
+@triton.jit
+def finish_scores(problem, variant: tl.constexpr, MASKED: tl.constexpr, rows, factor, keys, products, key_factor):
+    """The scores of a tile whose <q, k> are given."""
+    scores = products * factor[:, None]
     if variant.normalize_qk:
         scores = scores * key_factor[None, :]
     bias = scores

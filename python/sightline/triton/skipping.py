@@ -184,7 +184,7 @@ def list_tiles(problem, variant: tl.constexpr, maxima, listed, start, tiles, vis
         inside = places < tiles
         pointers = maxima.data + (places // maxima.sharing)[None, :] * variant.row_tile + rows[:, None]
         largest = tl.load(pointers, mask=inside[None, :], other=float("-inf"))
-        plain = weigh(score_bound(largest), peaks.shift[:, None], variant.softplus)
+        plain = weigh(score_bound(largest), peaks.shift[:, None], variant)
         excess = positive_part(plain - peaks.mean[:, None]) * peaks.inverse_peak[:, None]
         # Written so that NaN counts. A flat row is plain attention, where every weight does.
         quiet = tl.where(peaks.flat[:, None], plain == 0.0, excess <= bound[:, None])

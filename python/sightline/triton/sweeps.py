@@ -99,14 +99,14 @@ def attend(
     for first_key in tl.range(start, stop, variant.key_tile, warp_specialize=variant.specialized):
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
-        key_factor = key_factors(variant, key_vectors)
+        key_factor = key_factors(problem, variant, MASKED, rows, keys, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         if variant.softplus:
-            weights = weigh(scores, 0.0, True)
+            weights = weigh(scores, 0.0, variant)
             tile_sum = tl.sum(weights, 1)
             if variant.dtype == "fp16":
                 # fp16 holds nothing below 6e-8: a running power of two keeps the largest weight of a row near 1.
-                top = weigh(tl.max(scores, 1), 0.0, True)
+                top = weigh(tl.max(scores, 1), 0.0, variant)
                 exponent = tl.ceil(tl.log2(tl.where(top > 0.0, top, 1.2e-38)))
                 raised = tl.maximum(shift, tl.minimum(tl.maximum(exponent, -126.0), 126.0))
                 decay = tl.exp2(shift - raised)
@@ -115,7 +115,7 @@ def attend(
             raised = tl.maximum(shift, tl.max(scores, 1))
             base = finite_shift(raised)
             decay = tl.exp2((shift - base) * LOG2_E)
-            weights = weigh(scores, base[:, None], False)
+            weights = weigh(scores, base[:, None], variant)
             tile_sum = tl.sum(weights, 1)
             if not PACKED:
                 normalizer = normalizer * decay
@@ -197,7 +197,7 @@ def measure(
     for first_key in tl.range(start, stop, variant.key_tile, warp_specialize=variant.specialized):
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
-        key_factor = key_factors(variant, key_vectors)
+        key_factor = key_factors(problem, variant, MASKED, rows, keys, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
         top = tl.max(scores, 1)
         if maxima is not None:
@@ -206,14 +206,14 @@ def measure(
             shared = keep_maxima(variant, maxima, place, is_last, shared, top)
         largest = tl.maximum(largest, top)
         if variant.softplus:
-            weights = weigh(scores, 0.0, True)
+            weights = weigh(scores, 0.0, variant)
         else:
             base = finite_shift(largest)
             decay = tl.exp2((shift - base) * LOG2_E)
             shift = largest
             normalizer = normalizer * decay
             normalizer_lost = normalizer_lost * decay
-            weights = weigh(scores, base[:, None], False)
+            weights = weigh(scores, base[:, None], variant)
         normalizer, normalizer_lost = add_compensated(normalizer, normalizer_lost, tl.sum(weights, 1))
     return Spread(shift, largest, normalizer, normalizer_lost)
 
@@ -245,7 +245,7 @@ def find_peaks(problem, variant: tl.constexpr, visible, spread):
     """Between the sweeps: mean, peak and the flat-row rule, as in csrc/cpu/weigh_tile.h."""
     exempt = (visible <= problem.exempt_rows) | (problem.offset == 0.0)
     shift = finite_shift(spread.shift)
-    top = weigh(spread.largest, shift, variant.softplus)
+    top = weigh(spread.largest, shift, variant)
     some = tl.where(visible < 1.0, 1.0, visible)
     mean = tl.where(exempt | (visible == 0.0), 0.0, problem.offset * spread.normalizer / some)
     peak = top - mean
@@ -289,9 +289,9 @@ def sharpen(
             first_key = tl.load(listed + place)
         keys = first_key + tl.arange(0, variant.key_tile)
         key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
-        key_factor = key_factors(variant, key_vectors)
+        key_factor = key_factors(problem, variant, MASKED, rows, keys, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
-        plain = weigh(scores, peaks.shift[:, None], variant.softplus)
+        plain = weigh(scores, peaks.shift[:, None], variant)
         excess = positive_part(plain - peaks.mean[:, None]) * peaks.inverse_peak[:, None]
         response, weights = reweigh(excess, problem.power, variant.whole_power)
         weights = tl.where(peaks.flat[:, None], plain * peaks.flat_factor[:, None], weights)

@@ -14,6 +14,7 @@ from sightline.triton.compat import (
     INTERPRETED,
     has_hopper_memory,
     has_tensor_descriptors,
+    has_tensor_memory,
     has_warp_specialization,
 )
 from sightline.triton.problem import Variant
@@ -26,7 +27,7 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
-    descriptors: bool = False  # keys and values by tensor descriptors, where the tensors allow it
+    descriptors: bool = False  # what the kernel streams by tensor descriptors, where the tensors allow it
     specialized: bool = False  # with descriptors: warps of their own for loads, products and weights
 
     def __str__(self) -> str:
@@ -84,13 +85,27 @@ _TILES: dict[tuple[str, str, int], Tile] = {
     ("mask", "fp32", 256): Tile(16, 16, 4, 1),
     ("sharp queries", "fp32", 256): Tile(16, 16, 8, 1),
 }
-# What Hopper and the large chips after it hold more of.
+# What Hopper and the large chips after it hold more of. Their products of whole warp groups (wgmma) want 64 rows for
+# four warps and 128 for eight, which compute the scores of 64 twice; the gradient of the keys as many keys.
 _HOPPER_TILES: dict[tuple[str, str, int], Tile] = {
     ("forward", "half", 128): Tile(128, 64, 8, 3),
     ("sharp forward", "half", 64): Tile(128, 64, 8, 3),
     ("sharp forward", "half", 128): Tile(128, 64, 8, 2),
+    ("saving forward", "half", 64): Tile(128, 32, 8, 2),
+    ("saving forward", "half", 128): Tile(64, 32, 8, 2),
     ("queries", "half", 64): Tile(128, 64, 8, 2),
+    ("queries", "half", 128): Tile(128, 32, 8, 2),
+    ("sharp queries", "half", 64): Tile(128, 32, 8, 2),
+    ("sharp queries", "half", 128): Tile(128, 32, 8, 2),
+    ("keys", "half", 64): Tile(32, 128, 8, 2),
+    ("sharp keys", "half", 64): Tile(16, 128, 8, 2),
     ("sharp queries", "fp32", 256): Tile(16, 16, 16, 2),
+}
+# What spills there where products gather in tensor memory, from which all of a tile's sums are loaded at once.
+_BLACKWELL_TILES: dict[tuple[str, str, int], Tile] = {
+    ("keys", "half", 64): Tile(16, 128, 8, 2),
+    ("sharp keys", "half", 64): Tile(32, 32, 8, 2),
+    ("keys", "half", 128): Tile(32, 32, 8, 2),
 }
 # The kernel over rows holds whole rows and no tile of keys.
 _ROWS = {
@@ -117,8 +132,8 @@ _FORWARD_CANDIDATES = (
     Tile(128, 128, 8, 2, descriptors=True),
     Tile(64, 64, 4, 3, descriptors=True),
 )
-# What else a kernel may be cut into, tried in this order by tuning.py.
-CANDIDATES: dict[tuple[str, str], tuple[Tile, ...]] = {
+# What else a kernel may be cut into, tried in this order by tuning.py; for one width, or for any.
+CANDIDATES: dict[tuple[str, str] | tuple[str, str, int], tuple[Tile, ...]] = {
     ("forward", "half"): (*_FORWARD_CANDIDATES, Tile(64, 64, 8, 2, descriptors=True, specialized=True)),
     ("softplus forward", "half"): (
         *_FORWARD_CANDIDATES,
@@ -148,7 +163,21 @@ CANDIDATES: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(64, 32, 4, 3),
         Tile(64, 32, 8, 2, descriptors=True),
     ),
-    ("keys", "half"): (Tile(64, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+    ("keys", "half", 64): (
+        Tile(32, 32, 4, 2),
+        Tile(32, 64, 4, 2),
+        Tile(16, 64, 4, 2),
+        Tile(16, 128, 8, 2),
+        Tile(16, 128, 8, 2, descriptors=True),
+        Tile(16, 64, 4, 2, descriptors=True),
+    ),
+    ("keys", "half"): (
+        Tile(32, 32, 8, 2),
+        Tile(32, 64, 8, 2),
+        Tile(16, 64, 8, 2),
+        Tile(16, 128, 8, 2),
+        Tile(32, 32, 8, 2, descriptors=True),
+    ),
     ("forward", "fp32"): (Tile(64, 32, 8, 2), Tile(64, 64, 8, 1)),
     ("queries", "fp32"): (Tile(32, 32, 4, 1), Tile(64, 32, 8, 1)),
     ("keys", "fp32"): (Tile(16, 32, 4, 1), Tile(32, 64, 8, 1)),
@@ -158,6 +187,11 @@ CANDIDATES: dict[tuple[str, str], tuple[Tile, ...]] = {
 def operand_of(variant: Variant) -> str:
     """The kind of operand that tiles are chosen by."""
     return "fp32" if variant.dtype == "fp32" else "half"
+
+
+def _width_of(variant: Variant) -> int:
+    """The wider of the two head widths as the tables know it."""
+    return max(64, variant.block_width, variant.block_value_width)
 
 
 def names_of(kernel: str, variant: Variant) -> tuple[str, ...]:
@@ -170,10 +204,9 @@ def names_of(kernel: str, variant: Variant) -> tuple[str, ...]:
 
 def candidates(kernel: str, variant: Variant) -> tuple[Tile, ...]:
     """The other tiles worth trying on this device; none for kernels that are not tuned."""
-    operand = operand_of(variant)
-    tiles: tuple[Tile, ...] = next(
-        (CANDIDATES[name, operand] for name in names_of(kernel, variant) if (name, operand) in CANDIDATES), ()
-    )
+    operand, width = operand_of(variant), _width_of(variant)
+    keys = (key for name in names_of(kernel, variant) for key in ((name, operand, width), (name, operand)))
+    tiles: tuple[Tile, ...] = next((CANDIDATES[key] for key in keys if key in CANDIDATES), ())
     if not (tiles and has_tensor_descriptors()):
         return tuple(tile for tile in tiles if not tile.descriptors)
     specializes = can_be_specialized(variant) and has_warp_specialization()
@@ -200,9 +233,10 @@ def choose_tile(kernel: str, variant: Variant) -> Tile:
     """The tile of a kernel: "forward", "decode", "rows", "queries", "keys" or "mask"."""
     if INTERPRETED:
         return _INTERPRETED_ROWS if kernel == "rows" else _INTERPRETED
-    width = max(64, variant.block_width, variant.block_value_width)
+    width = _width_of(variant)
     if kernel == "rows":
         return _ROWS[operand_of(variant), width]
     keys = [(name, operand_of(variant), width) for name in names_of(kernel, variant)]
     key = next(key for key in keys if key in _TILES)
-    return _HOPPER_TILES.get(key, _TILES[key]) if has_hopper_memory() else _TILES[key]
+    tile = _HOPPER_TILES.get(key, _TILES[key]) if has_hopper_memory() else _TILES[key]
+    return _BLACKWELL_TILES.get(key, tile) if has_tensor_memory() else tile

@@ -29,6 +29,29 @@ _C7 = tl.constexpr(-0.08217523761)
 _C8 = tl.constexpr(0.02863960631)
 _C9 = tl.constexpr(-0.004680139039)
 
+# kLog2OnePlus of log2_one_plus_short there.
+_S0 = tl.constexpr(1.442694744)
+_S1 = tl.constexpr(-0.7213082634)
+_S2 = tl.constexpr(0.4800311779)
+_S3 = tl.constexpr(-0.3531800088)
+_S4 = tl.constexpr(0.2553402180)
+_S5 = tl.constexpr(-0.1542890124)
+_S6 = tl.constexpr(0.06277663176)
+_S7 = tl.constexpr(-0.01206548713)
+
+
+@triton.jit
+def log2_one_plus_short(y):
+    """The same to 2.1e-7 and exact at 0 and 1: enough for weights that are rounded to 16 bits next, and their sum."""
+    p = y * _S7 + _S6
+    p = p * y + _S5
+    p = p * y + _S4
+    p = p * y + _S3
+    p = p * y + _S2
+    p = p * y + _S1
+    p = p * y + _S0
+    return p * y
+
 
 @triton.jit
 def log2_one_plus(y):
@@ -46,22 +69,30 @@ def log2_one_plus(y):
 
 
 @triton.jit
-def weigh(scores, shift, softplus: tl.constexpr):
-    """phi(s), softplus in units of ln 2, for softmax exp(s - shift); `shift` broadcasts to the scores and is finite."""
-    if softplus:
-        decay = tl.exp2(tl.abs(scores) * -LOG2_E)
+def softplus_of(scores, decay, variant: tl.constexpr):
+    """Softplus in units of ln 2; `decay` is e^-|s|."""
+    if variant.dtype == "fp32":
         return tl.maximum(scores, 0.0) * LOG2_E + log2_one_plus(decay)
+    else:
+        return tl.maximum(scores, 0.0) * LOG2_E + log2_one_plus_short(decay)
+
+
+@triton.jit
+def weigh(scores, shift, variant: tl.constexpr):
+    """phi(s), softplus in units of ln 2, for softmax exp(s - shift); `shift` broadcasts to the scores and is finite."""
+    if variant.softplus:
+        return softplus_of(scores, tl.exp2(tl.abs(scores) * -LOG2_E), variant)
     else:
         return tl.exp2((scores - shift) * LOG2_E)
 
 
 @triton.jit
-def weigh_with_derivative(scores, shift, softplus: tl.constexpr):
+def weigh_with_derivative(scores, shift, variant: tl.constexpr):
     """(phi(s), phi'(s)) from one exp2."""
-    if softplus:
+    if variant.softplus:
         decay = tl.exp2(tl.abs(scores) * -LOG2_E)
         slope = tl.where(scores < 0.0, decay, 1.0) * LOG2_E / (1.0 + decay)
-        return tl.maximum(scores, 0.0) * LOG2_E + log2_one_plus(decay), slope
+        return softplus_of(scores, decay, variant), slope
     else:
         weight = tl.exp2((scores - shift) * LOG2_E)
         return weight, weight

@@ -17,7 +17,8 @@ from sightline.triton.tiles import CANDIDATES, Tile, candidates, choose_tile
 
 # The most candidates that a kernel has, by operand.
 MOST = {
-    operand: max(len(group) for (_, of), group in CANDIDATES.items() if of == operand) for operand in ("half", "fp32")
+    operand: max(len(group) for (_, of, *_), group in CANDIDATES.items() if of == operand)
+    for operand in ("half", "fp32")
 }
 # The interpreter has no time for all; there a tile is its rows and keys alone.
 SIZES = [Sizes(1, 2, 1, 150, 203, 16, 16)] if INTERPRETS_TRITON else []

@@ -147,10 +147,29 @@ def test_the_bits_of_loading_by_pointers(name: str, dtype: str, loads: Loads) ->
     for descriptors in (False, True):
         described = loads(descriptors)
         results.append(run(problem, WEIGHTINGS[name], "triton", *gradients))
-        # Forward, the gradient of the queries, and that of the keys, which streams rows and loads them by pointers.
-        assert described == [descriptors, descriptors, False]
+        # Forward, the gradient of the queries, and that of the keys, which streams rows.
+        assert described == [descriptors] * 3
     for result in results[0]:
         assert torch.equal(results[0][result], results[1][result]), result
+
+
+@main_weightings
+def test_rows_of_every_head_of_a_group_are_streamed(weighting: Any, loads: Loads) -> None:
+    problem = random_problem(Sizes(2, 6, 2, 70, 90, 16, 32), torch.bfloat16, causal=True, window=(50, 0))
+    gradients = random_gradients(problem)
+    longer = torch.full((2, 6, 128, 16), math.nan, dtype=torch.bfloat16)
+    longer[:, :, :70] = problem.query
+    problem.query = longer[:, :, :70]  # what lies past the last row is not read
+    described = loads()
+    actual = run(problem, weighting, "triton", *gradients)
+    assert described == [True] * 3
+    loads(descriptors=False)
+    expected = run(problem, weighting, "triton", *gradients)
+    for name in expected:
+        if INTERPRETS_TRITON:
+            assert torch.equal(actual[name], expected[name]), name
+        else:
+            torch.testing.assert_close(actual[name], expected[name])
 
 
 @main_weightings
@@ -163,7 +182,7 @@ def test_what_lies_past_the_last_key_is_not_read(weighting: Any, loads: Loads) -
     described = loads()
     gradients = random_gradients(problem)
     expected, actual = (run(each, weighting, "triton", *gradients) for each in (problem, cut))
-    assert described == [True, True, False] * 2
+    assert described == [True] * 6
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
 
@@ -184,18 +203,19 @@ def test_what_is_not_finite_reaches_only_rows_that_see_it(of: str, weighting: st
     torch.testing.assert_close(output, by_pointers, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("of", ["key", "value"])
+@pytest.mark.parametrize("of", ["key", "value", "query"])
 @pytest.mark.parametrize("layout", ["odd_offset", "slice_of_wider_rows"])
 def test_tensors_off_the_boundaries_are_loaded_by_pointers(layout: str, of: str, loads: Loads) -> None:
     problem = random_problem(SIZES, torch.float16, causal=True)
     gradients = random_gradients(problem)
     described = loads()
     expected = run(problem, WEIGHTINGS["lssa"], "triton", *gradients)
-    assert described == [True, True, False]
+    assert described == [True] * 3
     described.clear()
     setattr(problem, of, LAYOUTS[layout](getattr(problem, of)))
     actual = run(problem, WEIGHTINGS["lssa"], "triton", *gradients)
-    assert described == [False, False, False]
+    # The gradient of the keys streams rows, all others stream keys and values.
+    assert described == ([True, True, False] if of == "query" else [False, False, True])
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name])
 
