@@ -51,9 +51,9 @@ def test_widths(widths, causal):
 
 
 @CAUSAL
-@pytest.mark.parametrize(("width", "dtype"), [(256, "bf16"), (512, "fp32")])
-def test_the_largest_widths(width, dtype, causal):
-    sizes = Sizes(batch=1, heads=1, key_heads=1, length=7, width=width, value_width=width)
+@pytest.mark.parametrize(("widths", "dtype"), [((256, 256), "bf16"), ((512, 48), "fp32"), ((48, 512), "fp32")], ids=str)
+def test_the_largest_widths(widths, dtype, causal):
+    sizes = Sizes(batch=1, heads=1, key_heads=1, length=35, width=widths[0], value_width=widths[1])
     assert_results_are_close(random_problem(sizes, DTYPES[dtype], causal=causal), backend="triton")
 
 
