@@ -106,7 +106,7 @@ def sanitize_steps(python: str, root: Path) -> list[Step]:
             "sanitize",
             name,
             (tool or "", "--tool", name, "--error-exitcode", "9", python, "-m", "gpu.sanitize"),
-            60.0,
+            90.0,
             told,
             unavailable=unavailable,
             unavailable_where="Device not supported",
