@@ -5,7 +5,7 @@ Nothing here imports torch: the parent plans and reports with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 TOKENS = 16384  # per call while the context is shorter: enough work to fill the chip at any length
@@ -18,6 +18,7 @@ OURS = ("softmax", "lssa", "lssar")
 DENSE = (*SDPA, "eager", *OURS)
 BACKWARD = (*DENSE, "sdpa-flash-unordered")
 FLEX = ("flex-softmax", "flex-lssa", "flash-flex-softmax", "flash-flex-lssa", "softmax", "lssa")
+RECURRENCE = ("recurrence", "fla-lightnet")
 DECODE = (
     "sdpa-flash",
     "sdpa-cudnn",
@@ -25,12 +26,23 @@ DECODE = (
     *(f"{kind}-{name}" for kind in ("cuda", "triton") for name in OURS),
 )
 
+IN_A_GRAPH = ", CUDA graph"  # after the name of an implementation of decoding
+
+
+def with_graphs(implementations: Sequence[str]) -> tuple[str, ...]:
+    """Every implementation as it is called, and its kernels replayed as a CUDA graph."""
+    return tuple(name + ending for name in implementations for ending in ("", IN_A_GRAPH))
+
+
 LENGTHS = (4096, 16384, 65536, 1024, 2048, 8192, 32768)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and direction: "forward", "backward" (alone), "forward+backward" or "decode"."""
+    """One shape and direction: "forward", "backward" (alone), "forward+backward" or "decode".
+
+    `operation`: "attention", or "recurrence" for the additive one, whose state has head_dim rows and columns.
+    """
 
     direction: str
     dtype: str
@@ -40,11 +52,13 @@ class Case:
     batch: int
     heads: int
     key_heads: int
+    operation: str = "attention"
 
     @property
     def name(self) -> str:
+        operation = "" if self.operation == "attention" else f"{self.operation}, "
         shape = f"B = {self.batch}, H = {self.heads}, D = {self.head_dim}, N = {self.length:,}"
-        return f"{self.direction}, {self.dtype}, {shape}{', causal' if self.causal else ''}"
+        return f"{operation}{self.direction}, {self.dtype}, {shape}{', causal' if self.causal else ''}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,12 @@ def decode(head_dim: int, length: int, batch: int | None = None) -> Case:
     return Case("decode", "bfloat16", head_dim, length, True, batch, DECODE_HEADS, DECODE_KEY_HEADS)
 
 
+def recurrence(direction: str, length: int) -> Case:
+    """The additive recurrence of a LightNet layer, one long sequence."""
+    heads = MODEL_WIDTH // 128
+    return Case(direction, "bfloat16", 128, length, True, 1, heads, heads, "recurrence")
+
+
 def _sweep(direction: str, head_dim: int, causal: bool, *lengths: int) -> tuple[Case, ...]:
     return tuple(dense(direction, head_dim, length, causal) for length in lengths)
 
@@ -93,6 +113,9 @@ def groups() -> Iterator[Group]:
         yield Group(f"backward D={width}", _sweep("backward", width, False, *LENGTHS[:3]), BACKWARD, 60)
     whole = tuple(dense("forward+backward", width, length, True) for width in (128, 64) for length in (4096, 16384))
     yield Group("forward+backward causal", whole, BACKWARD, 60)
+    lengths = (8192, 16384, 32768, 65536)
+    recurrences = (recurrence(direction, length) for direction in ("forward", "forward+backward") for length in lengths)
+    yield Group("additive recurrence", tuple(recurrences), RECURRENCE, 60)
     other = tuple(
         dense(direction, 64, 4096, True, dtype)
         for dtype in ("float16", "float32")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import sightline as sl
 from gpu import cases, peers
-from gpu.cases import Case
+from gpu.cases import IN_A_GRAPH, Case
 from gpu.steps import DONE_VARIABLE, record
 from sightline.cli.measure import Spread, attention_flops, interleave, matmul_peak
 from sightline.cli.peak_memory import describe_error
@@ -33,8 +33,11 @@ CHECKED_ROWS = 32
 # queries and keys get a few times that.
 ALLOWED_ERROR = {"bfloat16": 3e-2, "float16": 5e-3, "float32": 5e-3}
 PRODUCTS = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5, "decode": 1.0}
+RECURRENCE_PRODUCTS = {"forward": 1.0, "forward+backward": 3.0}
+PREFIX = 512  # tokens of a recurrence that are compared with its formula: later ones change nothing there
 
 Call = Callable[[], Any]
+Capture = Callable[[Call], Call]
 
 
 def inputs_of(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +53,11 @@ def inputs_of(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
 
 
 def relative_error(name: str, case: Case, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> float:
-    """How far some rows of an output are from the exact weights' in float32."""
+    """How far some rows of an output are from the exact weights' in float32, or a recurrence's from its formula."""
+    if case.operation == "recurrence":
+        prefix = (tensor[:1, :, :PREFIX].float() for tensor in inputs)
+        exact = sl.additive_recurrence(*prefix, backend="reference")
+        return float((output[:1, :, :PREFIX].float() - exact).norm() / exact.norm())
     query, key, value = (tensor[:1] for tensor in inputs)
     rows = torch.randint(query.shape[2], (min(CHECKED_ROWS, query.shape[2]),), device=query.device)
     group = case.heads // case.key_heads
@@ -114,20 +121,45 @@ def seconds_per_call(call: Call, calls: int, deterministic: bool) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
+def replayed(call: Call) -> Call:
+    """The kernels of a call as one CUDA graph, whose replay costs the host a single launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def measure_case(
-    case: Case, implementations: tuple[str, ...], device: torch.device, timer: Callable[..., float] = seconds_per_call
+    case: Case,
+    implementations: tuple[str, ...],
+    device: torch.device,
+    timer: Callable[..., float] = seconds_per_call,
+    capture: Capture = replayed,
 ) -> dict[str, Any]:
-    """Times of all implementations of a case, in turns: {implementation: seconds and rates, or the error}."""
+    """Times of all implementations of a case, in turns: {implementation: seconds and rates, or the error}.
+
+    Decoding, whose kernels are shorter than what launches them, is timed as called and as a CUDA graph.
+    """
+    names = implementations
+    if case.direction == "decode":
+        names = cases.with_graphs(names)
     inputs = inputs_of(case, device)
     results: dict[str, Any] = {}
     runs: dict[str, Callable[[], float]] = {}
     slowest = 0.0
-    for name in implementations:
+    for name in names:
+        plain = name.removesuffix(IN_A_GRAPH)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
-        error = peers.needs_too_much(name, case, free)
+        error = peers.needs_too_much(plain, case, free)
         if error is None:
             try:
-                call = make_call(name, case, inputs)
+                call = make_call(plain, case, inputs)
+                call = call if name == plain else capture(call)
                 timer(call, 1, _ordered(name, case))
                 once = timer(call, 1, _ordered(name, case))
             except Exception as failure:
@@ -148,7 +180,7 @@ def measure_case(
     for name, seconds in samples.items():
         if name not in results:
             results[name] = {"repetitions": len(seconds), **rates(case, Spread.of(seconds))}
-    return {name: results[name] for name in implementations}
+    return {name: results[name] for name in names}
 
 
 def rates(case: Case, seconds: Spread) -> dict[str, Any]:
@@ -160,6 +192,10 @@ def rates(case: Case, seconds: Spread) -> dict[str, Any]:
         found["gigabytes_per_second"] = (
             2 * case.batch * case.key_heads * case.length * width * size / seconds.median / 1e9
         )
+    elif case.operation == "recurrence":
+        # A state of D x D per head: one product updates it with a token, one reads it.
+        flops = 4 * case.batch * case.heads * case.length * width * width
+        found["tflops"] = flops * RECURRENCE_PRODUCTS[case.direction] / seconds.median / 1e12
     else:
         flops = attention_flops(case.batch * case.heads, case.length, width, width, causal=case.causal)
         found["tflops"] = flops * PRODUCTS[case.direction] / seconds.median / 1e12

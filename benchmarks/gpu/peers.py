@@ -53,6 +53,10 @@ def make(name: str, case: Case) -> Attention:
     family, _, kind = name.partition("-")
     if family == "sdpa":
         return partial(_sdpa, _BACKENDS[kind.partition("-")[0]], case)
+    if name == "recurrence":
+        return partial(sl.additive_recurrence, backend="triton")
+    if name == "fla-lightnet":
+        return _fla_lightnet()
     if name == "eager":
         return partial(eager, causal=case.causal)
     if family in ("flex", "flash"):
@@ -62,6 +66,23 @@ def make(name: str, case: Case) -> Attention:
     if weighting is None:
         raise ValueError(f"name: expected an implementation, got {name!r}")
     return partial(sl.attention, weighting=weighting, causal=case.causal, backend=backend)
+
+
+def _fla_lightnet() -> Attention:
+    """The recurrence as flash-linear-attention's LightNet layer computes it: normalised keys and decays, chunked."""
+    from fla.ops.gla import chunk_gla
+
+    return partial(lightnet_by_gla, chunk_gla)
+
+
+def lightnet_by_gla(gated: Callable[..., tuple[Tensor, object]], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The additive recurrence (MATH.md section 4) as a gated one; `gated` takes (B, N, H, D) and log decays `g`."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    log_sums = key.float().logcumsumexp(1)
+    decays = torch.cat((log_sums[:, :1], log_sums[:, :-1]), 1) - log_sums
+    weights = (key - log_sums).exp().to(key.dtype)
+    output, _ = gated(q=query, k=weights, v=value, g=decays.to(key.dtype), scale=1.0)
+    return output.transpose(1, 2)
 
 
 def _sdpa(backend: SDPBackend, case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

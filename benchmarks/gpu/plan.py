@@ -25,7 +25,7 @@ _TEST_LIMIT = 240  # seconds of one test, which may compile a dozen kernels; a w
 _NO_TESTS_LEFT = 5  # pytest's exit code
 # Files, and the share of the part's time that they may take; what is cut off goes on in the next call.
 _TESTS = {
-    "hardware": (("tests/triton/test_hardware.py", "tests/triton/test_long_context.py"), 0.6),
+    "hardware": (("tests/triton/test_hardware.py", "tests/triton/test_long_context.py", "tests/hf/test_gpu.py"), 0.6),
     "decoding": (("tests/ops/test_decode.py",), 0.45),
     "kernels": (("tests/triton/kernels",), 1.0),
 }
@@ -106,7 +106,7 @@ def sanitize_steps(python: str, root: Path) -> list[Step]:
             "sanitize",
             name,
             (tool or "", "--tool", name, "--error-exitcode", "9", python, "-m", "gpu.sanitize"),
-            60.0,
+            90.0,
             told,
             unavailable=unavailable,
             unavailable_where="Device not supported",

@@ -5,6 +5,9 @@ compute-sanitizer --tool memcheck python -m gpu.sanitize
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -45,14 +48,32 @@ def check(weighting: sl.Softmax | sl.Softplus, device: torch.device, backend: st
     return errors
 
 
+def check_recurrence(causal: bool, device: torch.device, backend: str = "triton") -> list[float]:
+    """Relative errors of the additive recurrence and its three gradients, over chunks and a rest, grouped heads."""
+    query, key, value = (torch.randn(2, heads, 150, 32, dtype=torch.float16, device=device) for heads in (4, 2, 2))
+    upstream = torch.randn_like(query)
+    results = []
+    for name in (backend, "reference"):
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        output = sl.additive_recurrence(*leaves, causal=causal, backend=name)
+        results.append([output.detach(), *torch.autograd.grad(output, leaves, upstream)])
+    return [relative_error(actual, expected) for actual, expected in zip(*results, strict=True)]
+
+
 def main() -> None:
     """Call every kernel; a wrong result ends with an exception."""
-    for weighting in WEIGHTINGS:
-        errors = check(weighting, torch.device("cuda"))
+    device = torch.device("cuda")
+    calls: dict[str, Callable[[], list[float]]] = {
+        str(weighting): partial(check, weighting, device) for weighting in WEIGHTINGS
+    }
+    for causal in (True, False):
+        calls[f"recurrence, {causal=}"] = partial(check_recurrence, causal, device)
+    for name, call in calls.items():
+        errors = call()
         torch.cuda.synchronize()
-        print(weighting, [f"{error:.1e}" for error in errors], flush=True)
+        print(name, [f"{error:.1e}" for error in errors], flush=True)
         if not max(errors) <= ALLOWED_ERROR:
-            raise ArithmeticError(f"{weighting}: relative errors {errors}, expected at most {ALLOWED_ERROR}")
+            raise ArithmeticError(f"{name}: relative errors {errors}, expected at most {ALLOWED_ERROR}")
 
 
 if __name__ == "__main__":

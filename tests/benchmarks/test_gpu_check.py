@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -282,7 +283,10 @@ def test_outcomes_are_recorded_and_what_passed_is_not_run_again(
         made = plan.test_steps(
             sys.executable, tmp_path, {**DESCRIBED, "installed": installed}, document.content["findings"], 100.0
         )
-        command = [part.replace("benchmarks/gpu", str(ROOT / "benchmarks/gpu")) for part in made[0].command[:-2]]
+        files, _ = next(iter(plan._TESTS.values()))
+        command = [
+            part.replace("benchmarks/gpu", str(ROOT / "benchmarks/gpu")) for part in made[0].command[: -len(files)]
+        ]
         told = {**made[0].environment, **plan.environment(ROOT)}
         step = Step("tests", "some", (*command, str(tests)), 90.0, told, made[0].accepts)
         run_part([step], 100.0, document, tmp_path, lambda line: None)
@@ -331,21 +335,57 @@ def test_targets_take_the_worst_case_against_the_fastest_sdpa() -> None:
     bad = measured("bad", "forward", {"sdpa-flash": 2.0, "softmax": 4.0, "lssa": 2.0}, head_dim=64)
     short = measured("short", "forward", {"sdpa-flash": 1.0, "softmax": 100.0}, length=1024)
     rows = rows_of({"cases": {"1": good, "2": bad, "3": short}})
-    assert rows["Softmax and LSSA forward, x the fastest SDPA"] == ("0.50 (softmax, bad)", "no")
-    assert rows["LSSAR forward on random data, x LSSA"] == ("0.70 (lssar, good)", "yes")
-    assert rows["Softmax forward, D = 128"] == ("500 TFLOP/s (good)", "no")
+    assert rows["Softmax and LSSA forward, x the fastest SDPA"] == ("0.50 (softmax, bad; 4 of 32 cases)", "")
+    assert rows["LSSAR forward on random data, x LSSA"] == ("0.70 (lssar, good; 1 of 16 cases)", "")
+    assert rows["Softmax forward, D = 128"] == ("500 TFLOP/s (good; 2 of 13 cases)", "")
     assert rows["LSSA backward, D = 128"] == (summary.UNMEASURED, "")
     without_bad = rows_of({"cases": {"1": good, "3": short}})
-    assert without_bad["Softmax and LSSA forward, x the fastest SDPA"] == ("0.86 (lssa, good)", "yes")
+    assert without_bad["Softmax and LSSA forward, x the fastest SDPA"][0].startswith("0.86 (lssa, good;")
+
+
+def every_case(slow: str = "", factor: float = 1.0) -> dict[str, Any]:
+    """Findings of a check that measured all cases in a millisecond; `slow` took `factor` of them in the last one."""
+    found = {}
+    for group in cases.groups():
+        for case in group.cases:
+            results = dict.fromkeys(group.implementations, 1.0)
+            found[group.key(case)] = asdict(case) | measured(
+                case.name, case.direction, results, dtype=case.dtype, head_dim=case.head_dim, length=case.length
+            )
+    if slow:
+        last = [case for case in found.values() if slow in case["results"] and case["dtype"] == "bfloat16"][-1]
+        last["results"][slow]["seconds"]["median"] *= factor
+    shares = {"recorded keys": {"skipped_share": 0.25}, "random keys": {"skipped_share": 0.5}}
+    return {"cases": found, "peaks": {"copy": {"gigabytes_per_second": 1100.0}}, "skips": shares}
+
+
+def test_a_verdict_waits_for_every_case() -> None:
+    findings = every_case()
+    text = "Softmax and LSSA backward, x the fastest SDPA, deterministic"
+    rows = rows_of(findings)
+    assert all("of" in found and found.endswith("cases)") for found, _ in rows.values())
+    verdicts = {name: verdict for name, (_, verdict) in rows.items()}
+    reported = verdicts.pop("LSSAR forward on recorded keys, share of tiles left out")
+    assert reported == ""
+    assert set(verdicts.values()) == {"yes", "no"}
+    assert verdicts[text] == "yes"
+    assert verdicts["Additive recurrence, forward and backward, x flash-linear-attention"] == "no"
+    assert rows["LSSAR forward on recorded keys, share of tiles left out"][0].startswith("0.25")
+    del findings["cases"][next(name for name in findings["cases"] if name.startswith("backward D=64"))]
+    assert rows_of(findings)[text][1] == ""
+    assert rows_of(every_case("lssa", 2.0))["LSSA backward, x FlexAttention"][1] == "no"
 
 
 def test_decoding_is_compared_with_the_measured_copy() -> None:
     findings = {
         "peaks": {"copy": {"gigabytes_per_second": 4000.0}},
-        "cases": {"1": measured("long", "decode", {"cuda-softmax": 0.25, "cuda-lssa": 0.28}, length=32768)},
+        "cases": {
+            "1": measured("long", "decode", {"cuda-softmax": 0.25, "cuda-lssa": 0.28, "cuda-lssar": 0.5}, length=32768)
+        },
     }
     rows = rows_of(findings)
-    assert rows["CUDA decoding, share of copy bandwidth"] == ("0.89 (cuda-lssa, long)", "yes")
+    assert rows["CUDA decoding, share of copy bandwidth"] == ("0.89 (cuda-lssa, long; 2 of 6 cases)", "")
+    assert rows["CUDA decoding of LSSAR, share of copy bandwidth"] == ("0.50 (cuda-lssar, long; 1 of 3 cases)", "")
 
 
 def test_cases_are_distinct_and_children_find_their_group() -> None:

@@ -59,12 +59,59 @@ def test_flex_attention_computes_the_same_mathematics(weighting: str, causal: bo
 def test_implementations_take_turns_and_are_checked_first(direction: str) -> None:
     case = Case(direction, "float32", 16, 48, True, 2, 4, 2 if direction == "decode" else 4)
     names = ("sdpa-math", "softmax", "lssa", "lssar") + (() if direction == "decode" else ("eager",))
-    results = measure.measure_case(case, names, CPU, wall_clock)
+    results = measure.measure_case(case, names, CPU, wall_clock, lambda call: call)
     rate = "gigabytes_per_second" if direction == "decode" else "tflops"
     for name in names:
         assert results[name].get("error") is None, results[name]
         assert results[name][rate] > 0
         assert results[name]["repetitions"] >= 3
+
+
+def test_decoding_is_timed_as_called_and_as_a_graph() -> None:
+    case = Case("decode", "float32", 16, 48, True, 2, 4, 2)
+    captured: list[Any] = []
+
+    def capture(call: Callable[[], Any]) -> Callable[[], Any]:
+        captured.append(call)
+        return call
+
+    results = measure.measure_case(case, ("softmax", "no-such"), CPU, wall_clock, capture)
+    assert list(results) == ["softmax", "softmax, CUDA graph", "no-such", "no-such, CUDA graph"]
+    assert results["softmax, CUDA graph"]["gigabytes_per_second"] > 0
+    assert "error" in results["no-such, CUDA graph"]
+    assert len(captured) == 1
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_the_recurrence_is_measured_and_checked(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(direction, "float32", 16, 600, True, 1, 2, 2, "recurrence")
+    make = peers.make
+
+    def made(name: str, case: Case) -> Any:
+        if name == "wrong":
+            return lambda query, key, value: sl.additive_recurrence(query, key, value * 1.1)
+        return partial(make(name, case), backend="native") if name == "recurrence" else make(name, case)
+
+    monkeypatch.setattr(peers, "make", made)
+    results = measure.measure_case(case, ("recurrence", "fla-lightnet", "wrong"), CPU, wall_clock)
+    assert results["recurrence"]["tflops"] > 0
+    assert "wrong result" in results["wrong"]["error"]
+    assert "seconds" in results["fla-lightnet"] or "fla" in results["fla-lightnet"]["error"]
+    flops = measure.rates(case, measure.Spread(1e-3, 1e-3, 1e-3))["tflops"] * 1e12 * 1e-3
+    assert flops == pytest.approx(4 * 2 * 600 * 16**2 * (3 if "backward" in direction else 1))
+
+
+def test_the_recurrence_is_a_gated_one_with_the_decays_of_its_keys() -> None:
+    def gated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, scale: float) -> Any:
+        state = torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+        rows = []
+        for token in range(q.shape[1]):
+            state = g[:, token].exp()[..., None] * state + k[:, token][..., None] * v[:, token][..., None, :]
+            rows.append(scale * (q[:, token][..., None, :] @ state)[..., 0, :])
+        return torch.stack(rows, 1), None
+
+    inputs = [torch.randn(2, 3, 40, 8) for _ in range(3)]
+    torch.testing.assert_close(peers.lightnet_by_gla(gated, *inputs), sl.additive_recurrence(*inputs))
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +180,13 @@ def test_what_the_sanitizer_watches_is_right(weighting: Any) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_the_recurrence_that_the_sanitizer_watches_is_right(causal: bool) -> None:
+    errors = sanitize.check_recurrence(causal, CPU, backend="native")
+    assert len(errors) == 4
+    assert all(math.isfinite(error) and error <= sanitize.ALLOWED_ERROR for error in errors)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_what_tuning_runs_reaches_forward_and_backward(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
     attend = sl.attention
@@ -170,9 +224,29 @@ def test_shares_of_skipped_tiles_are_findings_beside_the_times(capsys: pytest.Ca
     for kind in (skips.random_keys, skips.clustered_keys):
         query, key = kind(300, 2, 16, CPU)
         assert query.shape == key.shape == (1, 2, 300, 16)
-        skips.measure_skips("some keys", query, key, timer, "native")
+        skips.measure_skips("some keys", query, key, True, timer, "native")
         found = json.loads(capsys.readouterr().out)
         assert found["gain"] == 2.0
         assert found["seconds"] == {"skipping": 1.0, "whole": 2.0}
     assert set(settings) == {before, skips._NEVER}
+    assert before == launch.LEAST_SKIPPING_TILES
+
+
+def test_recorded_keys_of_a_trained_model_are_there_and_measured_from_the_first_tile(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert skips.RECORDED.stat().st_size < 10**6
+    recorded = torch.load(skips.RECORDED, weights_only=True)
+    query, key = recorded["query"], recorded["key"]
+    assert query.shape == key.shape == (6, 2, 512, 32)
+    assert 0.1 < float(key.float().std()) < 10
+    before, settings = launch.LEAST_SKIPPING_TILES, []
+
+    def timer(call: Callable[[], Any], calls: int, deterministic: bool) -> float:
+        settings.append(launch.LEAST_SKIPPING_TILES)
+        return 1.0
+
+    skips.measure_skips("recorded keys", query, key, False, timer, "native", least_tiles=1)
+    assert json.loads(capsys.readouterr().out)["seconds"] == {"skipping": 1.0, "whole": 1.0}
+    assert set(settings) == {1, skips._NEVER}
     assert before == launch.LEAST_SKIPPING_TILES

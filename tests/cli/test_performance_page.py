@@ -107,7 +107,7 @@ def test_page_shows_a_gpu_check(page, measured):
     assert "## GPU check on Test GPU" in text
     assert "| a case | softmax | 2 | 0.50 | 200 TFLOP/s | 25% |" in text
     assert "left out: no kernel for this" in text
-    assert "0.50 (softmax, a case) | no |" in text
+    assert "0.50 (softmax, a case; 1 of 32 cases) |  |" in text
     assert "1 passed, 1 failed" in text
     assert "| clustered keys | 62% | 1.25 |" in text
     assert "sanitize/racecheck: cut off" in text

@@ -67,15 +67,9 @@ def test_the_check_itself_on_the_cpu(weighting: Any) -> None:
 
 @pytest.mark.gpu
 @main_weightings
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", list(BOUND), ids=["bf16", "fp16", "fp32"])
 def test_gpu_forward_to_131072_keys(weighting: Any, dtype: torch.dtype) -> None:
     assert_rows_are_exact(weighting, dtype, LONGEST, "cuda", "triton")
-
-
-@pytest.mark.gpu
-@main_weightings
-def test_gpu_forward_in_fp32_to_32768_keys(weighting: Any) -> None:
-    assert_rows_are_exact(weighting, torch.float32, 32768, "cuda", "triton")
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ BACKENDS = ("auto", "native", "triton", "reference")
 _OLDEST_TRITON = (3, 4)
 _TRITON_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
 _TRITON_WIDTH = 256
+_OLDEST_CAPABILITY = (8, 0)  # of an NVIDIA GPU: Ampere
 
 # Triton decides between its compiler and its interpreter when kernels are defined, once per process.
 INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
@@ -47,7 +48,8 @@ def _triton_version() -> str | None:
 def _why_no_triton() -> str | None:
     """Why no tensor can be computed by Triton in this installation, or None. Does not import it."""
     oldest = ".".join(map(str, _OLDEST_TRITON))
-    if importlib.util.find_spec("triton") is None:
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:  # a folder of that name on the path is a package without origin
         return f"Triton is not installed (at least {oldest} is needed)"
     version = _triton_version()
     if version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_TRITON:
@@ -58,7 +60,25 @@ def _why_no_triton() -> str | None:
 
 
 _WHY_NO_TRITON = _why_no_triton()
+_capabilities: dict[torch.device, tuple[int, int] | None] = {}
 _TRITON_DEVICES = ("cuda", "cpu", "meta") if INTERPRETS_TRITON else ("cuda", "meta")
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of an NVIDIA GPU; None for others, and where there is none but in the tensor's name."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+def _known_capability(device: torch.device) -> tuple[int, int] | None:
+    """_capability, asked once per device; a compiler folds the question itself and must not see the dictionary."""
+    if torch.compiler.is_compiling():
+        return _capability(device)
+    if device not in _capabilities:
+        _capabilities[device] = _capability(device)
+    return _capabilities[device]
 
 
 def _why_not_triton(query: Tensor, value_width: int) -> str | None:
@@ -71,6 +91,11 @@ def _why_not_triton(query: Tensor, value_width: int) -> str | None:
     if device not in _TRITON_DEVICES:
         interpreter = "; TRITON_INTERPRET=1, set before sightline is imported, runs it in Triton's interpreter"
         return f"query is on device {device!r}, not 'cuda'{interpreter if device == 'cpu' else ''}"
+    if device == "cuda":
+        capability = _known_capability(query.device)
+        if capability is not None and capability < _OLDEST_CAPABILITY:
+            oldest, own = (".".join(map(str, numbers)) for numbers in (_OLDEST_CAPABILITY, capability))
+            return f"its kernels need compute capability {oldest} or newer, and {query.device} has {own}"
     if query.shape[3] > _TRITON_WIDTH or value_width > _TRITON_WIDTH:
         widths = f"{query.shape[3]} (query) and {value_width} (value)"
         return f"its kernels take head widths up to {_TRITON_WIDTH}, got {widths}"

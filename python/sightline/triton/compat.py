@@ -146,12 +146,19 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def out_of_resources() -> type[BaseException]:
+    """What Triton raises where a device has too little shared memory, registers or threads for a kernel."""
+    from triton.runtime.errors import OutOfResources
+
+    error: type[BaseException] = OutOfResources
+    return error
+
+
 def does_not_fit() -> tuple[type[BaseException], ...]:
     """What Triton raises for a tile that a device has no room for, or that its compiler refuses."""
     from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
 
-    errors: tuple[type[BaseException], ...] = (OutOfResources, CompilationError)
+    errors: tuple[type[BaseException], ...] = (out_of_resources(), CompilationError)
     try:
         from triton.runtime.errors import PTXASError
     except ImportError:

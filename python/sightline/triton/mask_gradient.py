@@ -1,9 +1,9 @@
 """The gradient of a float attn_mask: the score gradients, summed over the axes along which the mask was broadcast.
 
-Work: one program per tile of the mask. It walks every batch entry, head, query tile and key tile that shares the
-tile's entries, recomputes the score gradients and stores their sum once, so that the order of the sum is fixed and
-the memory is that of the mask alone. A mask of full shape costs one more pass of three products; a mask of one entry
-one program.
+Work: one program per tile of the mask. It walks every batch entry, head and query tile that shares the tile's entries,
+and of the key tiles those that the rows see, recomputes the score gradients and stores their sum once, so that the
+order of the sum is fixed and the memory is that of the mask alone. A mask of full shape costs one more pass of three
+products; a mask of one entry one program.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from sightline.triton.gradients import differentiate, load_row_gradients
+from sightline.triton.key_range import visible_range
 from sightline.triton.products import dot
 from sightline.triton.rows import load_rows, set_up_rows
 from sightline.triton.scores import key_factors, load_keys, score_tile
@@ -50,7 +51,10 @@ def mask_gradient(
                 queries = load_rows(problem.query, rows, variant.head_width, variant.block_width)
                 upstream = load_rows(grad_output, rows, variant.value_width, variant.block_value_width)
                 state = load_row_gradients(table, table_stride, variant, rows)
-                for key_tile in tl.range(mask_key_tile, mask_key_tile + shared_key_tiles):
+                seen = visible_range(variant, rows)
+                first_tile = tl.maximum(mask_key_tile, seen.start // variant.key_tile)
+                last_tile = tl.minimum(mask_key_tile + shared_key_tiles, tl.cdiv(seen.stop, variant.key_tile))
+                for key_tile in tl.range(first_tile, last_tile):
                     keys = key_tile * variant.key_tile + tl.arange(0, variant.key_tile)
                     key_vectors = load_keys(
                         problem.key, rows, keys, problem.keys, True, variant.head_width, variant.block_width

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import triton
 
-from sightline.triton.compat import INTERPRETED, does_not_fit, is_capturing, target_name
+from sightline.triton.compat import INTERPRETED, does_not_fit, is_capturing, out_of_resources, target_name
 from sightline.triton.problem import Variant
 from sightline.triton.tiles import Tile, candidates, choose_tile
 
@@ -176,12 +176,23 @@ def launch_tuned(kernel: str, variant: Variant, launch: Launch, describable: Des
     """Launch a kernel with the tile that `tile_for` gives; with the default where that does not fit.
 
     What a kind shares its tile with, a mask above all, may need more memory than the call that was measured.
+
+    Raises:
+        RuntimeError: the device has no room for the default either.
     """
     tile = tile_for(kernel, variant, launch, describable)
+    default = choose_tile(kernel, variant)
+    if tile != default:
+        try:
+            launch(tile)
+        except does_not_fit():
+            pass
+        else:
+            return
     try:
-        launch(tile)
-    except does_not_fit():
-        default = choose_tile(kernel, variant)
-        if tile == default:
-            raise
         launch(default)
+    except out_of_resources() as error:
+        raise RuntimeError(
+            f"backend: the Triton kernel {kind(kernel, variant)!r} does not fit this device ({target_name()}) with its "
+            f"tile of {default}: {error}; use backend='reference', or SIGHTLINE_AUTOTUNE=1 to find a tile that fits"
+        ) from error
