@@ -3,7 +3,7 @@
 // Work: one unit is up to 512 query rows of one key head (all its query heads numbered through, see row_tile.h); units
 // are handed to threads longest first. A unit walks the key tiles that any of its rows sees: scores (lanes are rows,
 // see product.h), weights in place, weights times V. K and V are used where they lie when they are fp32, else widened
-// tile by tile, so that extra memory does not grow with N.
+// tile by tile, or for many small units once (key_tiles.h): extra memory stops growing with N at 32 MiB.
 //
 // Sums: fp32 within a key tile, fp64 across tiles for the normalisers. Weighted values are summed in fp32 over a chunk
 // of 2048 keys and chunks are added up, which keeps the error flat in N.
@@ -13,7 +13,7 @@
 // matrices of bfloat16, and so are sixteen bits of its weights. Dropout keeps to fp32.
 //
 // Re-weighting sweeps twice: the first finds Z and the largest scores, the second weighs. Softplus weights of the first
-// are kept for the second where they fit a second-level cache, else the scores are computed again. The second leaves
+// are kept for the second in up to 4 MiB a thread, else the scores are computed again. The second leaves
 // out tiles in which no row has a weight that counts (tile skipping, MATH.md section 2).
 //
 // Non-finite numbers: the products run at full speed and let 0 * NaN through. Only a unit with rows that are not finite
@@ -125,7 +125,8 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
                             {state.query_pairs, kPanelLanes, scratch.query_part, lanes},
                             scratch.padded_depth};
   pair_products<kParts, false, true>(&factors, 1, tile, core::round_up(keys.count, kPairRows), lanes);
-  if (has_extras(problem)) {
+  // A peak is found from the largest score: under a shift, weights must come from scores as it does (find_peak()).
+  if (has_extras(problem) || (kReweight && Weight::kShifted)) {
     finish_tile(problem, state.rows, keys, scratch.bias, tile, tile_largest);
     if (!kReweight || kFirstSweep) {
       track_largest(state, tile_largest);
@@ -264,11 +265,12 @@ bool write_rows(const AttentionProblem& problem, AttentionForwardScratch& scratc
            problem.dtype, problem.value_width);
     const double normalizer = state.normalizer[lane];
     const bool empty = normalizer == 0.0;
-    // What does not depend on V stands from the first time.
-    if (unit.finite)
+    // What does not depend on V stands from the first time, unless splitting an infinite operand made it NaN.
+    const bool writes = unit.finite || problem.log_normalizer[row_index] != problem.log_normalizer[row_index];
+    if (writes)
       problem.log_normalizer[row_index] =
           empty ? -INFINITY : static_cast<float>(state.shift[lane] + std::log(normalizer) + Weight::kLogUnit);
-    if (unit.finite && problem.saved_rows != nullptr) {
+    if (writes && problem.saved_rows != nullptr) {
       float* saved = problem.saved_rows + row_index * saved_width;
       saved[kSavedShift] = state.shift[lane] == -INFINITY ? 0.0f : state.shift[lane];
       // A row that sees no key has no gradient, also where a sink gives it a normaliser.
@@ -347,7 +349,7 @@ void attention_forward(const AttentionProblem& problem, const Parallel& parallel
   if (problem.queries == 0 || key_heads == 0) return;
   if (is_decoding(problem)) return attention_decode(problem, parallel);
   const AttentionForwardPlan plan(problem, parallel.threads);
-  PackedKeys packed(problem, plan.parts, plan.units, plan.unit_rows / kRowTile);
+  PackedKeys packed(problem, plan.parts, plan.units, plan.unit_rows / kRowTile, parallel.threads);
   const int64_t together = packed.heads() > 0 ? packed.heads() : key_heads;
   for (int64_t first = 0; first < key_heads; first += together) {
     const int64_t heads = core::smaller(together, key_heads - first);

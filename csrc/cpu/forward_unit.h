@@ -8,11 +8,9 @@
 namespace sightline::SIGHTLINE_ISA_NS {
 
 // More rows per unit read K and V less often, and load or transpose them less often where they are not used as they
-// lie; a unit's state should stay in a second-level cache, and there should be units enough for all threads to end
-// together.
+// lie; a unit's state should stay in a second-level cache.
 constexpr int64_t kMaxTilesPerUnit = 8;
 constexpr int64_t kUnitStateBytes = 512 * 1024;
-constexpr int64_t kUnitsPerThread = 4;
 // Weights kept from one sweep to the next: a unit has so few tiles of rows that they fit a second-level cache with the
 // keys and values beside them. From a cache further out they still come sooner than they are computed again.
 constexpr int64_t kKeptBytes = 1024 * 1024;
@@ -40,6 +38,7 @@ struct AttentionForwardPlan {
     const int64_t all_tiles = (rows + kRowTile - 1) / kRowTile * of.batch * of.key_heads;
     tiles = core::smaller(tiles, core::larger(1, all_tiles / (kUnitsPerThread * threads)));
     keeps = of.reweight.power > 0.0f && of.weight_function == WeightFunction::kSoftplus;
+    keeps &= kept_bytes(of.keys) <= kMostKeptBytes || of.causal || of.window_left >= 0;
     if (keeps) tiles = core::smaller(tiles, core::larger(1, kKeptBytes / core::larger(kept_bytes(of.keys), 1)));
     unit_rows = kRowTile * tiles;
     units = (rows + unit_rows - 1) / unit_rows;

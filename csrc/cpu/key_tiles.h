@@ -8,6 +8,9 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
+// There should be units enough for all threads to end together.
+constexpr int64_t kUnitsPerThread = 4;
+
 // How many matrices of bfloat16 hold the numbers of a dtype for products of pairs; 0 where these are not to be had, or
 // do not pay: fp32 would take three, and the six products of their parts take as long as one of fp32.
 SIGHTLINE_INLINE int pair_parts(DType dtype) {
@@ -122,16 +125,16 @@ static void load_values(const AttentionProblem& problem, const KeyTileSizes& siz
 // the factors of the keys alone. A unit of few, as re-weighting has them, would pack as much as it multiplies.
 class PackedKeys {
  public:
-  // As many heads as fit 32 MiB; none where one does not, where a head has one unit alone, or where nothing is to be
-  // done.
-  PackedKeys(const AttentionProblem& problem, int parts, int64_t units, int64_t tiles_per_unit)
+  // As many heads as fit 32 MiB; none where they have too few units for all threads, where a head has one unit alone,
+  // or where nothing is to be done.
+  PackedKeys(const AttentionProblem& problem, int parts, int64_t units, int64_t tiles_per_unit, int64_t threads)
       : problem_(problem),
         parts_(parts),
         sizes_(problem),
         tiles_((problem.keys + kKeyTile - 1) / kKeyTile),
         reads_directly_(problem.dtype == DType::kFloat32 && sizes_.padded_width == problem.value_width),
         complete_(parts > 0 ? tiles_per_unit <= kFewTiles : reads_directly_),
-        heads_(count_heads(units)),
+        heads_(count_heads(units, threads)),
         memory_(layout(nullptr)) {
     layout(memory_.get());
   }
@@ -145,17 +148,21 @@ class PackedKeys {
 
   void pack(const Parallel& parallel, int64_t first_head, int64_t heads) {
     const int64_t blocks = (tiles_ + kBlock - 1) / kBlock;
-    for_each_unit<Buffers>(parallel, heads * blocks, *this,
-                           [this, first_head, blocks](int64_t index, Buffers& buffers) {
-                             const int64_t head = index / blocks, begin = index % blocks * kBlock;
-                             for (int64_t tile = begin; tile < core::smaller(tiles_, begin + kBlock); ++tile) {
-                               if (parts_ == 0) pack_tile<0>(first_head, head, tile, buffers);
-                               if constexpr (kHasPairProducts)
-                                 if (parts_ == 1) pack_tile<1>(first_head, head, tile, buffers);
-                               if constexpr (kHasTileUnit)
-                                 if (parts_ == 2) pack_tile<2>(first_head, head, tile, buffers);
-                             }
-                           });
+    for_each_unit<Buffers>(
+        parallel, heads * blocks, *this, [this, first_head, blocks](int64_t index, Buffers& buffers) {
+          const int64_t head = index / blocks;
+          const core::KeyInterval seen = seen_keys((first_head + head) / problem_.key_heads);
+          const int64_t begin = core::larger(index % blocks * kBlock, seen.first / kKeyTile);
+          const int64_t end =
+              core::smaller(core::smaller(tiles_, (index % blocks + 1) * kBlock), seen.last / kKeyTile + 1);
+          for (int64_t tile = begin; tile < end; ++tile) {
+            if (parts_ == 0) pack_tile<0>(first_head, head, tile, buffers);
+            if constexpr (kHasPairProducts)
+              if (parts_ == 1) pack_tile<1>(first_head, head, tile, buffers);
+            if constexpr (kHasTileUnit)
+              if (parts_ == 2) pack_tile<2>(first_head, head, tile, buffers);
+          }
+        });
   }
 
  private:
@@ -177,11 +184,25 @@ class PackedKeys {
     float *keys = nullptr, *values = nullptr;
   };
 
-  int64_t count_heads(int64_t units) const {
+  int64_t count_heads(int64_t units, int64_t threads) const {
     const bool has_work = problem_.normalize_qk || (complete_ && parts_ > 0);
     if (units < 2 || tiles_ == 0 || !has_work) return 0;
     const int64_t bytes = tiles_ * (static_cast<int64_t>(sizeof(KeyTile)) + 2 * (key_bits() + column_bits()));
-    return core::smaller(problem_.batch * problem_.key_heads, kBytes / bytes);
+    const int64_t all = problem_.batch * problem_.key_heads, heads = core::smaller(all, kBytes / bytes);
+    // Threads wait for each other after the units of so many heads.
+    return heads < all && heads * units < kUnitsPerThread * threads ? 0 : heads;
+  }
+
+  // What the rows of a batch entry see lies between these keys: without documents, intervals move on with the queries.
+  core::KeyInterval seen_keys(int64_t batch) const {
+    core::KeyInterval seen;
+    seen.last = problem_.keys - 1;
+    if (problem_.cu_seqlens_q != nullptr) return seen;
+    const core::KeyInterval first = core::visible_interval(problem_, batch, 0);
+    const core::KeyInterval last = core::visible_interval(problem_, batch, problem_.queries - 1);
+    if (first.last >= first.first) seen.first = core::larger(first.first, 0);
+    if (last.last >= last.first) seen.last = core::smaller(last.last, seen.last);
+    return seen;
   }
 
   // Of a tile, in numbers.

@@ -28,9 +28,9 @@ struct ExponentOfProduct {
   }
 };
 
-// Per 16 lanes of a tile of `keys.count` keys, two keys at a time: what weight_of() takes to `weigh(x, key)`, and pairs
-// of what that returns to `pairs`, in parts `part` apart, unless it is null, in a depth padded with zeros. What is not
-// visible is taken from products here, and from scores before.
+// Per 16 lanes of a tile of `keys.count` keys, two keys at a time: x = log2(e) (score - shift) to `weigh(x, key)`, and
+// pairs of what that returns to `pairs`, in parts `part` apart, unless it is null, in a depth padded with zeros. What
+// is not visible is taken from products here, and from scores before.
 template <class Weight, int kParts, TileHolds kHolds, bool kMasked, bool kFactors, class Weigh>
 SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, const TileVisibility& visible,
                                    const float* tile, int lane, uint32_t* pairs, int64_t part, Vec& rounded_sum,

@@ -80,6 +80,20 @@ def test_a_flat_row_is_plain_attention(weighting: str, dtype: torch.dtype) -> No
     assert (result["value"].double() - expected).norm() <= 3 * FROBENIUS_BOUND[dtype] * expected.norm()
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(("query", "key"), [(15.375, 3.0), (31.125, 1.5), (30.375, 1.5)])
+@pytest.mark.parametrize("keys", [4, 16, 128])
+def test_a_flat_row_of_large_scores_is_plain_attention(keys: int, query: float, key: float, dtype: torch.dtype) -> None:
+    """Scores near 370: an exponent of a weight that is off by their rounding would not look flat beside its peak."""
+    queries = torch.full((1, 1, 70, 64), query, dtype=dtype)
+    values = torch.randn(1, 1, keys, 64).to(dtype)
+    weighting = sl.Softmax(reweight=sl.Reweight(power=15))  # scale 1 / 8
+    output = sl.attention(queries, torch.full((1, 1, keys, 64), key, dtype=dtype), values, weighting=weighting)
+    expected = values.double().mean(2, keepdim=True).expand(1, 1, 70, 64)
+    assert (output.double() - expected).norm() / expected.norm() < FROBENIUS_BOUND[dtype]
+
+
 @every_dtype
 @pytest.mark.parametrize("weighting", ["lssar", "lssar1", "lssar2.5", "lssar3", "sharp_softmax"])
 def test_rows_of_at_most_three_keys_are_exempt_from_the_offset(weighting: str, dtype: torch.dtype) -> None:

@@ -138,6 +138,22 @@ def test_a_key_reaches_the_rows_that_see_it(poison: float, visibility: str, weig
 
 
 @every_dtype
+@pytest.mark.isa
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_key_of_minus_infinite_score_has_weight_0(sign: int, dtype: torch.dtype) -> None:
+    problem = random_problem(SIZES, dtype)
+    problem.query[..., 3] = sign * problem.query[..., 3].abs() + sign
+    problem.key[:, :, PLACE, 3] = -sign * math.inf
+    result = run(problem, sl.Softmax(), "native")
+    without = [
+        torch.cat((tensor[:, :, :PLACE], tensor[:, :, PLACE + 1 :]), 2) for tensor in (problem.key, problem.value)
+    ]
+    expected = run(Problem(problem.query, *without, problem.options), sl.Softmax(), "native")
+    for name in ("output", "log_normalizer"):
+        assert_unchanged(result[name], expected[name], name)
+
+
+@every_dtype
 @every_weighting
 @every_visibility
 @every_poison
