@@ -101,8 +101,11 @@ def with_visible_counts(problem: Problem, variant: Variant, query: Tensor, wante
 
 
 def with_key_norms(problem: Problem, variant: Variant, key: Tensor) -> Problem:
-    """The problem with 1 / |k_j| of every key, where that is wanted."""
-    if not variant.normalize_qk:
+    """The problem with 1 / |k_j| of every key, where that is wanted.
+
+    Products in fp32 hold the keys in registers, where their norms cost little, and have none to spare for loading them.
+    """
+    if not variant.normalize_qk or variant.dtype == "fp32":
         return problem
     batch, heads, keys, _ = key.shape
     norms = key.new_empty((batch, heads, keys), dtype=torch.float32)
