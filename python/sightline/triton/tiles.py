@@ -42,7 +42,7 @@ _TILES: dict[tuple[str, str, int], Tile] = {
     ("forward", "half", 128): Tile(64, 64, 8, 2),
     ("forward", "half", 256): Tile(64, 32, 8, 2),
     ("sharp forward", "half", 64): Tile(64, 64, 8, 2),
-    ("sharp forward", "half", 128): Tile(64, 64, 8, 2),
+    ("sharp forward", "half", 128): Tile(64, 32, 8, 3),
     ("sharp forward", "half", 256): Tile(32, 32, 8, 2),
     ("saving forward", "half", 64): Tile(64, 32, 8, 2),
     ("saving forward", "half", 128): Tile(32, 64, 8, 2),
