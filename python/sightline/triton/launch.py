@@ -101,11 +101,8 @@ def with_visible_counts(problem: Problem, variant: Variant, query: Tensor, wante
 
 
 def with_key_norms(problem: Problem, variant: Variant, key: Tensor) -> Problem:
-    """The problem with 1 / |k_j| of every key, where that is wanted.
-
-    Products in fp32 hold the keys in registers, where their norms cost little, and have none to spare for loading them.
-    """
-    if not variant.normalize_qk or variant.dtype == "fp32":
+    """The problem with 1 / |k_j| of every key, where the variant wants it."""
+    if not variant.normalize_qk:
         return problem
     batch, heads, keys, _ = key.shape
     norms = key.new_empty((batch, heads, keys), dtype=torch.float32)
@@ -166,7 +163,9 @@ def _forward(
 ) -> None:
     batch, heads, queries, _ = query.shape
     units = batch * heads
-    problem = with_key_norms(problem, variant, key)
+    # A forward in fp32 has the keys in registers, where their norms cost little, and none to spare for loading them.
+    if variant.dtype != "fp32":
+        problem = with_key_norms(problem, variant, key)
     describable = functools.partial(keys_can_be_described, problem)
 
     def launch(tile: Tile) -> None:

@@ -53,17 +53,18 @@ def test_norms_of_keys_taken_once_are_those_that_every_program_would_take(
 ) -> None:
     problem = random_problem(SIZES, DTYPES[dtype], causal=True, key_lengths=torch.tensor([70, 33]))
     gradients = random_gradients(problem)
-    measured: list[bool] = []
+    measured: list[torch.Tensor] = []
     measure = launch.with_key_norms
 
     def measuring(*arguments: Any) -> Any:
         found = measure(*arguments)
-        measured.append(found.inverse_key_norms is not None)
+        measured.append(found.inverse_key_norms)
         return found
 
     monkeypatch.setattr(launch, "with_key_norms", measuring)
     once = run(problem, WEIGHTINGS[weighting], "triton", *gradients)
-    assert measured == [dtype != "fp32"] * 2
+    assert len(measured) == (1 if dtype == "fp32" else 2)
+    torch.testing.assert_close(measured[0], 1.0 / problem.key.float().norm(dim=-1))
     monkeypatch.setattr(launch, "with_key_norms", lambda problem, *others: problem)
     every_time = run(problem, WEIGHTINGS[weighting], "triton", *gradients)
     for name in once:
