@@ -138,7 +138,6 @@ CANDIDATES: dict[tuple[str, str] | tuple[str, str, int], tuple[Tile, ...]] = {
     ("softplus forward", "half"): (
         *_FORWARD_CANDIDATES,
         Tile(128, 64, 8, 2, descriptors=True, specialized=True),
-        Tile(128, 128, 8, 2, descriptors=True, specialized=True),
     ),
     ("sharp forward", "half"): (
         Tile(64, 64, 4, 3),
@@ -154,7 +153,6 @@ CANDIDATES: dict[tuple[str, str] | tuple[str, str, int], tuple[Tile, ...]] = {
         Tile(32, 64, 4, 2),
         Tile(128, 32, 8, 2),
         Tile(32, 64, 4, 2, descriptors=True),
-        Tile(128, 64, 8, 2, descriptors=True, specialized=True),
     ),
     ("queries", "half"): (
         Tile(64, 64, 4, 2),

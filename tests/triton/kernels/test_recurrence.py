@@ -112,7 +112,8 @@ def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(number,
 @pytest.mark.parametrize("number", [-math.inf, math.nan, math.inf])
 @pytest.mark.parametrize(("length", "option"), [(1, "plain"), (1, "state"), (20, "state")])
 def test_non_finite_keys_forward_and_backward(length, option, number, causal):
-    sizes = Sizes(batch=20 // length, heads=2, key_heads=1, length=length, width=8, value_width=12)
+    # So many entries that the largest error of the finite gradients of the state is not one of a handful.
+    sizes = Sizes(batch=20 if length == 1 else 6, heads=2, key_heads=1, length=length, width=8, value_width=12)
     assert_non_finite_keys_are_what_they_are_in_the_formula(number, sizes, causal, option, "triton")
 
 
