@@ -23,7 +23,7 @@ constexpr int64_t kMaxDecodeRows = 8;
 // Products to scores of one row, in place; returns the largest.
 template <bool kMasked, bool kExtras>
 float finish_row_scores(const AttentionProblem& problem, const DecodeScratch& scratch, const DecodeUnit& unit, int row,
-                        float* scores) {
+                        float* scores, RowsAhead& ahead) {
   alignas(64) static constexpr int32_t kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const RowTile& rows = *scratch.rows;
   const Vec minus_infinity = Vec::broadcast(-INFINITY);
@@ -38,6 +38,7 @@ float finish_row_scores(const AttentionProblem& problem, const DecodeScratch& sc
   const IntVec position = IntVec::broadcast(rows.position[row]) - lanes;
   Vec top = minus_infinity;
   for (int64_t j = 0; j < unit.count; j += Vec::kWidth) {
+    ahead.ask();
     const int32_t key = static_cast<int32_t>(unit.first + j);
     const Vec factor = problem.normalize_qk ? row_factor * Vec::load(scratch.key_factors + j) : row_factor;
     Vec score = Vec::load(scores + j) * factor;
@@ -68,8 +69,15 @@ void compute_chunk_scores(const DecodePlan& plan, const DecodeUnit& unit, Decode
                           ChunkSums* sums) {
   const AttentionProblem& problem = *plan.problem;
   const RowTile& rows = *scratch.rows;
-  key_products<kType>(rows_of(problem, problem.key, problem.head_width, unit), unit.count, scratch.queries,
-                      problem.head_width, plan.rows, scores, plan.stride, scratch.key_factors);
+  const WideRows keys = rows_of(problem, problem.key, problem.head_width, unit);
+#if defined(__AMX_BF16__)
+  if (plan.by_tiles)
+    key_products_by_tiles(keys, unit.count, scratch.queries, problem.head_width, scratch.query_pairs, plan.rows, scores,
+                          plan.stride, scratch.key_factors);
+  else
+#endif
+    key_products<kType>(keys, unit.count, scratch.queries, problem.head_width, plan.rows, scores, plan.stride,
+                        scratch.key_factors);
   if (problem.normalize_qk)
     for (int64_t j = 0; j < unit.count; j += Vec::kWidth) {
       const Vec norm = square_root(Vec::load(scratch.key_factors + j));
@@ -90,8 +98,9 @@ void compute_chunk_scores(const DecodePlan& plan, const DecodeUnit& unit, Decode
   const bool extras = problem.alibi_slopes != nullptr || problem.softcap > 0.0f;
   const auto finish = masked ? (extras ? finish_row_scores<true, true> : finish_row_scores<true, false>)
                              : (extras ? finish_row_scores<false, true> : finish_row_scores<false, false>);
+  RowsAhead ahead(rows_of(problem, problem.value, problem.value_width, unit), kBytesOf<kType>, unit.count);
   for (int row = 0; row < plan.rows; ++row) {
-    sums[row].largest = finish(problem, scratch, unit, row, scores + row * plan.stride);
+    sums[row].largest = finish(problem, scratch, unit, row, scores + row * plan.stride, ahead);
     sums[row].visible_keys = rows.visible_keys[row];
   }
 }

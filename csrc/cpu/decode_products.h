@@ -18,8 +18,10 @@ constexpr int kRowGroup = 4;
 constexpr int kValueSums = Vec::kWidth == 16 ? 16 : 8;
 // Values of so many keys stay in the first-level cache while all rows use them.
 constexpr int64_t kValueTile = 64;
-// So far ahead of their use rows are asked for.
-constexpr int64_t kPrefetchBytes = 4096;
+// Rows are asked for so far ahead of their use, into the second-level cache: into the first, they would wait for its
+// few line buffers and hold up the loads behind them.
+constexpr int64_t kKeyBytesAhead = 8 << 10;
+constexpr int64_t kValueBytesAhead = 32 << 10;
 
 // Rows of numbers of one dtype whose width is a multiple of kColumnGroup.
 struct WideRows {
@@ -29,17 +31,39 @@ struct WideRows {
 };
 
 template <DType kType>
+constexpr int64_t kBytesOf = kType == DType::kFloat32 ? 4 : 2;
+
+template <DType kType>
 SIGHTLINE_INLINE const void* row_of(const WideRows& rows, int64_t row) {
-  return static_cast<const char*>(rows.data) + row * rows.row_stride * (kType == DType::kFloat32 ? 4 : 2);
+  return static_cast<const char*>(rows.data) + row * rows.row_stride * kBytesOf<kType>;
 }
 
-// Rows follow each other in memory, mostly: what lies kPrefetchBytes ahead of a row is asked for.
-template <DType kType>
-SIGHTLINE_INLINE void prefetch_row(const WideRows& rows, const void* row) {
-  const char* ahead = static_cast<const char*>(row) + kPrefetchBytes;
-  for (int64_t byte = 0; byte < rows.width * (kType == DType::kFloat32 ? 4 : 2); byte += 64)
-    __builtin_prefetch(ahead + byte);
+SIGHTLINE_INLINE void ask_for(const void* start, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(start) + byte, 0, 2);
 }
+
+// The rows of a unit that add_values does not ask for itself, because it would be too late: the first of them. To be
+// asked for, a row at a time, while something else is computed.
+class RowsAhead {
+ public:
+  RowsAhead() = default;
+  RowsAhead(const WideRows& rows, int64_t element_bytes, int64_t count)
+      : next_(static_cast<const char*>(rows.data)),
+        stride_(rows.row_stride * element_bytes),
+        bytes_(rows.width * element_bytes),
+        count_(core::smaller(count, kValueBytesAhead / bytes_)) {}
+
+  __attribute__((always_inline)) inline void ask() {
+    if (count_ == 0) return;
+    ask_for(next_, bytes_);
+    next_ += stride_;
+    count_ -= 1;
+  }
+
+ private:
+  const char* next_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 1, count_ = 0;
+};
 
 template <DType kType>
 SIGHTLINE_INLINE void load_group(const void* row, int64_t column, Vec& first, Vec& second) {
@@ -78,12 +102,14 @@ SIGHTLINE_INLINE void key_products_of_rows(const WideRows& keys, int64_t first, 
     Vec sums[Vec::kWidth];
 #pragma GCC unroll 16
     for (int sum = 0; sum < Vec::kWidth; ++sum) sums[sum] = Vec::broadcast(0.0f);
-    for (int j = 0; j < kKeys; ++j) prefetch_row<kType>(keys, rows[j]);
     for (int64_t column = 0; column < keys.width; column += kColumnGroup) {
 #pragma GCC unroll 16
       for (int j = 0; j < kKeys; ++j) {
         Vec key[2];
         load_group<kType>(rows[j], column, key[0], key[1]);
+        if (!kNorms)
+          ask_for(static_cast<const char*>(rows[j]) + column * kBytesOf<kType> + kKeyBytesAhead,
+                  kColumnGroup * kBytesOf<kType>);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
@@ -133,7 +159,8 @@ static void key_products(const WideRows& keys, int64_t count, const float* queri
 // kSkipZeros a weight of 0 selects nothing, so that 0 * NaN does not reach the sums.
 template <DType kType, int kRows, int kVectors, bool kSkipZeros>
 SIGHTLINE_INLINE void add_values_of_columns(const WideRows& values, int64_t first, int64_t last, int64_t column,
-                                            const float* weights, int64_t stride, float* sums, int64_t sum_stride) {
+                                            int64_t ahead, const float* weights, int64_t stride, float* sums,
+                                            int64_t sum_stride) {
   Vec totals[kRows][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
@@ -141,7 +168,9 @@ SIGHTLINE_INLINE void add_values_of_columns(const WideRows& values, int64_t firs
     for (int vector = 0; vector < kVectors; ++vector) totals[r][vector] = Vec::broadcast(0.0f);
   for (int64_t j = first; j < last; ++j) {
     const void* row = row_of<kType>(values, j);
-    if (column == 0) prefetch_row<kType>(values, row);
+    if (ahead > 0)
+      ask_for(static_cast<const char*>(row_of<kType>(values, j + ahead)) + column * kBytesOf<kType>,
+              kVectors * Vec::kWidth * kBytesOf<kType>);
     if (kSkipZeros && weights[j] == 0.0f) continue;
     Vec value[kVectors];
 #pragma GCC unroll 8
@@ -165,15 +194,16 @@ SIGHTLINE_INLINE void add_values_of_columns(const WideRows& values, int64_t firs
 }
 
 template <DType kType, int kRows, bool kSkipZeros>
-static void add_values_of_rows(const WideRows& values, int64_t first, int64_t last, const float* weights,
+static void add_values_of_rows(const WideRows& values, int64_t first, int64_t last, int64_t ahead, const float* weights,
                                int64_t stride, float* sums, int64_t sum_stride) {
   constexpr int kVectors = kRows == 1 ? 8 : kValueSums / (kRows == 3 ? 4 : kRows);
   int64_t column = 0;
   for (; column + kVectors * Vec::kWidth <= values.width; column += kVectors * Vec::kWidth)
-    add_values_of_columns<kType, kRows, kVectors, kSkipZeros>(values, first, last, column, weights, stride, sums,
+    add_values_of_columns<kType, kRows, kVectors, kSkipZeros>(values, first, last, column, ahead, weights, stride, sums,
                                                               sum_stride);
   for (; column < values.width; column += kColumnGroup)
-    add_values_of_columns<kType, kRows, 2, kSkipZeros>(values, first, last, column, weights, stride, sums, sum_stride);
+    add_values_of_columns<kType, kRows, 2, kSkipZeros>(values, first, last, column, ahead, weights, stride, sums,
+                                                       sum_stride);
 }
 
 // sums (rows, width) += weights (rows, count) values (count, width). Sums of kValueTile keys are formed apart and added
@@ -183,26 +213,28 @@ static void add_values(const WideRows& values, int64_t count, const float* weigh
                        bool finite, float* sums, int64_t sum_stride) {
   for (int64_t first = 0; first < count; first += kValueTile) {
     const int64_t last = core::smaller(first + kValueTile, count);
+    const int64_t rows_ahead = kValueBytesAhead / (values.width * kBytesOf<kType>);
+    const int64_t ahead = last + rows_ahead <= count ? rows_ahead : 0;
     for (int row = 0; row < rows;) {
       const float* from = weights + row * stride;
       float* to = sums + row * sum_stride;
       if (!finite) {
-        add_values_of_rows<kType, 1, true>(values, first, last, from, stride, to, sum_stride);
+        add_values_of_rows<kType, 1, true>(values, first, last, ahead, from, stride, to, sum_stride);
         row += 1;
         continue;
       }
       switch (rows - row) {
         case 1:
-          add_values_of_rows<kType, 1, false>(values, first, last, from, stride, to, sum_stride);
+          add_values_of_rows<kType, 1, false>(values, first, last, ahead, from, stride, to, sum_stride);
           break;
         case 2:
-          add_values_of_rows<kType, 2, false>(values, first, last, from, stride, to, sum_stride);
+          add_values_of_rows<kType, 2, false>(values, first, last, ahead, from, stride, to, sum_stride);
           break;
         case 3:
-          add_values_of_rows<kType, 3, false>(values, first, last, from, stride, to, sum_stride);
+          add_values_of_rows<kType, 3, false>(values, first, last, ahead, from, stride, to, sum_stride);
           break;
         default:
-          add_values_of_rows<kType, 4, false>(values, first, last, from, stride, to, sum_stride);
+          add_values_of_rows<kType, 4, false>(values, first, last, ahead, from, stride, to, sum_stride);
           break;
       }
       row += kRowGroup;

@@ -2,7 +2,7 @@
 // added up, and the start of a chunk.
 #pragma once
 
-#include "cpu/decode_products.h"
+#include "cpu/decode_tiles.h"
 #include "cpu/weigh_tile.h"
 #include "cpu/workspace.h"
 
@@ -30,13 +30,15 @@ struct DecodePlan {
   const AttentionProblem* problem;
   int rows;  // per key head
   int64_t chunks, units, stride;
+  bool by_tiles;  // products with keys on the tile unit
 
   explicit DecodePlan(const AttentionProblem& of)
       : problem(&of),
         rows(static_cast<int>(of.heads / of.key_heads * of.queries)),
         chunks((of.keys + kDecodeChunk - 1) / kDecodeChunk),
         units(of.batch * of.key_heads * chunks),
-        stride(core::smaller(kDecodeChunk, core::round_up(of.keys, Vec::kWidth))) {}
+        stride(core::smaller(kDecodeChunk, core::round_up(of.keys, Vec::kWidth))),
+        by_tiles(kHasTileUnit && of.dtype == DType::kBFloat16) {}
 };
 
 // Shared by the threads; every unit writes its own part.
@@ -76,12 +78,15 @@ struct DecodeScratch {
     scores = arena.take<float>(problem.reweight.power > 0.0f ? 0 : plan.rows * plan.stride);
     key_factors = arena.take<float>(problem.normalize_qk ? plan.stride : 0);
     hidden = arena.take<float>(problem.key_mask != nullptr ? plan.stride : 0);
+    query_pairs =
+        arena.take<uint32_t>(plan.by_tiles ? core::round_up(plan.rows, kRowGroup) * problem.head_width / 2 : 0);
     return arena.used();
   }
 
   Allocation memory;
   RowTile* rows = nullptr;
   float *query = nullptr, *queries = nullptr, *scores = nullptr, *key_factors = nullptr, *hidden = nullptr;
+  uint32_t* query_pairs = nullptr;  // pack_queries
 };
 
 // The keys of a chunk that any row sees: [first, first + count).
@@ -107,6 +112,9 @@ struct DecodeUnit {
     for (int64_t column = 0; column < problem.head_width; ++column)
       arranged[arranged_place(problem.dtype, column)] = scratch.query[column];
   }
+#if defined(__AMX_BF16__)
+  if (plan.by_tiles) pack_queries(scratch.queries, problem.head_width, plan.rows, scratch.query_pairs);
+#endif
   const int64_t begin = index % plan.chunks * kDecodeChunk;
   const int64_t first = core::larger(begin, rows.min_first);
   const int64_t end = core::smaller(core::smaller(begin + kDecodeChunk, problem.keys), rows.max_last + 1);

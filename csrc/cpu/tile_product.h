@@ -82,16 +82,22 @@ struct Prefetches {
 // The intrinsics that load tiles do not tell the compiler which memory they read: what was stored before stays before.
 SIGHTLINE_INLINE void tell_memory() { asm volatile("" : : : "memory"); }
 
-// The configuration of this thread's tile unit, for as long as it is wanted.
+// The configuration of this thread's tile unit, for as long as it is wanted: sums of 16 rows x `lanes` in tiles 0 to 3,
+// rows of A in 4 and 5, lanes of B in 6 and 7.
 class TileUnit {
  public:
-  explicit TileUnit(bool wanted) : wanted_(wanted) {
+  explicit TileUnit(bool wanted, int lanes = kPanelLanes) : wanted_(wanted) {
     if (!wanted) return;
     struct __attribute__((packed)) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
     } configuration;
+    for (int tile = 0; tile < 8; ++tile) {
+      const bool is_a = tile == 4 || tile == 5;
+      configuration.row_bytes[tile] = static_cast<uint16_t>(is_a ? kPairDepth * 2 : lanes * 4);
+      configuration.rows[tile] = 16;
+    }
     tell_memory();
     _tile_loadconfig(&configuration);
   }
