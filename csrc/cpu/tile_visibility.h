@@ -11,15 +11,33 @@ struct TileVisibility {
 };
 static_assert(kRowTile == 64 && kKeyTile == 64);
 
-// Bit i of row j becomes bit j of row i.
-SIGHTLINE_INLINE void transpose_bits(uint64_t (&rows)[64]) {
-  uint64_t mask = 0x00000000ffffffffu;
-  for (int distance = 32; distance != 0; distance >>= 1, mask ^= mask << distance)
-    for (int row = 0; row < 64; row = (row + distance + 1) & ~distance) {
-      const uint64_t swapped = ((rows[row] >> distance) ^ rows[row + distance]) & mask;
-      rows[row] ^= swapped << distance;
-      rows[row + distance] ^= swapped;
+// Stages of transpose_bits: the halves that bits of `distance` tell apart change places between rows that lie so far
+// apart in blocks of 8 rows.
+template <int kRowDistance>
+SIGHTLINE_INLINE void swap_bits(uint64_t (&rows)[8][8], int distance, uint64_t mask) {
+  for (int row = 0; row < 8; row = (row + kRowDistance + 1) & ~kRowDistance)
+    for (int lane = 0; lane < 8; ++lane) {
+      const uint64_t swapped = ((rows[row][lane] >> distance) ^ rows[row + kRowDistance][lane]) & mask;
+      rows[row][lane] ^= swapped << distance;
+      rows[row + kRowDistance][lane] ^= swapped;
     }
+}
+
+// Bit i of row j becomes bit j of row i. Rows are exchanged in vectors of 8: first those whole vectors apart, then, the
+// rows put down in the other order, those that were neighbours.
+SIGHTLINE_INLINE void transpose_bits(uint64_t (&rows)[64]) {
+  uint64_t blocks[8][8], turned[8][8];
+  __builtin_memcpy(blocks, rows, sizeof rows);
+  swap_bits<4>(blocks, 32, 0x00000000ffffffffu);
+  swap_bits<2>(blocks, 16, 0x0000ffff0000ffffu);
+  swap_bits<1>(blocks, 8, 0x00ff00ff00ff00ffu);
+  for (int block = 0; block < 8; ++block)
+    for (int lane = 0; lane < 8; ++lane) turned[lane][block] = blocks[block][lane];
+  swap_bits<4>(turned, 4, 0x0f0f0f0f0f0f0f0fu);
+  swap_bits<2>(turned, 2, 0x3333333333333333u);
+  swap_bits<1>(turned, 1, 0x5555555555555555u);
+  for (int block = 0; block < 8; ++block)
+    for (int lane = 0; lane < 8; ++lane) rows[8 * block + lane] = turned[lane][block];
 }
 
 // The keys [first, first + 64) that lie in [begin, last], as bits.
@@ -28,13 +46,12 @@ SIGHTLINE_INLINE uint64_t interval_bits(int64_t first, int64_t begin, int64_t la
   return high < low ? 0 : (~uint64_t{0} >> (63 - (high - low))) << low;
 }
 
-// `takes_part` says for each of the keys [first, first + count) whether key_mask lets it take part.
-[[maybe_unused]] static void find_visible(const AttentionProblem& problem, const RowTile& rows, int64_t first,
-                                          int count, const bool* takes_part, TileVisibility& visible) {
-  const bool has_bytes = masks_with_bytes(problem);
+// From the rows' intervals and attn_mask, row by row.
+SIGHTLINE_INLINE void find_visible_in_mask(const AttentionProblem& problem, const RowTile& rows, int64_t first,
+                                           int count, TileVisibility& visible) {
   for (int lane = 0; lane < rows.lanes; ++lane) {
     uint64_t keys = interval_bits(first, rows.first[lane], rows.last[lane]);
-    if (has_bytes && keys != 0) {
+    if (keys != 0) {
       // Rows of the mask lie far apart: what the next tile of keys reads of this one would be waited for.
       prefetch_mask(problem.attn_mask, rows.batch, rows.head[lane], rows.query[lane], first + kKeyTile, kKeyTile);
       keys &= mask_bits(problem, rows.batch, rows.head[lane], rows.query[lane], first, count);
@@ -43,6 +60,30 @@ SIGHTLINE_INLINE uint64_t interval_bits(int64_t first, int64_t begin, int64_t la
   }
   for (int lane = rows.lanes; lane < kRowTile; ++lane) visible.lanes[lane] = 0;
   transpose_bits(visible.lanes);
+}
+
+// From the rows' intervals alone, key by key.
+SIGHTLINE_INLINE void find_visible_in_intervals(const RowTile& rows, int64_t first, int count,
+                                                TileVisibility& visible) {
+  for (int key = 0; key < count; ++key) {
+    uint64_t lanes = 0;
+    for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth)
+      lanes |= bits_of(between(IntVec::load(rows.first + lane), IntVec::load(rows.last + lane),
+                               static_cast<int32_t>(first) + key))
+               << lane;
+    visible.lanes[key] = lanes;
+  }
+}
+
+// Of keys [first, first + count); `takes_part` says for each whether key_mask lets it take part.
+[[maybe_unused]] static void find_visible(const AttentionProblem& problem, const RowTile& rows, int64_t first,
+                                          int count, const bool* takes_part, TileVisibility& visible) {
+  if (masks_with_bytes(problem))
+    find_visible_in_mask(problem, rows, first, count, visible);
+  else if (first < rows.max_first || first + count - 1 > rows.min_last)
+    find_visible_in_intervals(rows, first, count, visible);
+  else
+    for (int key = 0; key < count; ++key) visible.lanes[key] = ~uint64_t{0};
   for (int key = 0; key < count; ++key)
     if (!takes_part[key]) visible.lanes[key] = 0;
 }

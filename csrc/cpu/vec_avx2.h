@@ -125,6 +125,7 @@ SIGHTLINE_INLINE Mask mask_of_bits(uint64_t bits, int lane) {
   const __m256i found = _mm256_and_si256(_mm256_set1_epi32(static_cast<int32_t>(bits >> lane)), each);
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(found, each))};
 }
+SIGHTLINE_INLINE uint64_t bits_of(Mask mask) { return static_cast<uint64_t>(_mm256_movemask_ps(mask.bits)); }
 SIGHTLINE_INLINE uint64_t nonzero_bits(const uint8_t* bytes) {
   uint32_t zeros[2];
   for (int half = 0; half < 2; ++half) {

@@ -138,6 +138,8 @@ SIGHTLINE_INLINE Mask between(IntVec first, IntVec last, int32_t key) {
 }
 // Bits lane, lane + 1, ... as a mask of the lanes.
 SIGHTLINE_INLINE Mask mask_of_bits(uint64_t bits, int lane) { return {static_cast<__mmask16>(bits >> lane)}; }
+// Bit i: lane i of the mask.
+SIGHTLINE_INLINE uint64_t bits_of(Mask mask) { return mask.bits; }
 // Bit i: whether byte i of 64 is not 0.
 SIGHTLINE_INLINE uint64_t nonzero_bits(const uint8_t* bytes) {
   const __m512i all = _mm512_loadu_si512(bytes);

@@ -119,6 +119,9 @@ SIGHTLINE_INLINE Mask mask_of_bits(uint64_t bits, int lane) {
   const auto here = static_cast<int32_t>(bits >> lane & 15);
   return {(Int4{here, here, here, here} & each) == each};
 }
+SIGHTLINE_INLINE uint64_t bits_of(Mask mask) {
+  return (mask.bits[0] & 1) | (mask.bits[1] & 2) | (mask.bits[2] & 4) | (mask.bits[3] & 8);
+}
 SIGHTLINE_INLINE uint64_t nonzero_bits(const uint8_t* bytes) {
   uint64_t bits = 0;
   for (int index = 0; index < 64; ++index) bits |= static_cast<uint64_t>(bytes[index] != 0) << index;
