@@ -211,7 +211,7 @@ void differentiate_unit(const AttentionBackwardPlan& plan, AttentionBackwardScra
     }
     if (pairs) move_transposed(scratch.pairs.query_gradients, plan.key_width, rows.lanes, scratch.query_gradients);
     finish_row_tile(plan, scratch, batch, key_head, begin, split);
-    const bool chunk_ends = (begin / kRowTile + 1) % (kChunkRows / kRowTile) == 0 || begin + kRowTile >= plan.rows;
+    const bool chunk_ends = (begin / kRowTile + 1) % (kGradientRows / kRowTile) == 0 || begin + kRowTile >= plan.rows;
     if (scratch.key_totals != nullptr && chunk_ends) finish_chunk(plan, scratch);
   }
   write_key_gradients(plan, scratch, batch, key_head, split);

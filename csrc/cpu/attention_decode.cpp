@@ -70,12 +70,10 @@ void compute_chunk_scores(const DecodePlan& plan, const DecodeUnit& unit, Decode
   const AttentionProblem& problem = *plan.problem;
   const RowTile& rows = *scratch.rows;
   const WideRows keys = rows_of(problem, problem.key, problem.head_width, unit);
-#if defined(__AMX_BF16__)
   if (plan.by_tiles)
     key_products_by_tiles(keys, unit.count, scratch.queries, problem.head_width, scratch.query_pairs, plan.rows, scores,
                           plan.stride, scratch.key_factors);
   else
-#endif
     key_products<kType>(keys, unit.count, scratch.queries, problem.head_width, plan.rows, scores, plan.stride,
                         scratch.key_factors);
   if (problem.normalize_qk)

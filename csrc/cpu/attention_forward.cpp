@@ -99,11 +99,12 @@ void raise_shift_of_pairs(RowState& state, const float* tile_largest, int64_t pa
   raise_shift(state, tile_largest, padded_width, true);
 }
 
+// Products that lack nothing but their factors to pairs of weights.
 template <class Weight, bool kReweight, bool kFirstSweep, int kParts, bool kMasked, bool kFactors>
 void weigh_product_tile(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
                         const TileVisibility& visible, bool keeps, float* tile, float* tile_largest, RowState& state,
                         PairValues<kParts>& due) {
-  if (Weight::kShifted && (!kReweight || kFirstSweep)) {
+  if (Weight::kShifted) {
     find_largest_scores<kMasked, kFactors>(state.rows, keys, visible, tile, tile_largest);
     track_largest(state, tile_largest);
     raise_shift_of_pairs(state, tile_largest, scratch.padded_width, due);
@@ -126,24 +127,28 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
                             scratch.padded_depth};
   pair_products<kParts, false, true>(&factors, 1, tile, core::round_up(keys.count, kPairRows), lanes);
   // A peak is found from the largest score: under a shift, weights must come from scores as it does (find_peak()).
-  if (has_extras(problem) || (kReweight && Weight::kShifted)) {
+  constexpr bool kFromScores = kReweight && Weight::kShifted;
+  if (kFromScores || has_extras(problem)) {
     finish_tile(problem, state.rows, keys, scratch.bias, tile, tile_largest);
     if (!kReweight || kFirstSweep) {
       track_largest(state, tile_largest);
       if (Weight::kShifted) raise_shift_of_pairs(state, tile_largest, scratch.padded_width, due);
     }
-    weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kScores, false, true>(
+    return weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kScores, false, true>(
         problem, scratch, keys, visible, keeps, tile, tile_largest, state, due);
-  } else if (has_masked_entries(problem, state.rows, keys)) {
-    find_visible(problem, state.rows, keys.first, keys.count, keys.takes_part, visible);
-    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, true, true>(problem, scratch, keys, visible, keeps, tile,
-                                                                           tile_largest, state, due);
-  } else if (kReweight || problem.normalize_qk) {
-    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, false, true>(problem, scratch, keys, visible, keeps,
-                                                                            tile, tile_largest, state, due);
-  } else {
-    weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, false, kReweight>(problem, scratch, keys, visible, keeps,
-                                                                                 tile, tile_largest, state, due);
+  }
+  if constexpr (!kFromScores) {
+    const auto weigh = [&](auto masked, auto factors) {
+      weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, masked, factors>(
+          problem, scratch, keys, visible, keeps, tile, tile_largest, state, due);
+    };
+    if (has_masked_entries(problem, state.rows, keys)) {
+      find_visible(problem, state.rows, keys.first, keys.count, keys.takes_part, visible);
+      return weigh(std::true_type(), std::true_type());
+    }
+    // Re-weighting takes what it needs of an exponential as it is: one version, in which keys have factors, is enough.
+    if (kReweight || problem.normalize_qk) return weigh(std::false_type(), std::true_type());
+    if constexpr (!kReweight) weigh(std::false_type(), std::false_type());
   }
 }
 
@@ -157,7 +162,8 @@ void process_tile(const AttentionProblem& problem, const AttentionForwardUnit& u
   if (!weighed) compute_scores(problem, state.rows, keys, state.transposed_queries, scratch.bias, tile, tile_largest);
   if (!kReweight || kFirstSweep) {
     track_largest(state, tile_largest);
-    if (Weight::kShifted) raise_shift(state, tile_largest, scratch.padded_width, false);
+    if (Weight::kShifted && shift_rises(state, tile_largest))
+      raise_shift(state, tile_largest, scratch.padded_width, false);
     if (kFirstSweep && !unit.keeps) return weigh<Weight, false>(state, keys.count, tile);
     weigh<Weight, true>(state, keys.count, tile);
     if (kFirstSweep) return;
@@ -330,11 +336,7 @@ bool attend(const AttentionProblem& problem, AttentionForwardUnit& unit, Attenti
 
 template <class Weight>
 bool attend_unit(const AttentionProblem& problem, AttentionForwardUnit& unit, AttentionForwardScratch& scratch) {
-  if constexpr (kHasPairProducts)
-    if (unit.parts == 1) return attend<Weight, 1>(problem, unit, scratch);
-  if constexpr (kHasTileUnit)
-    if (unit.parts == 2) return attend<Weight, 2>(problem, unit, scratch);
-  return attend<Weight, 0>(problem, unit, scratch);
+  return with_pair_parts(unit.parts, [&](auto parts) { return attend<Weight, parts>(problem, unit, scratch); });
 }
 
 bool attend_unit(const AttentionProblem& problem, AttentionForwardUnit& unit, AttentionForwardScratch& scratch) {

@@ -7,11 +7,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// Enough units for this many threads when there are few heads; more would cost a partial dQ each.
-constexpr int64_t kWantedUnits = 8;
-// dK and dV are summed over this many rows, and these sums added up: the error must not grow with the number of rows.
-constexpr int64_t kChunkRows = 2048;
-
 struct AttentionBackwardPlan {
   const AttentionProblem* problem;
   const AttentionGradients* gradients;
@@ -51,7 +46,7 @@ struct AttentionBackwardScratch {
     values = arena.take<float>(split_keys * problem.value_width);
     key_gradients = arena.take<float>(split_keys * plan.key_width);
     value_gradients = arena.take<float>(split_keys * plan.padded_value_width);
-    const int64_t total_keys = plan.rows > kChunkRows ? split_keys : 0;
+    const int64_t total_keys = plan.rows > kGradientRows ? split_keys : 0;
     key_totals = arena.take<float>(total_keys * plan.key_width);
     value_totals = arena.take<float>(total_keys * plan.padded_value_width);
     rows = arena.take<RowTile>(1);
@@ -90,7 +85,8 @@ struct AttentionBackwardScratch {
       scratch.finite &= is_finite(key, problem.head_width);
       scratch.finite_values &= is_finite(value, problem.value_width);
     }
-    if (plan.pairs) load_pair_keys(problem, batch, key_head, first, local / kKeyTile, scratch.pairs);
+    if (kHasPairProducts && plan.pairs)
+      load_pair_keys(problem, batch, key_head, first, local / kKeyTile, scratch.pairs);
   }
   const int64_t split_keys = plan.tiles_per_split * kKeyTile;
   zero(scratch.key_gradients, split_keys * plan.key_width);
@@ -122,7 +118,7 @@ struct AttentionBackwardScratch {
   const RowTile& rows = *scratch.rows;
   RowGradients& state = *scratch.row_gradients;
   state = RowGradients{};  // lanes past the last row: all zero
-  bool pairs = plan.pairs && scratch.finite_values;
+  bool pairs = kHasPairProducts && plan.pairs && scratch.finite_values;
   for (int lane = 0; lane < rows.lanes; ++lane) {
     float* gradient = scratch.output_gradients + lane * plan.padded_value_width;
     zero(gradient, plan.padded_value_width);

@@ -112,9 +112,7 @@ struct DecodeUnit {
     for (int64_t column = 0; column < problem.head_width; ++column)
       arranged[arranged_place(problem.dtype, column)] = scratch.query[column];
   }
-#if defined(__AMX_BF16__)
   if (plan.by_tiles) pack_queries(scratch.queries, problem.head_width, plan.rows, scratch.query_pairs);
-#endif
   const int64_t begin = index % plan.chunks * kDecodeChunk;
   const int64_t first = core::larger(begin, rows.min_first);
   const int64_t end = core::smaller(core::smaller(begin + kDecodeChunk, problem.keys), rows.max_last + 1);

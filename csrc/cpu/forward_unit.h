@@ -7,20 +7,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// More rows per unit read K and V less often, and load or transpose them less often where they are not used as they
-// lie; a unit's state should stay in a second-level cache.
-constexpr int64_t kMaxTilesPerUnit = 8;
-constexpr int64_t kUnitStateBytes = 512 * 1024;
-// Weights kept from one sweep to the next: a unit has so few tiles of rows that they fit a second-level cache with the
-// keys and values beside them. From a cache further out they still come sooner than they are computed again.
-constexpr int64_t kKeptBytes = 1024 * 1024;
-constexpr int64_t kMostKeptBytes = 4 * 1024 * 1024;
-constexpr int64_t kChunkKeys = 2048;
-// Key tiles that a tile of rows goes through before their weights meet the values, with products of pairs: sums of
-// products are read and written once for all of them.
-constexpr int64_t kPairKeyTiles = 4;
-static_assert(kChunkKeys % (kPairKeyTiles * kKeyTile) == 0);
-
 // How the query rows of a key head are cut into units.
 struct AttentionForwardPlan {
   const AttentionProblem* problem;
@@ -158,7 +144,7 @@ struct AttentionForwardUnit {
   for (int lane = 0; lane < state.rows.rows; ++lane)
     if (state.chunk_decay[lane] != 1.0f)
       scale_row(values + lane * scratch.padded_width, state.chunk_decay[lane], scratch.padded_width);
-  if (pairs) return move_transposed(chunk, scratch.padded_width, state.rows.lanes, values);
+  if (kHasPairProducts && pairs) return move_transposed(chunk, scratch.padded_width, state.rows.lanes, values);
   for (int lane = 0; lane < state.rows.rows; ++lane) {
     float* row = values + lane * scratch.padded_width;
     float* chunk_row = chunk + lane * scratch.padded_width;

@@ -8,14 +8,21 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// There should be units enough for all threads to end together.
-constexpr int64_t kUnitsPerThread = 4;
-
 // How many matrices of bfloat16 hold the numbers of a dtype for products of pairs; 0 where these are not to be had, or
 // do not pay: fp32 would take three, and the six products of their parts take as long as one of fp32.
 SIGHTLINE_INLINE int pair_parts(DType dtype) {
   if (dtype == DType::kBFloat16) return kHasPairProducts ? 1 : 0;
   return dtype == DType::kFloat16 && kHasTileUnit ? 2 : 0;
+}
+
+// Calls run(parts) with the number of pair_parts() that the compiler knows.
+template <class Run>
+static auto with_pair_parts(int parts, Run run) {
+  if constexpr (kHasPairProducts)
+    if (parts == 1) return run(std::integral_constant<int, 1>());
+  if constexpr (kHasTileUnit)
+    if (parts == 2) return run(std::integral_constant<int, 2>());
+  return run(std::integral_constant<int, 0>());
 }
 
 // Widths as the products pad them, and how far the parts of a tile are apart.
@@ -86,14 +93,12 @@ static void load_keys(const AttentionProblem& problem, const KeyTileSizes& sizes
                sizes.padded_depth);
   tile.key_bits_part = sizes.key_part;
   if constexpr (kParts == 1) set_up_key_bits(problem, sizes, static_cast<const uint16_t*>(keys), often, memory, tile);
-#if defined(__AMX_BF16__)
   if constexpr (kParts > 1) {
     split_rows<kParts>(tile.keys, tile.key_stride, tile.count, core::round_up(tile.count, kPairRows),
                        sizes.padded_depth, memory.key_bits, sizes.padded_depth, sizes.key_part);
     tile.key_bits = memory.key_bits;
     tile.key_bits_stride = sizes.padded_depth;
   }
-#endif
   if (known == nullptr) set_up_key_factors(problem, batch, tile);
 }
 
@@ -112,11 +117,9 @@ static void load_values(const AttentionProblem& problem, const KeyTileSizes& siz
                               memory.value_columns, kKeyTile);
   if (!direct)
     widen_rows(values, row_stride, problem.dtype, tile.count, problem.value_width, memory.values, sizes.padded_width);
-#if defined(__AMX_BF16__)
   if constexpr (kParts > 1)
     transpose_to_rows<kParts>(tile.values, tile.value_stride, tile.count, sizes.padded_width, memory.value_columns,
                               kKeyTile, sizes.column_part);
-#endif
 }
 
 // The key tiles of a few key heads at a time, made ready once for all their units, by all threads.
@@ -125,15 +128,15 @@ static void load_values(const AttentionProblem& problem, const KeyTileSizes& siz
 // the factors of the keys alone. A unit of few, as re-weighting has them, would pack as much as it multiplies.
 class PackedKeys {
  public:
-  // As many heads as fit 32 MiB; none where they have too few units for all threads, where a head has one unit alone,
-  // or where nothing is to be done.
+  // As many heads as fit kPackedBytes; none where they have too few units for all threads, where a head has one unit
+  // alone, or where nothing is to be done.
   PackedKeys(const AttentionProblem& problem, int parts, int64_t units, int64_t tiles_per_unit, int64_t threads)
       : problem_(problem),
         parts_(parts),
         sizes_(problem),
         tiles_((problem.keys + kKeyTile - 1) / kKeyTile),
         reads_directly_(problem.dtype == DType::kFloat32 && sizes_.padded_width == problem.value_width),
-        complete_(parts > 0 ? tiles_per_unit <= kFewTiles : reads_directly_),
+        complete_(parts > 0 ? tiles_per_unit <= kFewTilesPerUnit : reads_directly_),
         heads_(count_heads(units, threads)),
         memory_(layout(nullptr)) {
     layout(memory_.get());
@@ -147,29 +150,20 @@ class PackedKeys {
   const KeyTile* of_head(int64_t index) const { return key_tiles_ + index * tiles_; }
 
   void pack(const Parallel& parallel, int64_t first_head, int64_t heads) {
-    const int64_t blocks = (tiles_ + kBlock - 1) / kBlock;
+    const int64_t blocks = (tiles_ + kPackedBlock - 1) / kPackedBlock;
     for_each_unit<Buffers>(
         parallel, heads * blocks, *this, [this, first_head, blocks](int64_t index, Buffers& buffers) {
           const int64_t head = index / blocks;
           const core::KeyInterval seen = seen_keys((first_head + head) / problem_.key_heads);
-          const int64_t begin = core::larger(index % blocks * kBlock, seen.first / kKeyTile);
+          const int64_t begin = core::larger(index % blocks * kPackedBlock, seen.first / kKeyTile);
           const int64_t end =
-              core::smaller(core::smaller(tiles_, (index % blocks + 1) * kBlock), seen.last / kKeyTile + 1);
-          for (int64_t tile = begin; tile < end; ++tile) {
-            if (parts_ == 0) pack_tile<0>(first_head, head, tile, buffers);
-            if constexpr (kHasPairProducts)
-              if (parts_ == 1) pack_tile<1>(first_head, head, tile, buffers);
-            if constexpr (kHasTileUnit)
-              if (parts_ == 2) pack_tile<2>(first_head, head, tile, buffers);
-          }
+              core::smaller(core::smaller(tiles_, (index % blocks + 1) * kPackedBlock), seen.last / kKeyTile + 1);
+          for (int64_t tile = begin; tile < end; ++tile)
+            with_pair_parts(parts_, [&](auto parts) { pack_tile<parts>(first_head, head, tile, buffers); });
         });
   }
 
  private:
-  static constexpr int64_t kBytes = 32 * 1024 * 1024;
-  static constexpr int64_t kBlock = 8;  // tiles that a thread packs at a time
-  static constexpr int64_t kFewTiles = 2;
-
   struct Buffers {
     explicit Buffers(const PackedKeys& packed) : memory(layout(packed.sizes_, nullptr)) {
       layout(packed.sizes_, memory.get());
@@ -188,7 +182,7 @@ class PackedKeys {
     const bool has_work = problem_.normalize_qk || (complete_ && parts_ > 0);
     if (units < 2 || tiles_ == 0 || !has_work) return 0;
     const int64_t bytes = tiles_ * (static_cast<int64_t>(sizeof(KeyTile)) + 2 * (key_bits() + column_bits()));
-    const int64_t all = problem_.batch * problem_.key_heads, heads = core::smaller(all, kBytes / bytes);
+    const int64_t all = problem_.batch * problem_.key_heads, heads = core::smaller(all, kPackedBytes / bytes);
     // Threads wait for each other after the units of so many heads.
     return heads < all && heads * units < kUnitsPerThread * threads ? 0 : heads;
   }

@@ -46,7 +46,7 @@ void time_rows(const AttentionProblem& problem, AttentionForwardScratch& scratch
       watch.add_to(parts.scores);
       finish_tile(problem, state.rows, keys, scratch.bias, scratch.scores, largest);
       track_largest(state, largest);
-      if (Weight::kShifted) raise_shift(state, largest, width, false);
+      if (Weight::kShifted && shift_rises(state, largest)) raise_shift(state, largest, width, false);
       weigh<Weight, true>(state, keys.count, scratch.scores);
       watch.add_to(parts.weights);
       accumulate_product(true, {scratch.scores, 1, lanes}, keys.values, keys.value_stride, state.chunk_values, width,
@@ -63,7 +63,7 @@ void time_rows(const AttentionProblem& problem, AttentionForwardScratch& scratch
         if (Weight::kShifted) {
           find_largest_scores<false, factors>(state.rows, keys, all_visible, scratch.scores, largest);
           track_largest(state, largest);
-          raise_shift(state, largest, width, true);
+          if (shift_rises(state, largest)) raise_shift(state, largest, width, true);
         }
         weigh_pairs<Weight, kParts, TileHolds::kProducts, false, factors, false>(state, keys, all_visible,
                                                                                  scratch.scores, pairs, part, largest);
@@ -127,12 +127,16 @@ void time_parts(const AttentionProblem& problem, int repetitions, AttentionParts
 
 template <class Weight>
 void time_parts(const AttentionProblem& problem, int repetitions, AttentionParts& parts) {
-  const int pair_parts_of_dtype = pair_parts(problem.dtype);
-  if constexpr (kHasPairProducts)
-    if (pair_parts_of_dtype == 1) return time_parts<Weight, 1>(problem, repetitions, parts);
-  if constexpr (kHasTileUnit)
-    if (pair_parts_of_dtype == 2) return time_parts<Weight, 2>(problem, repetitions, parts);
-  time_parts<Weight, 0>(problem, repetitions, parts);
+  with_pair_parts(pair_parts(problem.dtype),
+                  [&](auto pairs) { time_parts<Weight, pairs>(problem, repetitions, parts); });
+}
+
+// The four products of a step of tile_product.h, of operands that stay where they are.
+SIGHTLINE_INLINE void multiply_all_tiles() {
+  multiply_tiles<0>();
+  multiply_tiles<1>();
+  multiply_tiles<2>();
+  multiply_tiles<3>();
 }
 
 constexpr int kChains = 12;  // sums that do not wait for each other: more than latency times width of any machine
@@ -156,42 +160,28 @@ double multiply_vectors(int64_t turns) {
 
 // As many of `kTurns` turns of products of bfloat16: 0 where there is no instruction for them.
 double multiply_pairs() {
-#if defined(__AMX_BF16__)
-  const TileUnit unit(true);
-  alignas(64) float sink[16 * 16];
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
-  _tile_zero(6);
-  _tile_zero(7);
-  for (int64_t turn = 0; turn < kTurns; ++turn) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+  if constexpr (!kHasPairProducts) return 0.0;
+  if constexpr (kHasTileUnit) {
+    const TileUnit unit(true);
+    alignas(64) float sink[kPairRows * kPanelLanes];
+    clear_all_tiles();
+    for (int64_t turn = 0; turn < kTurns; ++turn) multiply_all_tiles();
+    store_tile<0>(sink, kPanelLanes * 4);
+    asm volatile("" : : "r"(sink) : "memory");
+    return 2.0 * kTurns * 4 * kPairRows * kPanelLanes * kPairDepth;
   }
-  _tile_stored(0, sink, 64);
-  asm volatile("" : : "r"(sink) : "memory");
-  return 2.0 * kTurns * 4 * 16 * 16 * 32;
-#elif defined(__AVX512BF16__)
-  __m512 sums[kChains];
-  for (int chain = 0; chain < kChains; ++chain) sums[chain] = _mm512_setzero_ps();
-  const __m512bh one = _mm512_cvtne2ps_pbh(_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f));
+  Vec sums[kChains];
+  for (Vec& sum : sums) sum = Vec::broadcast(0.0f);
+  const Pairs one = round_to_pairs(Vec::broadcast(1.0f), Vec::broadcast(1.0f));
   for (int64_t turn = 0; turn < kTurns; ++turn)
 #pragma GCC unroll 12
-    for (int chain = 0; chain < kChains; ++chain) sums[chain] = _mm512_dpbf16_ps(sums[chain], one, one);
-  alignas(64) float sink[16];
-  for (int chain = 0; chain < kChains; ++chain) {
-    _mm512_store_ps(sink, sums[chain]);
+    for (int chain = 0; chain < kChains; ++chain) sums[chain] = add_products(sums[chain], one, one);
+  alignas(64) float sink[Vec::kWidth];
+  for (const Vec& sum : sums) {
+    store(sink, sum);
     asm volatile("" : : "r"(sink) : "memory");
   }
-  return 2.0 * kTurns * kChains * 32;
-#else
-  return 0.0;
-#endif
+  return 2.0 * kTurns * kChains * 2 * Vec::kWidth;
 }
 
 constexpr int kReadStreams = 4;  // places read in turns: one alone leaves the prefetchers of a core half idle
@@ -247,26 +237,12 @@ double vector_seconds(int64_t turns, bool after_products, double seconds) {
   if (after_products && !kHasTileUnit) return 0.0;
   constexpr int kRepetitions = 100;  // between two looks at the clock
   const TileUnit unit(after_products);
-#if defined(__AMX_BF16__)
-  if (after_products) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-#endif
+  if (after_products) clear_all_tiles();
   double fastest = INFINITY;
   for (const double end = now() + seconds; now() < end;) {
     const double start = now();
     for (int repetition = 0; repetition < kRepetitions; ++repetition) {
-#if defined(__AMX_BF16__)
-      if (after_products) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-#endif
+      if (after_products) multiply_all_tiles();
       multiply_vectors(turns);
     }
     const double time = (now() - start) / kRepetitions;

@@ -51,10 +51,11 @@ SIGHTLINE_INLINE void product_block(Broadcast a, const float* b, int64_t b_strid
 template <int kVectors, bool kAccumulate>
 static void product_panel(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
                           int64_t depth) {
+  constexpr int kRows = kRegisterTiles.product.rows;
   int64_t row = 0;
-  for (; row + kProductRows <= rows; row += kProductRows)
-    product_block<kProductRows, kVectors, kAccumulate>({a.data + row * a.row_stride, a.row_stride, a.depth_stride}, b,
-                                                       b_stride, c + row * c_stride, c_stride, depth);
+  for (; row + kRows <= rows; row += kRows)
+    product_block<kRows, kVectors, kAccumulate>({a.data + row * a.row_stride, a.row_stride, a.depth_stride}, b,
+                                                b_stride, c + row * c_stride, c_stride, depth);
   const Broadcast rest{a.data + row * a.row_stride, a.row_stride, a.depth_stride};
   float* rest_c = c + row * c_stride;
   switch (rows - row) {
@@ -82,9 +83,10 @@ static void product_panel(Broadcast a, const float* b, int64_t b_stride, float* 
 template <bool kAccumulate>
 static void product_of_chunk(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
                              int64_t columns, int64_t depth) {
+  constexpr int kVectors = kRegisterTiles.product.vectors;
   int64_t column = 0;
-  for (; column + kProductVectors * Vec::kWidth <= columns; column += kProductVectors * Vec::kWidth)
-    product_panel<kProductVectors, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
+  for (; column + kVectors * Vec::kWidth <= columns; column += kVectors * Vec::kWidth)
+    product_panel<kVectors, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
   switch ((columns - column) / Vec::kWidth) {
     case 3:
       product_panel<3, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);

@@ -96,7 +96,6 @@ void run_forward(const Head& head, int64_t first, bool finite_values, float* que
   add_chunk_to_transposed_state(head, finite_values, scratch);
 }
 
-#if defined(__AMX_BF16__)
 // Up to a chunk of rows of a tensor, from `first` on and within begin to end.
 Prefetch rows_from(const Head& head, const HeadsView& view, int64_t of_head, int64_t first, int64_t begin, int64_t end,
                    int64_t width) {
@@ -127,11 +126,6 @@ void split_run_forward(const Head& head, int64_t first, int64_t end, float* quer
                   {}};
   split.join_state(next);
 }
-#else
-// Never called: no dtype has parts.
-template <int kParts, int kValueParts>
-void split_run_forward(const Head&, int64_t, int64_t, float*, BackwardScratch&) {}
-#endif
 
 // The sweep forward over a segment; returns its number of chunks.
 template <int kParts, int kValueParts>
@@ -146,10 +140,12 @@ int64_t sweep_forward(const Head& head, int64_t begin, int64_t end, BackwardScra
     weigh_keys<true>(problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
     const bool finite_values = load_values(head, first, chunk.rows, scratch);
     float* query_responses = scratch.query_responses + (first - begin) * chunk.stride;
-    if (kParts > 0 && suits_tile_unit(scratch, finite_values))
-      split_run_forward<kParts, kValueParts>(head, first, end, query_responses, scratch);
-    else
-      run_forward(head, first, finite_values, query_responses, scratch);
+    if constexpr (kParts > 0)
+      if (suits_tile_unit(scratch, finite_values)) {
+        split_run_forward<kParts, kValueParts>(head, first, end, query_responses, scratch);
+        continue;
+      }
+    run_forward(head, first, finite_values, query_responses, scratch);
   }
   return chunks;
 }
@@ -219,7 +215,6 @@ void run_back(const Head& head, int64_t first, BackwardScratch& scratch) {
   });
 }
 
-#if defined(__AMX_BF16__)
 // run_back() on the tile unit.
 template <int kParts, int kValueParts>
 void split_run_back(const Head& head, int64_t first, int64_t begin, BackwardScratch& scratch) {
@@ -244,10 +239,6 @@ void split_run_back(const Head& head, int64_t first, int64_t begin, BackwardScra
     receive_from_head(head, finite_queries, finite_outputs, scratch);
   });
 }
-#else
-template <int kParts, int kValueParts>
-void split_run_back(const Head&, int64_t, int64_t, BackwardScratch&) {}
-#endif
 
 // The sweep back over a segment that the sweep forward has just walked.
 template <int kParts, int kValueParts>
@@ -264,10 +255,12 @@ void sweep_back(const Head& head, int64_t begin, int64_t end, int64_t chunks, Ba
     weigh_keys<true>(problem, head.sequence.batch, head.key_head, chunk, start);
     const bool finite_values = load_values(head, first, rows, scratch);
     zero(scratch.received_within, rows * chunk.stride);
-    if (kParts > 0 && suits_tile_unit(scratch, finite_values))
-      split_run_back<kParts, kValueParts>(head, first, begin, scratch);
-    else
-      run_back(head, first, scratch);
+    bool split = false;
+    if constexpr (kParts > 0) {
+      split = suits_tile_unit(scratch, finite_values);
+      if (split) split_run_back<kParts, kValueParts>(head, first, begin, scratch);
+    }
+    if (!split) run_back(head, first, scratch);
     write_key_gradients(head, scratch.query_responses + (first - begin) * chunk.stride, scratch);
   }
 }
@@ -275,9 +268,9 @@ void sweep_back(const Head& head, int64_t begin, int64_t end, int64_t chunks, Ba
 template <int kParts, int kValueParts>
 void run_causal(const Head& head, BackwardScratch& scratch) {
   const Sequence& sequence = head.sequence;
-  const int64_t segments = (sequence.end - sequence.begin + kSegmentRows - 1) / kSegmentRows;
+  const int64_t segments = (sequence.end - sequence.begin + kKeptRows - 1) / kKeptRows;
   const int64_t state_size = scratch.value_stride * scratch.chunk.stride;
-  const auto segment_begin = [&](int64_t segment) { return sequence.begin + segment * kSegmentRows; };
+  const auto segment_begin = [&](int64_t segment) { return sequence.begin + segment * kKeptRows; };
   start_transposed_state(head, scratch);
   for (int64_t segment = 0; segment + 1 < segments; ++segment) {
     scratch.segment_start(segment).copy_from(scratch.normalizer, head.problem.key_width);

@@ -20,22 +20,14 @@
 #include "core/visibility.h"
 #include "cpu/product.h"
 #include "cpu/row_math.h"
+#include "cpu/vec_pairs.h"
 #include "cpu/workspace.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// Products with the state cost Dk Dv per row whatever the chunk, those within it rows / 2 (Dk + Dv); the state is read
-// from the second-level cache once per chunk.
-constexpr int kChunkRows = 64;
-// Rows of a triangular product that share their number of columns.
-constexpr int kTriangleRows = 16;
-// Scores are summed in short chains: in a sequence of a few rows a gradient of the query is little more than one of
-// them, and a chain as long as the width has twice the error of the dot product that it is compared with.
-constexpr int64_t kScoreDepth = 16;
 // A state is a sum of up to N values times e^kLift, which has to stay finite. With a lift of 10 instead, 4,096 normal
 // keys of a standard deviation of 4 in 64 channels make 106 chunks, with this one 68 of at least 64.
 constexpr float kLift = 20.0f;
-static_assert(kChunkRows % kTriangleRows == 0 && kTriangleRows % Vec::kWidth == 0);
 
 SIGHTLINE_INLINE int64_t padded(int64_t width) { return core::round_up(width, Vec::kWidth); }
 
@@ -168,15 +160,6 @@ struct KeyChunk {
     if (any(above)) chunk.rows = row;
   }
   return lifted;
-}
-
-// To bfloat16 and back; as it is where no product of bfloat16 asks for it.
-SIGHTLINE_INLINE Vec rounded_to_bfloat16(Vec x) {
-#if defined(__AVX512BF16__)
-  return {_mm512_cvtpbh_ps(_mm512_cvtneps_pbh(x.value))};
-#else
-  return x;
-#endif
 }
 
 // Keys to weights, in place; with kRows the inverse normaliser of every row too, with kRounded the weights rounded to

@@ -7,10 +7,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// Rows whose inverse normalisers and q dq products are kept between the sweep forward and the sweep back: longer
-// sequences store the state at the start of every segment, and compute the rest of it again.
-constexpr int64_t kSegmentRows = 16384;
-
 struct BackwardPlan {
   const RecurrenceProblem* problem;
   const RecurrenceGradients* gradients;
@@ -25,7 +21,7 @@ struct BackwardPlan {
       const Sequence sequence = find_sequence(task, index);
       longest = core::larger(longest, sequence.end - sequence.begin);
     }
-    segments = core::larger(1, (longest + kSegmentRows - 1) / kSegmentRows);
+    segments = core::larger(1, (longest + kKeptRows - 1) / kKeptRows);
   }
 };
 
@@ -139,7 +135,7 @@ struct BackwardScratch {
     transposed_gradient = arena.take<float>(width * keys);
     gradient_shift = arena.take<float>(keys);
     key_response = arena.take<double>(keys);
-    const int64_t rows = problem.causal ? core::smaller(plan.longest, kSegmentRows) : 0;
+    const int64_t rows = problem.causal ? core::smaller(plan.longest, kKeptRows) : 0;
     query_responses = arena.take<float>(rows * keys);
     chunk_rows = arena.take<int32_t>(rows);
     chunk_shifts = arena.take<float>(rows * keys);

@@ -12,9 +12,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// A chunk of fewer rows, as steep keys make it, costs less in fp32 than its state costs to be rounded.
-constexpr int kLeastSplitRows = 16;
-
 // In how many parts of bfloat16 the factors of a product are taken.
 struct Parts {
   int factors;  // whatever fp32 has computed; 0: products in fp32
@@ -29,12 +26,11 @@ SIGHTLINE_INLINE Parts split_parts(DType dtype) {
 // Calls run(factor parts, value parts) with numbers that the compiler knows.
 template <class Run>
 static void with_parts(Parts parts, Run run) {
-  if (parts.values == 2)
-    run(std::integral_constant<int, 2>(), std::integral_constant<int, 2>());
-  else if (parts.values == 1)
-    run(std::integral_constant<int, 2>(), std::integral_constant<int, 1>());
-  else
-    run(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
+  if constexpr (kHasTileUnit) {
+    if (parts.values == 2) return run(std::integral_constant<int, 2>(), std::integral_constant<int, 2>());
+    if (parts.values == 1) return run(std::integral_constant<int, 2>(), std::integral_constant<int, 1>());
+  }
+  run(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
 }
 
 constexpr int64_t kValuePanel = kChunkRows / 2 * kPanelLanes;
@@ -63,8 +59,6 @@ struct SplitChunk {
   }
 };
 
-#if defined(__AMX_BF16__)
-
 // Splits the keys' weights for the state, and for the scores where there are some.
 template <int kParts>
 static void split_weights(const KeyChunk& chunk, bool for_scores, const SplitChunk& split) {
@@ -83,11 +77,11 @@ static bool split_values(float* values, int64_t stride, int rows, int64_t width,
   const Vec nothing = Vec::broadcast(0.0f);
   const auto held = [](Vec value) { return less(absolute(value), Vec::broadcast(kLargest)); };
   const int64_t part = kChunkRows / 2 * width;
-  bool all = true;
+  bool finite = true;
   for (int row = 0; row < rows; ++row)
     for (int64_t column = 0; column < width; column += Vec::kWidth)
-      all &= held(Vec::load(values + row * stride + column)).bits == 0xffff;
-  if (all) {
+      finite &= all(held(Vec::load(values + row * stride + column)));
+  if (finite) {
     split_to_pairs<kParts>(values, stride, nullptr, rows, width, split.values, kValuePanel, part);
     return true;
   }
@@ -97,9 +91,9 @@ static bool split_values(float* values, int64_t stride, int rows, int64_t width,
       for (int64_t index = 0; index < 2 && row + index < rows; ++index) {
         float* entry = values + (row + index) * stride + column;
         const Vec value = Vec::load(entry);
-        const Mask finite = held(value);
-        pair[index] = select(finite, value, nothing);
-        store(entry, select(finite, nothing, value));
+        const Mask splits = held(value);
+        pair[index] = select(splits, value, nothing);
+        store(entry, select(splits, nothing, value));
       }
       uint32_t* target = split.values + column / kPanelLanes * kValuePanel + row / 2 * kPanelLanes;
       for_each_part<kParts>(
@@ -111,16 +105,15 @@ static bool split_values(float* values, int64_t stride, int rows, int64_t width,
 // Values of bfloat16 as they lie, (rows, columns), to pairs (padded rows / 2, width). Whether all are finite.
 [[maybe_unused]] static bool pair_values(const uint16_t* from, int64_t from_stride, int rows, int64_t columns,
                                          int64_t width, const SplitChunk& split) {
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  __mmask32 non_finite = 0;
+  uint32_t non_finite = 0;
   for (int64_t row = 0; row < core::round_up(rows, kPairDepth); row += 2)
     for (int64_t column = 0; column < width; column += 16) {
-      const __mmask16 live = static_cast<__mmask16>(columns - column >= 16 ? 0xffff : (1 << (columns - column)) - 1);
+      const Mask live = first_lanes(columns - column), none = first_lanes(0);
       const uint16_t* source = from + row * from_stride + column;
-      const __m512i pairs = interleave(_mm256_maskz_loadu_epi16(row < rows ? live : 0, source),
-                                       _mm256_maskz_loadu_epi16(row + 1 < rows ? live : 0, source + from_stride));
-      non_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs, exponent), exponent);
-      store(split.values + column / kPanelLanes * kValuePanel + row / 2 * kPanelLanes, Halves{pairs});
+      const Pairs pairs =
+          pair_rows(source, row < rows ? live : none, source + from_stride, row + 1 < rows ? live : none);
+      non_finite |= non_finite_bits(pairs);
+      store(split.values + column / kPanelLanes * kValuePanel + row / 2 * kPanelLanes, pairs);
     }
   return non_finite == 0;
 }
@@ -147,10 +140,8 @@ static void split_scores(const float* scores, int rows, uint16_t* to) {
   for (int64_t row = 0; row < core::round_up(rows, kPairRows); ++row)
     for (int64_t column = 0; column < depth; column += 32) {
       const int64_t live = row < rows ? row + 1 - column : 0;
-      const uint32_t mask = live <= 0 ? 0 : live >= 32 ? ~0u : (1u << live) - 1;
       const float* from = scores + row * kChunkRows + column;
-      Vec first{_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from)};
-      Vec second{_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 16)};
+      Vec first = load_lanes(from, first_lanes(live)), second = load_lanes(from + 16, first_lanes(live - 16));
       for_each_part<kParts>([&](int index, auto last) {
         store(to + (index * kChunkRows + row) * kChunkRows + column, split_row<last>(first, second));
       });
@@ -195,7 +186,5 @@ static void split_state(const float* state, int64_t stride, const float* factors
   split_to_pairs<kParts>(state, stride, factors, key_width, width, split.state, split.panel(),
                          split.key_depth / 2 * width);
 }
-
-#endif
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -10,8 +10,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-#if defined(__AMX_BF16__)
-
 constexpr int64_t kRowPanel = kChunkRows / 2 * kPanelLanes;  // of pairs of rows
 
 // The products of a chunk that is loaded, of the operands that its steps need.
@@ -136,7 +134,5 @@ class SplitBackward {
                               kChunkRows * kChunkRows);
   }
 };
-
-#endif
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

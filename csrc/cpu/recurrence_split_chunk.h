@@ -5,7 +5,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-#if defined(__AMX_BF16__)
 // load_values() for products on the tile unit: those that are not finite remain in the scratch.
 template <int kValueParts>
 static bool load_split_values(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
@@ -103,19 +102,5 @@ static void split_whole_state(const RecurrenceProblem& problem, const Unit& unit
   for (int64_t d = 0; d < problem.key_width; ++d) chunk.factors[d] = chunk.inverse[d] * problem.scale;
   split_state<kParts>(scratch.state, unit.stride, chunk.factors, problem.key_width, unit.width, scratch.split);
 }
-
-#else
-
-// Never called: no dtype has parts.
-template <int kParts, int kValueParts>
-static void split_run_chunk(const RecurrenceProblem&, const Unit&, ForwardScratch&) {}
-template <int kParts, int kValueParts>
-static void split_gather_chunk(const RecurrenceProblem&, const Unit&, ForwardScratch&) {}
-template <int kParts>
-static void split_whole_state(const RecurrenceProblem&, const Unit&, ForwardScratch&) {}
-template <int kParts>
-static void split_read_out(const RecurrenceProblem&, const Unit&, int64_t, int64_t, int, ForwardScratch&) {}
-
-#endif
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

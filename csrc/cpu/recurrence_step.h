@@ -8,8 +8,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-constexpr int kStepHeads = 4;
-
 struct StepScratch {
   Allocation memory;
   int64_t key_stride, value_stride;
@@ -128,8 +126,7 @@ static void step_state(const RecurrenceProblem& problem, const float* before, fl
                        const StepScratch& scratch) {
   const int64_t width = problem.value_width;
   const auto at = [](auto* state, int64_t column) { return state == nullptr ? nullptr : state + column; };
-  // As many as the registers hold, so that a row of 128 columns is one run of memory under AVX-512.
-  constexpr int kVectors = kHeads == 1 ? 2 * kProductVectors : kProductVectors;
+  constexpr int kVectors = kHeads == 1 ? 2 * kStepVectors : kStepVectors;
   int64_t column = 0;
   for (; column + kVectors * Vec::kWidth <= width; column += kVectors * Vec::kWidth)
     step_columns<kHeads, kVectors, kFinite>(scratch, problem.key_width, column, at(before, column), at(after, column),

@@ -7,12 +7,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-constexpr int64_t kLargestBlock = 256;  // columns of a state that stay in the second-level cache at Dk = 512
-// Without order a long sequence is cut into segments, at most so many of all heads together, of at least so many rows:
-// the states of the segments, which are merged, then cost a few percent of their products.
-constexpr int64_t kSegmentUnits = 32;
-constexpr int64_t kSegmentRows = 2048;
-
 struct Plan {
   const RecurrenceProblem* problem;
   int64_t block;   // value columns of a unit

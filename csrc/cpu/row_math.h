@@ -6,13 +6,10 @@
 
 #include "core/visibility.h"
 #include "core/weights.h"
+#include "cpu/tile_shapes.h"
 #include "cpu/vec.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
-
-// Products sum over this much of their depth at a time and add these sums up: the error of one long chain grows with
-// its length.
-constexpr int64_t kDepthChunk = 128;
 
 // Row (batch, head, row) of a tensor of heads.
 SIGHTLINE_INLINE const void* row_of(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t row) {
@@ -44,13 +41,7 @@ SIGHTLINE_INLINE float dot_in_order(const float* a, const float* b, int64_t coun
   for (int64_t start = 0; start < count; start += kDepthChunk) {
     const int64_t end = core::smaller(count, start + kDepthChunk);
     float sum = 0.0f;
-    for (int64_t index = start; index < end; ++index) {
-#if defined(__FMA__)
-      sum = __builtin_fmaf(a[index], b[index], sum);
-#else
-      sum += a[index] * b[index];
-#endif
-    }
+    for (int64_t index = start; index < end; ++index) sum = fma(a[index], b[index], sum);
     total += sum;
   }
   return total;

@@ -13,10 +13,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// 64 x 64: a score tile (16 KiB) and a tile of V at D = 64 share the 48 KiB first-level cache.
-constexpr int kRowTile = 64;
-constexpr int kKeyTile = 64;
-
 struct RowTile {
   int64_t batch;
   int rows;   // live rows

@@ -9,27 +9,24 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-#if defined(__AMX_BF16__)
-
 // Rows (rows, width) to pairs of their columns, which become the depth, (padded width / 2); the rows become lanes.
 template <int kParts>
 static void transpose_to_pairs(const float* from, int64_t from_stride, int64_t width, uint32_t* to, int64_t panel,
                                int64_t part, int64_t rows) {
   for (int64_t lane = 0; lane < rows; lane += 16)
     for (int64_t column = 0; column < width; column += 32) {
-      __m512i block[kParts][16];
+      Pairs block[kParts][16];
       for (int row = 0; row < 16; ++row) {
         const float* source = from + (lane + row) * from_stride + column;
         const bool live = lane + row < rows;
         Vec first = live ? Vec::load(source) : Vec::broadcast(0.0f);
         Vec second = live && column + 16 < width ? Vec::load(source + 16) : Vec::broadcast(0.0f);
-        for_each_part<kParts>([&](int index, auto last) { block[index][row] = split_row<last>(first, second).bits; });
+        for_each_part<kParts>([&](int index, auto last) { block[index][row] = split_row<last>(first, second); });
       }
       uint32_t* target = to + lane / kPanelLanes * panel + column / 2 * kPanelLanes;
       for (int index = 0; index < kParts; ++index) {
         transpose_block(block[index]);
-        for (int pair = 0; pair < 16; ++pair)
-          _mm512_storeu_si512(target + index * part + pair * kPanelLanes, block[index][pair]);
+        for (int pair = 0; pair < 16; ++pair) store(target + index * part + pair * kPanelLanes, block[index][pair]);
       }
     }
 }
@@ -58,18 +55,18 @@ static void transpose_to_rows(const float* from, int64_t from_stride, int64_t ro
                               int64_t to_stride, int64_t part) {
   for (int64_t column = 0; column < width; column += 16)
     for (int64_t row = 0; row < rows; row += 32) {
-      __m512i block[kParts][16];
+      Pairs block[kParts][16];
       for (int pair = 0; pair < 16; ++pair) {
         const int64_t at = row + 2 * pair;
         const float* source = from + at * from_stride + column;
         Vec low = at < rows ? Vec::load(source) : Vec::broadcast(0.0f);
         Vec high = at + 1 < rows ? Vec::load(source + from_stride) : Vec::broadcast(0.0f);
-        for_each_part<kParts>([&](int index, auto last) { block[index][pair] = split_pairs<last>(low, high).bits; });
+        for_each_part<kParts>([&](int index, auto last) { block[index][pair] = split_pairs<last>(low, high); });
       }
       for (int index = 0; index < kParts; ++index) {
         transpose_block(block[index]);
         for (int lane = 0; lane < 16; ++lane)
-          _mm512_storeu_si512(to + index * part + (column + lane) * to_stride + row, block[index][lane]);
+          store(to + index * part + (column + lane) * to_stride + row, block[index][lane]);
       }
     }
 }
@@ -93,7 +90,5 @@ static void split_to_pairs(const float* from, int64_t from_stride, const float* 
     }
   }
 }
-
-#endif
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -13,18 +13,10 @@
 #pragma once
 
 #include "cpu/sanitizer.h"
-#include "cpu/vec.h"
+#include "cpu/tile_shapes.h"
+#include "cpu/vec_tile.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
-
-#if defined(__AMX_BF16__)
-constexpr bool kHasTileUnit = true;
-#else
-constexpr bool kHasTileUnit = false;
-#endif
-constexpr int64_t kPairRows = 16;
-constexpr int64_t kPairDepth = 32;
-constexpr int64_t kPanelLanes = 16;
 
 // A matrix of bfloat16 in parts: rows `stride` apart, parts `part` apart, both in elements.
 struct SplitRows {
@@ -77,66 +69,7 @@ struct Prefetches {
   }
 };
 
-#if defined(__AMX_BF16__)
-
-// The intrinsics that load tiles do not tell the compiler which memory they read: what was stored before stays before.
-SIGHTLINE_INLINE void tell_memory() { asm volatile("" : : : "memory"); }
-
-// The configuration of this thread's tile unit, for as long as it is wanted: sums of 16 rows x `lanes` in tiles 0 to 3,
-// rows of A in 4 and 5, lanes of B in 6 and 7.
-class TileUnit {
- public:
-  explicit TileUnit(bool wanted, int lanes = kPanelLanes) : wanted_(wanted) {
-    if (!wanted) return;
-    struct __attribute__((packed)) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } configuration;
-    for (int tile = 0; tile < 8; ++tile) {
-      const bool is_a = tile == 4 || tile == 5;
-      configuration.row_bytes[tile] = static_cast<uint16_t>(is_a ? kPairDepth * 2 : lanes * 4);
-      configuration.rows[tile] = 16;
-    }
-    tell_memory();
-    _tile_loadconfig(&configuration);
-  }
-  ~TileUnit() {
-    if (wanted_) _tile_release();
-  }
-  TileUnit(const TileUnit&) = delete;
-  TileUnit& operator=(const TileUnit&) = delete;
-
- private:
-  bool wanted_;
-};
-
-// The unit falls asleep when it has not multiplied for some 600 ns, and the next product then waits for 300 ns more
-// (measured on Sapphire Rapids). To be called within other work between products; leaves nothing usable in tile 0.
-SIGHTLINE_INLINE void keep_tile_unit_awake() { _tile_dpbf16ps(0, 4, 6); }
-
-// The intrinsics want literal numbers.
-template <int kTile>
-SIGHTLINE_INLINE void store_tile(float* to, int64_t bytes) {
-  if constexpr (kTile == 0) _tile_stored(0, to, bytes);
-  if constexpr (kTile == 1) _tile_stored(1, to, bytes);
-  if constexpr (kTile == 2) _tile_stored(2, to, bytes);
-  if constexpr (kTile == 3) _tile_stored(3, to, bytes);
-}
-template <int kTile, bool kFromMemory>
-SIGHTLINE_INLINE void start_tile(const float* from, int64_t bytes) {
-  if constexpr (kTile == 0 && kFromMemory) _tile_loadd(0, from, bytes);
-  if constexpr (kTile == 1 && kFromMemory) _tile_loadd(1, from, bytes);
-  if constexpr (kTile == 2 && kFromMemory) _tile_loadd(2, from, bytes);
-  if constexpr (kTile == 3 && kFromMemory) _tile_loadd(3, from, bytes);
-  if constexpr (kTile == 0 && !kFromMemory) _tile_zero(0);
-  if constexpr (kTile == 1 && !kFromMemory) _tile_zero(1);
-  if constexpr (kTile == 2 && !kFromMemory) _tile_zero(2);
-  if constexpr (kTile == 3 && !kFromMemory) _tile_zero(3);
-}
-
-// A block of C: one or two tiles of 16 rows by one or two of 16 lanes, in tiles 0 to 3. A goes through 4 and 5, B
-// through 6 and 7.
+// A block of C: one or two tiles of 16 rows by one or two of 16 lanes.
 template <int kRowTiles, int kLaneTiles, bool kAccumulate>
 struct TileBlock {
   int64_t stride;  // of C
@@ -148,14 +81,17 @@ struct TileBlock {
   __attribute__((always_inline)) inline void turn_over(float* before, const float* next) const {
     if (kTile % 2 >= kLaneTiles || kTile / 2 >= kRowTiles) return;
     if (before != nullptr) store_tile<kTile>(before + offset(kTile), stride * 4);
-    start_tile<kTile, kAccumulate>(next + offset(kTile), stride * 4);
+    if (kAccumulate)
+      load_tile<kTile>(next + offset(kTile), stride * 4);
+    else
+      clear_tile<kTile>();
   }
 
   __attribute__((always_inline)) inline void finish(float* c) const {
-    _tile_stored(0, c, stride * 4);
-    if (kLaneTiles == 2) _tile_stored(1, c + offset(1), stride * 4);
-    if (kRowTiles == 2) _tile_stored(2, c + offset(2), stride * 4);
-    if (kRowTiles == 2 && kLaneTiles == 2) _tile_stored(3, c + offset(3), stride * 4);
+    store_tile<0>(c, stride * 4);
+    if (kLaneTiles == 2) store_tile<1>(c + offset(1), stride * 4);
+    if (kRowTiles == 2) store_tile<2>(c + offset(2), stride * 4);
+    if (kRowTiles == 2 && kLaneTiles == 2) store_tile<3>(c + offset(3), stride * 4);
     tell_memory();
   }
 
@@ -165,17 +101,17 @@ struct TileBlock {
                                                   int64_t b_stride, int64_t panel, float* before,
                                                   const float* next) const {
     if (kFirst) turn_over<0>(before, next);
-    _tile_loadd(4, a, a_stride * 2);
-    _tile_loadd(6, b, b_stride * 4);
+    load_rows_of_a<0>(a, a_stride * 2);
+    load_lanes_of_b<0>(b, b_stride * 4);
     if (kFirst) turn_over<1>(before, next);
-    _tile_dpbf16ps(0, 4, 6);
-    if (kLaneTiles == 2) _tile_loadd(7, b + panel, b_stride * 4);
+    multiply_tiles<0>();
+    if (kLaneTiles == 2) load_lanes_of_b<1>(b + panel, b_stride * 4);
     if (kFirst) turn_over<2>(before, next);
-    if (kLaneTiles == 2) _tile_dpbf16ps(1, 4, 7);
-    if (kRowTiles == 2) _tile_loadd(5, a + 16 * a_stride, a_stride * 2);
+    if (kLaneTiles == 2) multiply_tiles<1>();
+    if (kRowTiles == 2) load_rows_of_a<1>(a + 16 * a_stride, a_stride * 2);
     if (kFirst) turn_over<3>(before, next);
-    if (kRowTiles == 2) _tile_dpbf16ps(2, 5, 6);
-    if (kRowTiles == 2 && kLaneTiles == 2) _tile_dpbf16ps(3, 5, 7);
+    if (kRowTiles == 2) multiply_tiles<2>();
+    if (kRowTiles == 2 && kLaneTiles == 2) multiply_tiles<3>();
   }
 
   // The sums of rows from `row` and lanes from `lane` stay in the tiles; those of the block before are stored on the
@@ -263,15 +199,5 @@ static void tile_product(SplitRows a, SplitPairs b, float* c, int64_t c_stride, 
                          int64_t depth, Prefetches&& prefetches = {}) {
   tile_product<kPartsA, kPartsB, kAccumulate>(a, b, c, c_stride, rows, lanes, depth, prefetches);
 }
-
-#else
-
-class TileUnit {
- public:
-  explicit TileUnit(bool) {}
-};
-SIGHTLINE_INLINE void keep_tile_unit_awake() {}
-
-#endif
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

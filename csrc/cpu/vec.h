@@ -15,9 +15,42 @@
 #include "cpu/vec_generic.h"
 #endif
 
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 #include "core/problem.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
+
+// a b + c, rounded as the lanes of vectors are.
+SIGHTLINE_INLINE float fma(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The first `count` lanes; none or all where it lies beyond their number.
+SIGHTLINE_INLINE Mask first_lanes(int64_t count) {
+  return mask_of_bits(count <= 0 ? 0 : count >= Vec::kWidth ? ~uint64_t{0} : (uint64_t{1} << count) - 1, 0);
+}
+
+// Results too small for a normal float become 0: powers of re-weighting underflow all the time, and a denormal costs
+// a hundred cycles.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000u); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned int saved_;
+#else
+  FlushDenormals() {}
+#endif
+};
 
 SIGHTLINE_INLINE int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 

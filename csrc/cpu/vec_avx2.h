@@ -11,10 +11,6 @@
 namespace sightline::SIGHTLINE_ISA_NS {
 
 constexpr const char* kIsaName = "avx2";
-// Rows and vectors of the product micro-kernel: 6 * 2 accumulators in 16 registers.
-constexpr int kProductRows = 6;
-constexpr int kProductVectors = 2;
-
 struct Mask {
   __m256 bits;
 };
@@ -54,6 +50,7 @@ SIGHTLINE_INLINE Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.value, b.valu
 SIGHTLINE_INLINE Mask equal(Vec a, Vec b) { return {_mm256_cmp_ps(a.value, b.value, _CMP_EQ_OQ)}; }
 SIGHTLINE_INLINE Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.bits, b.bits)}; }
 SIGHTLINE_INLINE bool any(Mask mask) { return _mm256_movemask_ps(mask.bits) != 0; }
+SIGHTLINE_INLINE bool all(Mask mask) { return _mm256_movemask_ps(mask.bits) == 0xff; }
 // Where either is NaN this returns b.
 SIGHTLINE_INLINE Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.value, b.value)}; }
 SIGHTLINE_INLINE Vec absolute(Vec x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.value)}; }
@@ -126,6 +123,9 @@ SIGHTLINE_INLINE Mask mask_of_bits(uint64_t bits, int lane) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(found, each))};
 }
 SIGHTLINE_INLINE uint64_t bits_of(Mask mask) { return static_cast<uint64_t>(_mm256_movemask_ps(mask.bits)); }
+SIGHTLINE_INLINE Vec load_lanes(const float* from, Mask lanes) {
+  return {_mm256_maskload_ps(from, _mm256_castps_si256(lanes.bits))};
+}
 SIGHTLINE_INLINE uint64_t nonzero_bits(const uint8_t* bytes) {
   uint32_t zeros[2];
   for (int half = 0; half < 2; ++half) {

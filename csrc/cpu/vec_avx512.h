@@ -17,10 +17,6 @@ constexpr const char* kIsaName = "avx512_bf16";
 #else
 constexpr const char* kIsaName = "avx512";
 #endif
-// Rows and vectors of the product micro-kernel: 6 * 4 accumulators in 32 registers.
-constexpr int kProductRows = 6;
-constexpr int kProductVectors = 4;
-
 struct Mask {
   __mmask16 bits;
 };
@@ -62,6 +58,7 @@ SIGHTLINE_INLINE Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.value, b
 SIGHTLINE_INLINE Mask equal(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.value, b.value, _CMP_EQ_OQ)}; }
 SIGHTLINE_INLINE Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.bits | b.bits)}; }
 SIGHTLINE_INLINE bool any(Mask mask) { return mask.bits != 0; }
+SIGHTLINE_INLINE bool all(Mask mask) { return mask.bits == 0xffff; }
 // Where either is NaN this returns b.
 SIGHTLINE_INLINE Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.value, b.value)}; }
 SIGHTLINE_INLINE Vec absolute(Vec x) { return {_mm512_abs_ps(x.value)}; }
@@ -75,7 +72,7 @@ SIGHTLINE_INLINE Vec times_power_of_two(Vec factor, Vec whole, Vec x) {
 }
 // x less the largest integer below it; 0 for infinities.
 SIGHTLINE_INLINE Vec fraction(Vec x) { return {_mm512_reduce_ps(x.value, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
-// factor 2^floor(x). Results below the normal numbers become 0 by FlushDenormals (workspace.h), not by a comparison.
+// factor 2^floor(x). Results below the normal numbers become 0 by FlushDenormals (vec.h), not by a comparison.
 SIGHTLINE_INLINE Vec times_power_of_floor(Vec factor, Vec x) { return {_mm512_scalef_ps(factor.value, x.value)}; }
 SIGHTLINE_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
   mantissa.value = _mm512_getmant_ps(x.value, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
@@ -140,6 +137,8 @@ SIGHTLINE_INLINE Mask between(IntVec first, IntVec last, int32_t key) {
 SIGHTLINE_INLINE Mask mask_of_bits(uint64_t bits, int lane) { return {static_cast<__mmask16>(bits >> lane)}; }
 // Bit i: lane i of the mask.
 SIGHTLINE_INLINE uint64_t bits_of(Mask mask) { return mask.bits; }
+// Numbers of the mask's lanes, 0 in the others: nothing is read there.
+SIGHTLINE_INLINE Vec load_lanes(const float* from, Mask lanes) { return {_mm512_maskz_loadu_ps(lanes.bits, from)}; }
 // Bit i: whether byte i of 64 is not 0.
 SIGHTLINE_INLINE uint64_t nonzero_bits(const uint8_t* bytes) {
   const __m512i all = _mm512_loadu_si512(bytes);

@@ -13,10 +13,6 @@ using Int4 = int32_t __attribute__((vector_size(16)));
 using Uint4 = uint32_t __attribute__((vector_size(16)));
 
 constexpr const char* kIsaName = "generic";
-// Rows and vectors of the product micro-kernel: 4 * 2 accumulators in 16 registers.
-constexpr int kProductRows = 4;
-constexpr int kProductVectors = 2;
-
 struct Mask {
   Int4 bits;
 };
@@ -67,6 +63,7 @@ SIGHTLINE_INLINE Mask less(Vec a, Vec b) { return {a.value < b.value}; }
 SIGHTLINE_INLINE Mask equal(Vec a, Vec b) { return {a.value == b.value}; }
 SIGHTLINE_INLINE Mask operator|(Mask a, Mask b) { return {a.bits | b.bits}; }
 SIGHTLINE_INLINE bool any(Mask mask) { return (mask.bits[0] | mask.bits[1] | mask.bits[2] | mask.bits[3]) != 0; }
+SIGHTLINE_INLINE bool all(Mask mask) { return (mask.bits[0] & mask.bits[1] & mask.bits[2] & mask.bits[3]) != 0; }
 // Where either is NaN these return b, as the x86 instructions do.
 SIGHTLINE_INLINE Vec maximum(Vec a, Vec b) { return select({a.value > b.value}, a, b); }
 SIGHTLINE_INLINE Vec absolute(Vec x) {
@@ -121,6 +118,12 @@ SIGHTLINE_INLINE Mask mask_of_bits(uint64_t bits, int lane) {
 }
 SIGHTLINE_INLINE uint64_t bits_of(Mask mask) {
   return (mask.bits[0] & 1) | (mask.bits[1] & 2) | (mask.bits[2] & 4) | (mask.bits[3] & 8);
+}
+SIGHTLINE_INLINE Vec load_lanes(const float* from, Mask lanes) {
+  Vec result = Vec::broadcast(0.0f);
+  for (int lane = 0; lane < 4; ++lane)
+    if (lanes.bits[lane] != 0) result.value[lane] = from[lane];
+  return result;
 }
 SIGHTLINE_INLINE uint64_t nonzero_bits(const uint8_t* bytes) {
   uint64_t bits = 0;

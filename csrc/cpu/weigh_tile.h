@@ -48,9 +48,8 @@ constexpr float kShiftSlack = 5.5f;
   return false;
 }
 
-// Softmax: a much larger maximum rescales what the row has gathered.
+// Softmax, where shift_rises(): a much larger maximum rescales what the row has gathered.
 [[maybe_unused]] static void raise_shift(RowState& state, const float* tile_largest, int64_t padded_width, bool pairs) {
-  if (!shift_rises(state, tile_largest)) return;
   alignas(64) float decays[kRowTile];
   bool gathered = false;
   for (int lane = 0; lane < state.rows.lanes; ++lane) {

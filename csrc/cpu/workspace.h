@@ -1,13 +1,9 @@
-// Per-thread scratch memory, the floating-point mode of a kernel, and the shared counter that hands out work.
+// Per-thread scratch memory, and the shared counter that hands out work.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <new>
-
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
 
 #include "core/visibility.h"
 #include "cpu/sanitizer.h"
@@ -53,21 +49,6 @@ class Allocation {
 
  private:
   char* memory_;
-};
-
-// Results too small for a normal float become 0: powers of re-weighting underflow all the time, and a denormal costs
-// a hundred cycles.
-class FlushDenormals {
- public:
-#if defined(__SSE2__)
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000u); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned int saved_;
-#else
-  FlushDenormals() {}
-#endif
 };
 
 // Calls unit(index, state) for every index in [0, count), on all threads; each thread makes its own State first.

@@ -1,0 +1,103 @@
+// The sizes of all tiles, in one place: what a micro-kernel keeps in registers, what is near in a cache while it is
+// used, how long sums of one precision may grow, and how work is cut into units for threads. The caches meant are those
+// of Sapphire Rapids, 48 KiB and 2 MiB per core. Decoding reads keys and values once: what it has of tiles stands in
+// decode_products.h.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace sightline::SIGHTLINE_ISA_NS {
+
+// The sums that a micro-kernel keeps: rows of A by vectors of B.
+struct RegisterTile {
+  int rows, vectors;
+};
+
+// Of one instruction set, for products of fp32 (product.h) and of pairs of bfloat16 (pair_product.h).
+struct RegisterTiles {
+  RegisterTile product, pairs;
+};
+
+// Sums, one row of vectors of B and one number of A share 16 registers: 8 + 2 + 1, and one for a product that is not
+// fused with its sum.
+constexpr RegisterTiles kGenericTiles{.product = {4, 2}, .pairs = {}};
+// 12 + 2 + 1 of 16.
+constexpr RegisterTiles kAvx2Tiles{.product = {6, 2}, .pairs = {}};
+// 24 + 4 + 1 of 32; pairs 16 + 4 + 1: their rows come in sixteens (kPairRows), which six do not divide.
+constexpr RegisterTiles kAvx512Tiles{.product = {6, 4}, .pairs = {4, 4}};
+
+constexpr RegisterTiles kRegisterTiles = Vec::kWidth == 16  ? kAvx512Tiles
+                                         : Vec::kWidth == 8 ? kAvx2Tiles
+                                                            : kGenericTiles;
+
+// The tile unit multiplies 16 rows by 16 lanes over a depth of 32; of its eight tiles four are sums, two by two
+// (vec_tile.h). Operands of products of pairs are padded to that, whether a machine has the unit or not.
+constexpr int64_t kPairRows = 16;
+constexpr int64_t kPairDepth = 32;
+constexpr int64_t kPanelLanes = 16;
+static_assert(kPairRows % kAvx512Tiles.pairs.rows == 0);
+
+// Products sum over this much of their depth at a time and add these sums up: the error of one long chain grows with
+// its length.
+constexpr int64_t kDepthChunk = 128;
+
+// Attention, both ways. 64 x 64: a score tile (16 KiB) and a tile of V at D = 64 share the 48 KiB first-level cache.
+constexpr int kRowTile = 64;
+constexpr int kKeyTile = 64;
+// Units of work for each thread, so that all threads end together.
+constexpr int64_t kUnitsPerThread = 4;
+
+// Attention, forward. More rows per unit read K and V less often, and load or transpose them less often where they are
+// not used as they lie; a unit's state should stay in a second-level cache.
+constexpr int64_t kMaxTilesPerUnit = 8;
+constexpr int64_t kUnitStateBytes = 512 * 1024;
+// Weights kept from one sweep of re-weighting to the next: a unit has so few tiles of rows that they fit a second-level
+// cache with the keys and values beside them. From a cache further out they still come sooner than they are computed
+// again.
+constexpr int64_t kKeptBytes = 1024 * 1024;
+constexpr int64_t kMostKeptBytes = 4 * 1024 * 1024;
+// Weighted values are summed over so many keys, and these sums added up: the error must not grow with their number.
+constexpr int64_t kChunkKeys = 2048;
+// Key tiles that a tile of rows goes through before their weights meet the values, with products of pairs: sums of
+// products are read and written once for all of them.
+constexpr int64_t kPairKeyTiles = 4;
+static_assert(kChunkKeys % (kPairKeyTiles * kKeyTile) == 0);
+
+// Keys made ready once for all units of a key head (key_tiles.h): of as many heads as fit this memory, so many tiles by
+// a thread at a time. A unit of more than a few tiles of rows reads its own from a nearer cache instead.
+constexpr int64_t kPackedBytes = 32 * 1024 * 1024;
+constexpr int64_t kPackedBlock = 8;
+constexpr int64_t kFewTilesPerUnit = 2;
+
+// Attention, backward. Enough units for this many threads when there are few heads; more would cost a partial dQ each.
+constexpr int64_t kWantedUnits = 8;
+// dK and dV are summed over this many rows, and these sums added up, as weighted values are.
+constexpr int64_t kGradientRows = 2048;
+
+// The additive recurrence. Products with the state cost Dk Dv per row whatever the chunk, those within it rows / 2 (Dk
+// + Dv); the state is read from the second-level cache once per chunk.
+constexpr int kChunkRows = 64;
+// Rows of a triangular product that share their number of columns.
+constexpr int kTriangleRows = 16;
+static_assert(kChunkRows % kTriangleRows == 0 && kTriangleRows % Vec::kWidth == 0);
+// Scores are summed in short chains: in a sequence of a few rows a gradient of the query is little more than one of
+// them, and a chain as long as the width has twice the error of the dot product that it is compared with.
+constexpr int64_t kScoreDepth = 16;
+// A chunk of fewer rows, as steep keys make it, costs less in fp32 than its state costs to be split for the tile unit.
+constexpr int kLeastSplitRows = 16;
+// Columns of a state that stay in the second-level cache at Dk = 512.
+constexpr int64_t kLargestBlock = 256;
+// Without order a long sequence is cut into segments, at most so many of all heads together, of at least so many rows:
+// the states of the segments, which are merged, then cost a few percent of their products.
+constexpr int64_t kSegmentUnits = 32;
+constexpr int64_t kSegmentRows = 2048;
+// Its backward pass keeps inverse normalisers and q dq products of so many rows between the sweep forward and the sweep
+// back: longer sequences store the state at the start of every segment, and compute the rest of it again.
+constexpr int64_t kKeptRows = 16384;
+// One row after the other, as in decoding: query heads whose outputs stay in registers while the state passes, and the
+// vectors of the state that are under way, twice as many where there is one head, so that a row of 128 columns is one
+// run of memory under AVX-512.
+constexpr int kStepHeads = 4;
+constexpr int kStepVectors = kRegisterTiles.product.vectors;
+
+}  // namespace sightline::SIGHTLINE_ISA_NS
