@@ -49,7 +49,8 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys(
 every_pair = pytest.mark.parametrize(("weighting", "dtype"), PAIRS.values(), ids=PAIRS.keys())
 main_weightings = pytest.mark.parametrize("weighting", MAIN_WEIGHTINGS.values(), ids=MAIN_WEIGHTINGS.keys())
 DECODING = Sizes(batch=2, heads=8, key_heads=2, queries=2, keys=150, width=24, value_width=40)
-
+# The kernel reads rows in one piece: the binding copies tensors of any other layout, which test_decode.py is about.
+KERNEL_LAYOUTS = [name for name, rearrange in LAYOUTS.items() if rearrange(torch.empty(2, 2, 2, 2)).stride(-1) == 1]
 
 Decode = Callable[..., dict[str, torch.Tensor]]
 
@@ -153,14 +154,12 @@ def test_any_number_of_splits(decode: Decode, splits: int, weighting: Any, dtype
 
 @every_dtype
 @main_weightings
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", KERNEL_LAYOUTS)
 def test_inputs_in_any_memory_give_the_same_bits(
     decode: Decode, layout: str, weighting: Any, dtype: torch.dtype
 ) -> None:
     problem = random_problem(replace(DECODING, width=32), dtype, causal=True)
     rearrange = LAYOUTS[layout]
-    if rearrange(problem.key).stride(-1) != 1:
-        pytest.skip("the binding copies such tensors")
     elsewhere = Problem(*map(rearrange, (problem.query, problem.key, problem.value)), dict(problem.options))
     expected, actual = decode(problem, weighting), decode(elsewhere, weighting)
     for name in expected:
