@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child_pytest import run_pytest
 
 from sightline import ops
 
@@ -30,7 +31,7 @@ def run_python(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHERS)
 def test_kernels_pass_their_tests_under(isa: str) -> None:
-    child = run_python(isa, "-m", "pytest", "-q", "-m", "isa", "-p", "no:cacheprovider", "--tb=short", str(HERE))
+    child = run_pytest("-m", "isa", "--tb=short", str(HERE), SIGHTLINE_ISA=isa)
     assert child.returncode == 0, child.stdout[-6000:]
     assert " passed" in child.stdout
 
