@@ -36,8 +36,9 @@ def test_kernels_pass_their_tests_under(isa: str) -> None:
     assert " passed" in child.stdout
 
 
-@pytest.mark.parametrize("isa", ops.available_isas())
-def test_the_environment_chooses(isa: str) -> None:
+def test_the_environment_chooses() -> None:
+    """One of the machine's; the others are asked for in the tests of kernels above."""
+    isa = ops.available_isas()[0]
     child = run_python(isa, "-c", "from sightline import ops; print(ops.isa_name())")
     assert child.returncode == 0, child.stderr
     assert child.stdout.strip() == isa
