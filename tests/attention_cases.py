@@ -5,8 +5,9 @@ A case is drawn anew by every test: calling an entry of OPTIONS makes options of
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,23 @@ OPTION_PAIRS = {
     }.items()
     for name in names
 }
+
+
+def by_turn(names: str | tuple[str, ...], entries: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test over these entries and every dtype, and by `weighting` with the next main one each time.
+
+    Entries, dtypes and weightings then all meet in pairs, in a third of the cases of their product. What a kernel does
+    about a shape, a width or a layout goes by the dtype that it loads or by the weighting, not by both at once.
+    """
+    several = not isinstance(names, str)
+    cases = []
+    for (place, entry), (turn, dtype) in itertools.product(enumerate(entries), enumerate(DTYPES)):
+        marks = getattr(entry, "marks", ())
+        values = entry.values if hasattr(entry, "marks") else entry if several else (entry,)
+        weighting = list(MAIN_WEIGHTINGS)[(place + turn) % len(MAIN_WEIGHTINGS)]
+        name = "-".join(map(str, (*values, weighting, dtype)))
+        cases.append(pytest.param(*values, MAIN_WEIGHTINGS[weighting], DTYPES[dtype], marks=marks, id=name))
+    return pytest.mark.parametrize((*(names if several else (names,)), "weighting", "dtype"), cases)
 
 
 @dataclass(frozen=True)
@@ -271,7 +289,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 DIFFERENTIABLE = ("attn_mask", "sinks", "scale")
 
 
-def _outputs(problem: Problem, weighting: Any, backend: str, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def outputs(problem: Problem, weighting: Any, backend: str, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Output and log_normalizer of a problem with these in place of its options."""
     torch.manual_seed(problem.seed)
     output, stats = sl.attention(
         problem.query,
@@ -297,7 +316,7 @@ def run(
     The keys are "output", "log_normalizer", "query", "key", "value", and the names in DIFFERENTIABLE.
     """
     if grad_output is None and grad_log_normalizer is None:
-        output, log_normalizer = _outputs(problem, weighting, backend, problem.options)
+        output, log_normalizer = outputs(problem, weighting, backend, problem.options)
         return {"output": output, "log_normalizer": log_normalizer}
     leaves = {name: getattr(problem, name).detach().requires_grad_() for name in ("query", "key", "value")}
     options = dict(problem.options)
@@ -306,10 +325,10 @@ def run(
         if isinstance(option, Tensor) and option.is_floating_point():
             leaves[name] = options[name] = option.detach().requires_grad_()
     watched = Problem(leaves["query"], leaves["key"], leaves["value"], options, problem.seed)
-    outputs = _outputs(watched, weighting, backend, options)
+    results = outputs(watched, weighting, backend, options)
     wanted = [
         (output, gradient.to(output.dtype))
-        for output, gradient in zip(outputs, (grad_output, grad_log_normalizer), strict=True)
+        for output, gradient in zip(results, (grad_output, grad_log_normalizer), strict=True)
         if gradient is not None
     ]
     # A row that sees nothing has a log normaliser of -inf, and its gradient must not matter.
@@ -320,5 +339,5 @@ def run(
         allow_unused=True,
         materialize_grads=True,
     )
-    results = dict(zip(leaves, gradients, strict=True))
-    return {"output": outputs[0].detach(), "log_normalizer": outputs[1].detach(), **results}
+    received = dict(zip(leaves, gradients, strict=True))
+    return {"output": results[0].detach(), "log_normalizer": results[1].detach(), **received}

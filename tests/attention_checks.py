@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from attention_cases import Problem, run, shuffled
+from attention_cases import Problem, outputs, run, shuffled
 from tolerance import Comparison, assert_close_to_reference
 from torch import Tensor
 
@@ -38,16 +38,19 @@ def size_without_cancellation(exact: Problem, weighting: Any, name: str, gradien
         terms = run(written_out, weighting, "reference", *gradients)["attn_mask"]
         return terms.abs().sum_to_size(option.shape)
     if name in ("sinks", "scale"):
-        grad_output, grad_log_normalizer = gradients
         leaf = option.detach().requires_grad_()
-        divisor = log_of_divisor(replace(exact, options={**exact.options, name: leaf}), weighting)
-        rounded = run(exact, weighting, "reference")["output"] * (0 if grad_output is None else grad_output)
+        watched = replace(exact, options={**exact.options, name: leaf})
+        divisor = log_of_divisor(watched, weighting)
+        results = outputs(watched, weighting, "reference", watched.options)
+        rounded = results[0].detach() * (0 if gradients[0] is None else gradients[0])
         draws = []
-        for _ in range(8):
-            sign = torch.randint(2, (batch, heads, queries)) * 2 - 1
-            signed = [None if gradient is None else gradient * sign[..., None] for gradient in gradients[:1]]
-            signed += [None if grad_log_normalizer is None else grad_log_normalizer * sign]
-            terms = run(exact, weighting, "reference", *signed)[name]
+        for sign in torch.randint(2, (8, batch, heads, queries)) * 2 - 1:
+            signed = {
+                result: (gradient * sign.view(sign.shape + (1,) * (gradient.dim() - 3))).to(result.dtype)
+                for result, gradient in zip(results, gradients, strict=True)
+                if gradient is not None
+            }
+            (terms,) = torch.autograd.grad(list(signed), leaf, list(signed.values()), retain_graph=True)
             (of_rounding,) = torch.autograd.grad(divisor, leaf, rounded.norm(dim=-1) * sign, retain_graph=True)
             draws.append(terms.square() + of_rounding.square())
         return torch.stack(draws).mean(0).sqrt()

@@ -7,6 +7,7 @@ alone or among the others, with the SIGHTLINE_TEST_SEED that its report names.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import random
 import sysconfig
@@ -15,6 +16,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+import required
 import torch
 
 SEED_VARIABLE = "SIGHTLINE_TEST_SEED"
@@ -41,6 +43,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+def pytest_collection_finish() -> None:
+    # What is loaded by now stays. Looking through it again and again took a tenth of the time of Triton's interpreter.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    required.fail_where_a_module_is_missing(report)
+    return report
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"random numbers: {SEED_VARIABLE}={os.environ[SEED_VARIABLE]}"
 
@@ -57,7 +74,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     if item.get_closest_marker("inductor") is not None and not PYTHON_HEADER.exists():
-        pytest.skip(f"torch's inductor compiles against Python's headers, and {PYTHON_HEADER} is missing (python3-dev)")
+        required.missing(
+            f"torch's inductor compiles against Python's headers: {PYTHON_HEADER} is missing (python3-dev)"
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
-from attention_cases import shuffled
+from attention_cases import DTYPES, shuffled
 from tolerance import Comparison, assert_close_to_reference
 from torch import Tensor
 
 import sightline as sl
+
+CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "unordered"])
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+# Entries that are run again under every instruction set: what decides between the others is compiled alike for all.
+ON_EVERY_ISA = partial(pytest.param, marks=pytest.mark.isa)
 
 
 @dataclass(frozen=True)

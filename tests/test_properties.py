@@ -14,7 +14,8 @@ from torch import Tensor
 
 import sightline as sl
 
-modest = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+# With CI=true Hypothesis would draw the same examples every time.
+modest = settings(deadline=None, max_examples=30, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
 
 weightings = st.sampled_from(list(WEIGHTINGS.values()))
 seeds = st.integers(0, 2**31)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import attention_parts
 import machine_rates
-import pytest
 import render
+import required
 
 from sightline.cli.environment import describe_device, instruction_sets, versions
 
@@ -14,7 +14,7 @@ def test_parts_and_rates_are_shown() -> None:
     try:
         bench = machine_rates.bench_module()
     except FileNotFoundError:
-        pytest.skip("the module _bench was not built (needs Python's headers)")
+        required.missing("the module _bench was not built (needs Python's headers)")
     isa = instruction_sets()["chosen"]
     rates = {threads: machine_rates.multiply_rates(bench, isa, threads, 0.01) for threads in (1, 2)}
     assert rates[2]["float32"] > 0

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import required
 import torch
 from gpu import cases, describe, plan, summary
 from gpu.steps import Document, Outcome, Step, run_part
@@ -56,7 +57,7 @@ def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_0(tmp_path: Path) -
 def test_make_gpu_check_takes_the_interpreter_it_is_given() -> None:
     make = shutil.which("make")
     if make is None:
-        pytest.skip("there is no make")
+        required.missing("there is no make")
     command = [make, "-s", "gpu-check", f"PYTHON={sys.executable}", "PART=bench"]
     # What `make test ARGS=...` was given is not for this make.
     environment = {

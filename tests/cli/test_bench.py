@@ -62,9 +62,9 @@ def test_small_run_measures_every_row_and_draws_it(sightline, tmp_path):
         assert words in result.stdout
 
 
-def test_decoding_is_measured_apart_from_prefill_and_drawn(sightline, tmp_path):
+def test_decoding_is_measured_apart_from_prefill_and_drawn(sightline_here, tmp_path):
     arguments = ("--lengths", "48,96", "--repetitions", "3", "--decode", "3", "--feed-forward", "40")
-    result = sightline("bench", *SMALL, *arguments)
+    result = sightline_here("bench", *SMALL, *arguments)
     assert result.returncode == 0, result.stderr
     document = load(tmp_path / "sightline-bench")
     assert document["model"]["decode_steps"] == 3
@@ -132,8 +132,8 @@ def test_a_row_that_fails_in_any_way_ends_alone_and_says_what_failed(monkeypatch
     assert statuses == {row: "failed" if row == "lssa" else "measured" for row in ROWS}
 
 
-def test_progress_is_one_line_per_step_without_a_terminal(sightline):
-    result = sightline("bench", *SMALL, "--lengths", "32", "--repetitions", "2")
+def test_progress_is_one_line_per_step_without_a_terminal(sightline_here):
+    result = sightline_here("bench", *SMALL, "--lengths", "32", "--repetitions", "2")
     lines = result.stderr.splitlines()
     assert "\r" not in result.stderr
     assert sum("memory of" in line for line in lines) == len(ROWS)
@@ -141,8 +141,8 @@ def test_progress_is_one_line_per_step_without_a_terminal(sightline):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_sixteen_bit_dtypes_run(sightline, tmp_path, dtype):
-    result = sightline("bench", *SMALL, "--lengths", "48", "--repetitions", "1", "--dtype", dtype)
+def test_sixteen_bit_dtypes_run(sightline_here, tmp_path, dtype):
+    result = sightline_here("bench", *SMALL, "--lengths", "48", "--repetitions", "1", "--dtype", dtype)
     assert result.returncode == 0, result.stderr
     document = load(tmp_path / "sightline-bench")
     assert document["dtype"] == dtype
@@ -158,8 +158,8 @@ def test_eager_takes_the_memory_of_all_its_weights_and_sdpa_does_not(sightline, 
     assert peaks["sdpa"] < scores_and_weights / 2
 
 
-def test_rows_over_the_memory_limit_are_skipped_by_name(sightline, tmp_path):
-    result = sightline("bench", *SMALL, "--lengths", "64,1024", "--repetitions", "1", "--memory-limit", "8MiB")
+def test_rows_over_the_memory_limit_are_skipped_by_name(sightline_here, tmp_path):
+    result = sightline_here("bench", *SMALL, "--lengths", "64,1024", "--repetitions", "1", "--memory-limit", "8MiB")
     assert result.returncode == 0, result.stderr
     found = {(entry["tokens"], entry["row"]): entry for entry in load(tmp_path / "sightline-bench")["results"]}
     assert found[64, "eager"]["status"] == "measured"
@@ -170,8 +170,8 @@ def test_rows_over_the_memory_limit_are_skipped_by_name(sightline, tmp_path):
     assert "skipped (memory" in result.stdout
 
 
-def test_rows_over_the_time_limit_are_skipped_by_name(sightline, tmp_path):
-    result = sightline("bench", *SMALL, "--lengths", "64,128", "--repetitions", "1", "--time-limit", "1e-9")
+def test_rows_over_the_time_limit_are_skipped_by_name(sightline_here, tmp_path):
+    result = sightline_here("bench", *SMALL, "--lengths", "64,128", "--repetitions", "1", "--time-limit", "1e-9")
     assert result.returncode == 0, result.stderr
     results = load(tmp_path / "sightline-bench")["results"]
     assert {entry["status"] for entry in results} == {"skipped"}
@@ -195,9 +195,9 @@ def test_a_backend_that_does_not_exist_is_one_line(sightline):
     assert "SIGHTLINE_BACKEND" in result.stderr
 
 
-def test_a_short_text_is_repeated_and_the_user_told(sightline, tmp_path):
+def test_a_short_text_is_repeated_and_the_user_told(sightline_here, tmp_path):
     (tmp_path / "short.txt").write_text("twelve chars")
-    result = sightline("bench", *SMALL, "--lengths", "30", "--repetitions", "1", "--text", "short.txt")
+    result = sightline_here("bench", *SMALL, "--lengths", "30", "--repetitions", "1", "--text", "short.txt")
     assert result.returncode == 0, result.stderr
     assert "text has 12 tokens and is repeated: 3 times for 30 tokens" in result.stdout
     assert load(tmp_path / "sightline-bench")["text"] == {"source": "short.txt", "tokens": 12, "repeats": {"30": 3}}

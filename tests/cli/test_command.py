@@ -17,29 +17,29 @@ def test_version_is_the_packages_own(sightline):
     assert result.stdout == f"sightline {sl.__version__}\n"
 
 
-def test_help_names_both_commands(sightline):
-    result = sightline("--help")
+def test_help_names_both_commands(sightline_here):
+    result = sightline_here("--help")
     assert result.returncode == 0
     assert "info" in result.stdout
     assert "bench" in result.stdout
 
 
-def test_help_of_bench_names_every_argument(sightline):
-    result = sightline("bench", "--help")
+def test_help_of_bench_names_every_argument(sightline_here):
+    result = sightline_here("bench", "--help")
     assert result.returncode == 0
     for name in ("--lengths", "--dtype", "--memory-limit", "--time-limit", "--text", "--output", "--quick"):
         assert name in result.stdout
 
 
-def test_without_command_is_wrong_input(sightline):
-    result = sightline()
+def test_without_command_is_wrong_input(sightline_here):
+    result = sightline_here()
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "COMMAND" in result.stderr
 
 
-def test_info_as_json_agrees_with_the_library(sightline):
-    result = sightline("info", "--json")
+def test_info_as_json_agrees_with_the_library(sightline_here):
+    result = sightline_here("info", "--json")
     assert result.returncode == 0
     found = json.loads(result.stdout)
     assert found["versions"]["sightline"] == sl.__version__
@@ -52,8 +52,8 @@ def test_info_as_json_agrees_with_the_library(sightline):
     assert set(found["backends"]) >= {"native", "triton", "reference"}
 
 
-def test_info_gives_every_backend_a_reason(sightline):
-    result = sightline("info")
+def test_info_gives_every_backend_a_reason(sightline_here):
+    result = sightline_here("info")
     assert result.returncode == 0
     for name, (available, reason) in ops.backend_status().items():
         line = next(line for line in result.stdout.splitlines() if line.split()[:1] == [name] and reason in line)

@@ -44,28 +44,28 @@ def test_small_run_shows_both_parts(sightline, tmp_path):
         assert words in result.stdout
 
 
-def test_model_of_the_user(sightline, tmp_path):
+def test_model_of_the_user(sightline_here, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(sentence_model_folder())
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "own")
     tokenizer.save_pretrained(tmp_path / "own")
-    result = sightline("demo", *SMALL, "--model", "own", "--lengths", "24", "--dtype", "bfloat16")
+    result = sightline_here("demo", *SMALL, "--model", "own", "--lengths", "24", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     document = load(tmp_path / "sightline-demo")
     assert (document["model"]["name"], document["model"]["layers"], document["dtype"]) == ("own", 3, "bfloat16")
     assert [found["status"] for found in document["results"]] == ["measured"] * len(ROWS)
 
 
-def test_row_that_needs_too_long_is_skipped_with_its_reason(sightline, tmp_path):
-    result = sightline("demo", *SMALL, "--lengths", "64,4096", "--time-limit", "0.001")
+def test_row_that_needs_too_long_is_skipped_with_its_reason(sightline_here, tmp_path):
+    result = sightline_here("demo", *SMALL, "--lengths", "64,4096", "--time-limit", "0.001")
     assert result.returncode == 0, result.stderr
     long = [found for found in load(tmp_path / "sightline-demo")["results"] if found["tokens"] == 4096]
     assert [found["status"] for found in long] == ["skipped"] * len(ROWS)
     assert all("time: one run needs" in found["reason"] for found in long)
 
 
-def test_missing_model_is_named(sightline):
-    result = sightline("demo", *SMALL, "--lengths", "24", "--model", "./nothing-here")
+def test_missing_model_is_named(sightline_here):
+    result = sightline_here("demo", *SMALL, "--lengths", "24", "--model", "./nothing-here")
     assert result.returncode == 2
     assert "sightline demo: error: argument --model: cannot load ./nothing-here" in result.stderr
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import required
 
 from sightline.cli.environment import instruction_sets
 
@@ -35,7 +36,7 @@ def program(name: str) -> str:
     """The path of a build tool, of this environment (which need not be on PATH) or of the system."""
     path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if path is None:
-        pytest.skip(f"{name} is missing")
+        required.missing(f"{name} is missing")
     return path
 
 
@@ -56,7 +57,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
     for command in ([name, *FLAGS, str(source), "-o", str(binary)], [str(binary)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            pytest.skip(f"{Path(command[0]).name} has no sanitizers that run here: {done.stderr.strip()[-300:]}")
+            required.missing(f"{Path(command[0]).name} has no sanitizers that run here: {done.stderr.strip()[-300:]}")
     return name
 
 

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import required
 import torch
 
 
 @pytest.fixture
 def digits(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
-    pytest.importorskip("sklearn")
+    required.module("sklearn")
     import digits
 
     yield digits

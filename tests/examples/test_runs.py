@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import required
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = {
@@ -20,8 +21,8 @@ SHORT = {
 
 @pytest.mark.parametrize("name", SHORT)
 def test_a_short_run_writes_its_results(name, tmp_path):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("sklearn")
+    required.module("matplotlib")
+    required.module("sklearn")
     command = [sys.executable, f"{name}.py", *SHORT[name], "--threads", "1", "--output", str(tmp_path)]
     result = subprocess.run(
         command, cwd=EXAMPLES, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300

@@ -19,6 +19,7 @@ from attention_cases import (
     WEIGHTINGS,
     Problem,
     Sizes,
+    by_turn,
     ragged_sizes,
     random_problem,
     run,
@@ -68,9 +69,7 @@ def test_packed_documents(packing: str, weighting: Any, dtype: torch.dtype) -> N
 
 
 @pytest.mark.isa
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize("width", [2, 7, 16, 31, 64, 100, 128, 256, 512])
+@by_turn("width", [2, 7, 16, 31, 64, 100, 128, 256, 512])
 def test_every_width(width: int, weighting: Any, dtype: torch.dtype) -> None:
     for value_width in {width, 1, 48}:
         sizes = Sizes(batch=1, queries=20, keys=90, width=width, value_width=value_width)
@@ -91,19 +90,13 @@ def test_width_of_one(value_width: int, dtype: torch.dtype) -> None:
             assert (gradients[name] * getattr(problem, name)).abs().max() < 1e-4, name
 
 
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (3, 1), (6, 2), (5, 5), (16, 1)])
+@by_turn(("heads", "key_heads"), [(1, 1), (3, 1), (6, 2), (5, 5), (16, 1)])
 def test_grouped_heads_add_up_in_their_key_head(heads: int, key_heads: int, weighting: Any, dtype: torch.dtype) -> None:
     sizes = Sizes(heads=heads, key_heads=key_heads, queries=30, keys=70)
     assert_gradients_are_close(random_problem(sizes, dtype, causal=True), weighting)
 
 
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize(
-    "full_axes", ["", "n", "m", "h", "b", "mn", "hn", "bn", "hm", "bm", "bh", "hmn", "bmn", "bhn", "bhm", "bhmn"]
-)
+@by_turn("full_axes", ["", "n", "m", "h", "b", "mn", "hn", "bn", "hm", "bm", "bh", "hmn", "bmn", "bhn", "bhm", "bhmn"])
 def test_every_shape_of_a_float_mask(full_axes: str, weighting: Any, dtype: torch.dtype) -> None:
     sizes = Sizes(queries=33)
     shape = [size if axis in full_axes else 1 for axis, size in zip("bhmn", sizes.scores(), strict=True)]
@@ -136,9 +129,7 @@ def test_gradients_of_one_output_alone(of: str, weighting: Any, dtype: torch.dty
         assert (gradients["value"] == 0).all()
 
 
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize("layout", LAYOUTS)
+@by_turn("layout", LAYOUTS)
 def test_inputs_in_any_memory_give_the_same_bits(layout: str, weighting: Any, dtype: torch.dtype) -> None:
     problem = random_problem(Sizes(), dtype, causal=True, attn_mask=torch.randn(2, 4, 70, 130))
     rearrange = LAYOUTS[layout]
@@ -161,8 +152,7 @@ def test_expanded_gradients_of_a_sum(weighting: Any) -> None:
         assert torch.equal(actual[name], expected[name]), name
 
 
-@every_dtype
-@every_weighting
+@every_pair
 def test_one_row_against_a_cache(weighting: Any, dtype: torch.dtype) -> None:
     for key_heads in (1, 8):
         sizes = Sizes(heads=8, key_heads=key_heads, queries=1, keys=300)
@@ -184,8 +174,7 @@ def test_no_queries_and_no_keys_give_zero_gradients(queries: int, keys: int, wei
         assert (gradients[name] == 0).all(), name
 
 
-@every_dtype
-@every_weighting
+@every_pair
 def test_rows_that_see_nothing_have_no_gradient(weighting: Any, dtype: torch.dtype) -> None:
     mask = torch.rand(70, 130) < 0.5
     mask[::3] = False

@@ -19,6 +19,7 @@ from attention_cases import (
     WEIGHTINGS,
     Problem,
     Sizes,
+    by_turn,
     ragged_sizes,
     random_problem,
     run,
@@ -78,9 +79,7 @@ def test_packed_documents(packing: str, weighting: Any, dtype: torch.dtype) -> N
 
 
 @pytest.mark.isa
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize("width", [1, 2, 7, 16, 31, 64, 100, 128, 256, 512])
+@by_turn("width", [1, 2, 7, 16, 31, 64, 100, 128, 256, 512])
 def test_every_width(width: int, weighting: Any, dtype: torch.dtype) -> None:
     for value_width in {width, 1, 48}:
         sizes = Sizes(batch=1, queries=20, keys=90, width=width, value_width=value_width)
@@ -88,19 +87,21 @@ def test_every_width(width: int, weighting: Any, dtype: torch.dtype) -> None:
         assert_forward_is_close(problem, weighting)
 
 
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (3, 1), (6, 2), (5, 5), (16, 1)])
+@by_turn(("heads", "key_heads"), [(1, 1), (3, 1), (6, 2), (5, 5), (16, 1)])
 def test_grouped_heads(heads: int, key_heads: int, weighting: Any, dtype: torch.dtype) -> None:
     sizes = Sizes(heads=heads, key_heads=key_heads, queries=30, keys=70)
     assert_forward_is_close(random_problem(sizes, dtype, causal=True), weighting)
 
 
-@pytest.mark.isa
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize("shape", ["full", "batch", "head", "query", "key", "rows", "one", "three_axes", "two_axes"])
-@pytest.mark.parametrize("kind", ["bool", "float", "same"])
+# An instruction set loads a mask along the keys or repeats one number, which two shapes show; the others are strides.
+MASKS = [
+    pytest.param(kind, shape, marks=[pytest.mark.isa] if shape in ("full", "query") else [])
+    for kind in ("bool", "float", "same")
+    for shape in ("full", "batch", "head", "query", "key", "rows", "one", "three_axes", "two_axes")
+]
+
+
+@by_turn(("kind", "shape"), MASKS)
 def test_every_shape_of_attn_mask(kind: str, shape: str, weighting: Any, dtype: torch.dtype) -> None:
     sizes = Sizes(queries=20)
     b, h, m, n = sizes.scores()
@@ -121,9 +122,7 @@ def test_every_shape_of_attn_mask(kind: str, shape: str, weighting: Any, dtype: 
     assert_forward_is_close(random_problem(sizes, dtype, attn_mask=mask), weighting)
 
 
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize("layout", LAYOUTS)
+@by_turn("layout", LAYOUTS)
 def test_inputs_in_any_memory_give_the_same_bits(layout: str, weighting: Any, dtype: torch.dtype) -> None:
     problem = random_problem(Sizes(), dtype, causal=True, attn_mask=torch.randn(2, 4, 70, 130))
     rearrange = LAYOUTS[layout]
@@ -151,8 +150,7 @@ def test_heads_that_share_memory_by_expansion(weighting: Any) -> None:
     assert torch.equal(many, one.expand(2, 4, -1, -1))
 
 
-@every_dtype
-@every_weighting
+@every_pair
 def test_one_row_against_a_cache(weighting: Any, dtype: torch.dtype) -> None:
     for key_heads in (1, 2, 8):
         sizes = Sizes(heads=8, key_heads=key_heads, queries=1, keys=300)
@@ -162,8 +160,7 @@ def test_one_row_against_a_cache(weighting: Any, dtype: torch.dtype) -> None:
         assert_forward_is_close(random_problem(sizes, dtype, causal=True, key_lengths=lengths), weighting)
 
 
-@every_dtype
-@every_weighting
+@every_pair
 def test_query_block_at_the_end_of_a_cache_equals_the_last_rows_of_the_whole(
     weighting: Any, dtype: torch.dtype
 ) -> None:
@@ -198,8 +195,7 @@ def test_an_empty_batch(weighting: Any) -> None:
     assert result["log_normalizer"].shape == (0, 4, 70)
 
 
-@every_dtype
-@every_weighting
+@every_pair
 def test_rows_that_see_nothing_are_zero(weighting: Any, dtype: torch.dtype) -> None:
     mask = torch.rand(70, 130) < 0.5
     mask[::3] = False

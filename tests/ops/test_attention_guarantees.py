@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import DTYPES, OPTIONS, WEIGHTINGS, Problem, Sizes, random_inputs, random_problem, run
+from attention_cases import DTYPES, OPTIONS, PAIRS, WEIGHTINGS, Problem, Sizes, random_inputs, random_problem, run
 from tolerance import FROBENIUS_BOUND, REWEIGHTED_FLOAT32_BOUND
 
 import sightline as sl
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+every_pair = pytest.mark.parametrize(("weighting", "dtype"), PAIRS.values(), ids=PAIRS.keys())
 every_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS.values(), ids=WEIGHTINGS.keys())
 
 
@@ -43,8 +44,7 @@ def test_memory_that_kernels_write_to_starts_out_poisoned(poisoned_memory: bool)
 
 
 @pytest.mark.isa
-@every_dtype
-@every_weighting
+@every_pair
 def test_values_of_one_give_one(weighting: Any, dtype: torch.dtype) -> None:
     for queries, keys in ((1, 1), (3, 3), (113, 203), (1, 4097)):
         query, key, value = random_inputs(Sizes(queries=queries, keys=keys), dtype)
@@ -107,8 +107,7 @@ def test_rows_of_at_most_three_keys_are_exempt_from_the_offset(weighting: str, d
     assert not torch.equal(output[:, :, 3:], without[:, :, 3:])
 
 
-@every_dtype
-@every_weighting
+@every_pair
 @pytest.mark.parametrize("option", ["causal", "dropout", "float_mask"])
 def test_results_are_the_same_bits_every_time_and_on_any_number_of_threads(
     option: str, weighting: Any, dtype: torch.dtype

@@ -19,6 +19,7 @@ from attention_cases import (
     WEIGHTINGS,
     Problem,
     Sizes,
+    by_turn,
     random_problem,
     run,
 )
@@ -46,17 +47,12 @@ def test_every_weighting(keys: int, weighting: Any, dtype: torch.dtype) -> None:
     decode(random_problem(replace(DECODING, keys=keys), dtype, causal=True), weighting)
 
 
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize("keys", [2, 15, 2048, 2049, 4500])
+@by_turn("keys", [2, 15, 2048, 2049, 4500])
 def test_any_number_of_keys(keys: int, weighting: Any, dtype: torch.dtype) -> None:
     decode(random_problem(replace(DECODING, keys=keys), dtype, causal=True), weighting)
 
 
-@pytest.mark.isa
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize(("keys", "left"), [(2100, 100), (4100, 2070), (4097, 60), (6200, 4137)])
+@by_turn(("keys", "left"), [pytest.param(2100, 100, marks=pytest.mark.isa), (4100, 2070), (4097, 60), (6200, 4137)])
 def test_first_visible_key_within_a_chunk(keys: int, left: int, weighting: Any, dtype: torch.dtype) -> None:
     """The keys of the first chunk end with it, at no multiple of a vector, and those of the next are visible too."""
     decode(random_problem(replace(DECODING, keys=keys), dtype, causal=True, window=(left, None)), weighting)
@@ -79,9 +75,7 @@ def test_equal_keys_share_the_weight_across_chunks() -> None:
     torch.testing.assert_close(stats.log_normalizer, torch.full((1, 1, 1), math.log(101)))
 
 
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize("rows", [(1, 1), (1, 2), (3, 1), (1, 5), pytest.param((2, 3), marks=pytest.mark.isa), (7, 1)])
+@by_turn("rows", [(1, 1), (1, 2), (3, 1), (1, 5), pytest.param((2, 3), marks=pytest.mark.isa), (7, 1)])
 def test_every_number_of_rows(rows: tuple[int, int], weighting: Any, dtype: torch.dtype) -> None:
     group, queries = rows
     sizes = replace(DECODING, batch=3, heads=2 * group, queries=queries, keys=300)
@@ -89,9 +83,7 @@ def test_every_number_of_rows(rows: tuple[int, int], weighting: Any, dtype: torc
 
 
 @pytest.mark.isa
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize("widths", [(32, 32), (96, 160), (512, 64)])
+@by_turn("widths", [(32, 32), (96, 160), (512, 64)])
 def test_every_width(widths: tuple[int, int], weighting: Any, dtype: torch.dtype) -> None:
     width, value_width = widths
     sizes = replace(DECODING, batch=2, keys=150, width=width, value_width=value_width)
@@ -128,9 +120,7 @@ def test_softmax_whose_chunks_differ_by_more_than_exp_can_hold(jump: float) -> N
     decode(problem, WEIGHTINGS["softmax"])
 
 
-@every_dtype
-@main_weightings
-@pytest.mark.parametrize("layout", LAYOUTS)
+@by_turn("layout", LAYOUTS)
 def test_inputs_in_any_memory_give_the_same_bits(layout: str, weighting: Any, dtype: torch.dtype) -> None:
     problem = random_problem(replace(DECODING, keys=130), dtype, causal=True)
     inputs = (LAYOUTS[layout](tensor) for tensor in (problem.query, problem.key, problem.value))

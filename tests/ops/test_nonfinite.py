@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import DTYPES, WEIGHTINGS, Problem, Sizes, random_problem, run
+from attention_cases import DTYPES, MAIN_WEIGHTINGS, WEIGHTINGS, Problem, Sizes, random_problem, run
 from tolerance import FROBENIUS_BOUND, GRADIENT_FACTOR
 from torch import Tensor
 
@@ -27,8 +27,20 @@ VISIBILITIES: dict[str, dict[str, Any]] = {
     "window": {"causal": True, "window": (20, None)},
     "masked": {"key_mask": torch.arange(150).expand(2, 150) != PLACE},
 }
-every_visibility = pytest.mark.parametrize(
-    "visibility", ["all", pytest.param("causal", marks=pytest.mark.isa), "window", "masked"]
+# Who sees what is decided before weights are made: every way to see meets the main weightings, every weighting one way.
+every_view = pytest.mark.parametrize(
+    ("visibility", "weighting"),
+    [
+        pytest.param(
+            visibility,
+            WEIGHTINGS[name],
+            id=f"{visibility}-{name}",
+            marks=[pytest.mark.isa] if visibility == "causal" and name in MAIN_WEIGHTINGS else [],
+        )
+        for visibility in VISIBILITIES
+        for name in CHOSEN
+        if visibility == "causal" or name in MAIN_WEIGHTINGS
+    ],
 )
 
 
@@ -66,8 +78,7 @@ def assert_untouched_except(actual: Tensor, clean: Tensor, reached: Tensor, head
 
 
 @every_dtype
-@every_weighting
-@every_visibility
+@every_view
 @every_poison
 def test_a_value_reaches_the_rows_that_weigh_it(
     poison: float, visibility: str, weighting: Any, dtype: torch.dtype
@@ -94,8 +105,7 @@ def test_a_value_reaches_the_rows_that_weigh_it(
 
 
 @every_dtype
-@every_weighting
-@every_visibility
+@every_view
 @every_poison
 def test_a_value_reaches_the_gradients_of_the_rows_that_see_it(
     poison: float, visibility: str, weighting: Any, dtype: torch.dtype
@@ -114,8 +124,7 @@ def test_a_value_reaches_the_gradients_of_the_rows_that_see_it(
 
 
 @every_dtype
-@every_weighting
-@every_visibility
+@every_view
 @every_poison
 def test_a_key_reaches_the_rows_that_see_it(poison: float, visibility: str, weighting: Any, dtype: torch.dtype) -> None:
     problem = random_problem(SIZES, dtype, **VISIBILITIES[visibility])
@@ -154,8 +163,7 @@ def test_a_key_of_minus_infinite_score_has_weight_0(sign: int, dtype: torch.dtyp
 
 
 @every_dtype
-@every_weighting
-@every_visibility
+@every_view
 @every_poison
 def test_a_query_reaches_its_own_row(poison: float, visibility: str, weighting: Any, dtype: torch.dtype) -> None:
     problem = random_problem(SIZES, dtype, **VISIBILITIES[visibility])
@@ -175,8 +183,7 @@ def test_a_query_reaches_its_own_row(poison: float, visibility: str, weighting: 
 
 
 @every_dtype
-@every_weighting
-@every_visibility
+@every_view
 @every_poison
 def test_a_gradient_of_the_output_reaches_its_own_row(
     poison: float, visibility: str, weighting: Any, dtype: torch.dtype

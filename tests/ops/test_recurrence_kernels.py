@@ -11,6 +11,9 @@ import pytest
 import torch
 from attention_cases import DTYPES, LAYOUTS
 from recurrence_cases import (
+    CAUSAL,
+    EVERY_DTYPE,
+    ON_EVERY_ISA,
     OPTIONS,
     PACKINGS,
     Problem,
@@ -28,11 +31,9 @@ from tolerance import FROBENIUS_BOUND, Comparison, assert_close_to_reference
 import sightline as sl
 
 # Around the kernels' chunks of 64 and their sub-blocks of 16, and several of them.
-LENGTHS = [1, 2, 15, 17, 63, pytest.param(64, marks=pytest.mark.isa), 65, pytest.param(203, marks=pytest.mark.isa), 513]
+LENGTHS = [1, 2, 15, 17, 63, ON_EVERY_ISA(64), 65, ON_EVERY_ISA(203), 513]
 # (Dk, Dv) around the vectors of every instruction set, and the largest.
 WIDTHS = [(1, 1), (3, 5), (8, 8), (17, 33), (64, 128), (130, 20), (512, 512)]
-CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "unordered"])
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
 
 @CAUSAL
@@ -104,8 +105,7 @@ def test_one_output_alone_has_gradients(wanted, causal):
     assert_results_are_close(problem, gradients)
 
 
-@pytest.mark.isa
-@pytest.mark.parametrize("step", [100.0, 25.0, 7.0, -7.0, -100.0])
+@pytest.mark.parametrize("step", [100.0, ON_EVERY_ISA(25.0), 7.0, -7.0, ON_EVERY_ISA(-100.0)])
 @CAUSAL
 @EVERY_DTYPE
 def test_steep_keys_lose_no_accuracy(dtype, step, causal):
@@ -189,8 +189,7 @@ def test_a_long_sequence_goes_back_segment_by_segment():
         assert error < 3e-5, name
 
 
-@pytest.mark.isa
-@pytest.mark.parametrize("option", ["plain", "key_mask", "left_padding", "everything"])
+@pytest.mark.parametrize("option", ["plain", "key_mask", "left_padding", ON_EVERY_ISA("everything")])
 @pytest.mark.parametrize("step", [0.0, 25.0, -25.0, 100.0])
 @EVERY_DTYPE
 def test_a_sequence_in_pieces_gives_the_outputs_and_the_state_of_the_whole(dtype, step, option):
@@ -209,8 +208,7 @@ def test_a_sequence_in_pieces_gives_the_outputs_and_the_state_of_the_whole(dtype
         assert_close_to_reference(compare(name, problem), name=name, dtype=dtype, redraw=redraw)
 
 
-@pytest.mark.isa
-@pytest.mark.parametrize("option", ["plain", "everything"])
+@pytest.mark.parametrize("option", ["plain", ON_EVERY_ISA("everything")])
 @EVERY_DTYPE
 def test_a_long_sequence_without_order_is_gathered_segment_by_segment(dtype, option):
     """Several times as long as the shortest segment (2048), with keys that climb from one to the next."""

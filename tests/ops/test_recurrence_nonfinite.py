@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
-from attention_cases import DTYPES
 from recurrence_cases import (
+    CAUSAL,
+    EVERY_DTYPE,
+    ON_EVERY_ISA,
     Sizes,
     assert_non_finite_keys_are_what_they_are_in_the_formula,
     outputs,
@@ -15,9 +17,6 @@ from recurrence_cases import (
     random_problem,
     run,
 )
-
-CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "unordered"])
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
 
 def test_a_non_finite_value_of_a_late_segment_reaches_its_column_alone():
@@ -50,10 +49,9 @@ def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(dtype, 
     assert torch.equal(spoilt["memory"][~states], clean["memory"][~states])
 
 
-@pytest.mark.isa
 @CAUSAL
 @EVERY_DTYPE
-@pytest.mark.parametrize("option", ["plain", "everything"])
+@pytest.mark.parametrize("option", ["plain", ON_EVERY_ISA("everything")])
 @pytest.mark.parametrize("number", [-math.inf, math.nan, math.inf])
 def test_non_finite_keys_forward_and_backward(number, option, dtype, causal):
     sizes = Sizes(length=150)

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from attention_cases import DTYPES
 from recurrence_cases import (
+    CAUSAL,
+    EVERY_DTYPE,
     OPTIONS,
     Problem,
     Sizes,
@@ -18,9 +19,6 @@ from recurrence_cases import (
     outputs,
     random_problem,
 )
-
-CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "unordered"])
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
 
 @pytest.mark.isa

@@ -51,18 +51,19 @@ def test_row_whose_weights_all_underflow_counts_as_empty() -> None:
 
 GRADIENT_OPTIONS = {
     "plain": dict,
-    "causal_with_empty_rows": lambda: {"causal": True, "key_lengths": torch.tensor([6, 3])},
-    "key_mask": lambda: {"key_mask": torch.tensor([[True, False, True, True, False, True], [False] * 6])},
+    "causal_with_empty_rows": lambda: {"causal": True, "key_lengths": torch.tensor([5, 2])},
+    "key_mask": lambda: {"key_mask": torch.tensor([[True, False, True, True, False], [False] * 5])},
     "window": lambda: {"window": (1, 0)},
     "dropout": lambda: {"dropout_p": 0.3, "dropout_seed": torch.tensor([5])},
     "zero_scale": lambda: {"scale": 0.0},
-    "chosen_rows": lambda: {"rows": torch.tensor([4, 1, 1])},
+    "chosen_rows": lambda: {"rows": torch.tensor([3, 1, 1])},
 }
 
 
 @pytest.mark.parametrize("option", GRADIENT_OPTIONS.values(), ids=GRADIENT_OPTIONS.keys())
 def test_gradients_of_output_and_log_normalizer(random_inputs: Any, weighting: Any, option: Any) -> None:
-    inputs = [tensor.requires_grad_() for tensor in random_inputs(5, 6, heads=2, key_heads=1, width=4, value_width=2)]
+    # Differences are taken by every number: no more of them than show heads that share keys and rows that see none.
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(4, 5, heads=2, key_heads=1, width=3, value_width=2)]
     options = option()
 
     def outputs(*leaves: Tensor) -> tuple[Tensor, Tensor]:

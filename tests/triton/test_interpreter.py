@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from child_pytest import run_pytest
 
 from sightline.ops.backends import INTERPRETS_TRITON
 
@@ -24,23 +22,11 @@ if INTERPRETS_TRITON:
 @pytest.mark.timeout(TIME_LIMIT)
 @pytest.mark.parametrize("name", MODULES)
 def test_kernels_pass_under_the_interpreter(name: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # A worker of xdist must not pass its identity on.
-    environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_XDIST")}
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"tests/triton/kernels/{name}",
-        ],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
+    result = run_pytest(
+        f"tests/triton/kernels/{name}",
         timeout=TIME_LIMIT,
+        TRITON_INTERPRET="1",
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
     )
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ import pytest
 import torch
 
 import sightline as sl
-from sightline.attention import weighting_scalars
 
 pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
+from triton_cases import variant_of
 
 from sightline.triton import tiles, tuning
-from sightline.triton.arguments import Options, make_variant
 from sightline.triton.problem import Variant
 from sightline.triton.tiles import CANDIDATES, Tile
 
@@ -39,15 +37,6 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("SIGHTLINE_AUTOTUNE", "1")
     tuning._tuned_tiles.cache_clear()
     return tmp_path / "folder" / "tiles.json"
-
-
-def variant_of(
-    weighting: Any, *, length: int = 1000, width: int = 64, dtype: torch.dtype = torch.bfloat16, saves: bool = False
-) -> Variant:
-    query = torch.empty(1, 2, length, width, dtype=dtype, device="meta")
-    scalars = (True, -1, -1, 0.1, 0.0, *weighting_scalars(weighting))
-    variant = make_variant(query, query, Options(*[None] * 9, *scalars))
-    return replace(variant, saves=saves)
 
 
 class Launches:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from attention_cases import DTYPES
 from recurrence_cases import (
+    CAUSAL,
+    EVERY_DTYPE,
     OPTIONS,
     PACKINGS,
     Sizes,
@@ -28,7 +30,6 @@ from sightline.ops.triton_recurrence import ADDITIVE_RECURRENCE_TRITON, ADDITIVE
 
 pytestmark = pytest.mark.usefixtures("arithmetic_of_a_gpu")
 
-CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "unordered"])
 SMALL = Sizes(batch=2, heads=2, key_heads=1, length=70, width=20, value_width=36)
 
 
@@ -80,7 +81,7 @@ def test_options(option, causal):
 
 
 @pytest.mark.parametrize("step", [100.0, -100.0])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@EVERY_DTYPE
 @CAUSAL
 def test_steep_keys_lose_no_accuracy(step, dtype, causal):
     """Keys that climb or fall by `step` every eight rows, in a few channels or all of them."""
