@@ -108,9 +108,9 @@ static bool split_values(float* values, int64_t stride, int rows, int64_t width,
   return false;
 }
 
-// Values of bfloat16 as they lie, (rows, columns), to pairs (padded rows / 2, width). Whether all are finite.
-[[maybe_unused]] static bool pair_values(const uint16_t* from, int64_t from_stride, int rows, int64_t columns,
-                                         int64_t width, const SplitChunk& split) {
+// Rows of bfloat16 as they lie, (rows, columns), to pairs (padded rows / 2, width). Whether all are finite.
+[[maybe_unused]] static bool pair_rows(const uint16_t* from, int64_t from_stride, int rows, int64_t columns,
+                                       int64_t width, uint32_t* to) {
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   __mmask32 non_finite = 0;
   for (int64_t row = 0; row < core::round_up(rows, kPairDepth); row += 2)
@@ -120,7 +120,7 @@ static bool split_values(float* values, int64_t stride, int rows, int64_t width,
       const __m512i pairs = interleave(_mm256_maskz_loadu_epi16(row < rows ? live : 0, source),
                                        _mm256_maskz_loadu_epi16(row + 1 < rows ? live : 0, source + from_stride));
       non_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs, exponent), exponent);
-      store(split.values + column / kPanelLanes * kValuePanel + row / 2 * kPanelLanes, Halves{pairs});
+      store(to + column / kPanelLanes * kValuePanel + row / 2 * kPanelLanes, Halves{pairs});
     }
   return non_finite == 0;
 }
