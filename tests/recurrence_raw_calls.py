@@ -18,6 +18,8 @@ def arguments(operator: Any, **changes: Any) -> tuple[Any, ...]:
         "causal": True,
         "scale": 0.5,
         "output_final_state": True,
+        "needs_gain_gradient": True,
+        "needs_state_gradient": True,
         "grad_output": torch.randn(B, H, N, DV),
     } | changes
     return tuple(given.get(argument.name) for argument in operator._schema.arguments)

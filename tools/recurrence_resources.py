@@ -58,7 +58,7 @@ def measure(arch: int, dtype: str, width: int, causal: bool) -> Iterator[tuple[s
         arguments = (query, key, key, key.float(), mask, None, state[..., 0], state, causal, 1.0)
         recurrence_launch.additive_recurrence(*arguments, True)
         forward = len(compiled)
-        recurrence_launch.additive_recurrence_backward(query, state[..., 0], state, *arguments)
+        recurrence_launch.additive_recurrence_backward(query, state[..., 0], state, *arguments, True, True)
         del compiled[forward : forward + 2]  # the states, computed again
     finally:
         for name, kernel in originals.items():

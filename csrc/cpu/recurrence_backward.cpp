@@ -6,8 +6,10 @@
 // chunks' normalisers and q dq per row and channel; a longer sequence takes its segments from the last to the first,
 // each from a state stored on a first walk, so that memory does not grow with the sequence but for one state per
 // segment. With order, chunks of 16-bit inputs go through the tile unit where there is one
-// (recurrence_split_backward.h).
+// (recurrence_split_backward.h). Without order there are three walks over the rows (recurrence_unordered_backward.h),
+// each over all segments of a long sequence at once.
 #include "cpu/kernel_table.h"
+#include "cpu/recurrence_gradient_segments.h"
 #include "cpu/recurrence_split_backward.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
@@ -22,13 +24,6 @@ void upper_triangle_product(float* a, const float* b, int64_t b_stride, float* c
     accumulate_product(finite, {a + begin * kChunkRows + begin, 1, kChunkRows}, b + begin * b_stride, b_stride,
                        c + begin * c_stride, c_stride, end - begin, columns, rows - begin);
   }
-}
-
-void add_chunk_to_transposed_state(const Head& head, bool finite, BackwardScratch& scratch) {
-  const KeyChunk& chunk = scratch.chunk;
-  accumulate_product(finite && is_finite(chunk.gained, chunk.rows * chunk.stride),
-                     {scratch.values, 1, scratch.value_stride}, chunk.gained, chunk.stride, scratch.transposed_state,
-                     chunk.stride, head.problem.value_width, chunk.stride, chunk.rows);
 }
 
 // Whether the chunk's products may go through the tile unit.
@@ -162,17 +157,6 @@ void change_gradient_unit(BackwardScratch& scratch, const float* shift) {
   }
 }
 
-// dv and G v of the rows from what comes after the chunk, in the scratch.
-void receive_from_later_rows(const Head& head, BackwardScratch& scratch) {
-  const KeyChunk& chunk = scratch.chunk;
-  transpose(scratch.state_gradient, scratch.value_stride, scratch.transposed_gradient, chunk.stride, chunk.stride,
-            scratch.value_stride);
-  product<false>({chunk.gained, chunk.stride, 1}, scratch.state_gradient, scratch.value_stride, scratch.grad_values,
-                 scratch.value_stride, chunk.rows, scratch.value_stride, head.problem.key_width);
-  product<false>({scratch.values, scratch.value_stride, 1}, scratch.transposed_gradient, chunk.stride, scratch.received,
-                 chunk.stride, chunk.rows, chunk.stride, head.problem.value_width);
-}
-
 // The keys' weights and the values transposed, as receive_from_head() reads them.
 void transpose_chunk(BackwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
@@ -206,6 +190,7 @@ void receive_from_head(const Head& head, bool finite_queries, bool finite_output
 void run_back(const Head& head, int64_t first, BackwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
   transpose_chunk(scratch);
+  transpose_gradient(scratch);
   receive_from_later_rows(head, scratch);
   head.for_each_query_head([&](int64_t query_head) {
     const bool finite_outputs = load_grad_outputs(head, query_head, first, chunk.rows, scratch);
@@ -271,7 +256,7 @@ void run_causal(const Head& head, BackwardScratch& scratch) {
   const int64_t segments = (sequence.end - sequence.begin + kKeptRows - 1) / kKeptRows;
   const int64_t state_size = scratch.value_stride * scratch.chunk.stride;
   const auto segment_begin = [&](int64_t segment) { return sequence.begin + segment * kKeptRows; };
-  start_transposed_state(head, scratch);
+  start_transposed_state(head, true, scratch);
   for (int64_t segment = 0; segment + 1 < segments; ++segment) {
     scratch.segment_start(segment).copy_from(scratch.normalizer, head.problem.key_width);
     __builtin_memcpy(scratch.segment_states + segment * state_size, scratch.transposed_state,
@@ -286,52 +271,11 @@ void run_causal(const Head& head, BackwardScratch& scratch) {
                        static_cast<size_t>(state_size) * sizeof(float));
     }
     const int64_t chunks = sweep_forward<kParts, kValueParts>(head, begin, end, scratch);
-    if (segment + 1 == segments) start_gradient(head, scratch);
+    if (segment + 1 == segments) {
+      zero(scratch.state_gradient, state_size);
+      start_gradient(head, scratch);
+    }
     sweep_back<kParts, kValueParts>(head, begin, end, chunks, scratch);
-  }
-  write_initial_gradients(head, scratch);
-}
-
-// Every row reads the final state: G is the sum over all queries, and r is one for all rows.
-void run_without_order(const Head& head, BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
-  KeyChunk& chunk = scratch.chunk;
-  const int64_t begin = head.sequence.begin, end = head.sequence.end, width = problem.key_width;
-  start_transposed_state(head, scratch);
-  advance_state(head, begin, end, scratch);
-  start_gradient(head, scratch);
-  for (int64_t d = 0; d < chunk.stride; ++d) chunk.inverse[d] = d < width ? scratch.normalizer.inverse(d) : 0.0f;
-  const Vec scale = Vec::broadcast(problem.scale);
-  for (int64_t first = begin; first < end; first += kChunkRows) {
-    const int rows = static_cast<int>(core::smaller(kChunkRows, end - first));
-    head.for_each_query_head([&](int64_t query_head) {
-      const bool finite = load_grad_outputs(head, query_head, first, rows, scratch);
-      load_scaled_queries(head, query_head, first, rows, chunk.inverse, 0, scratch);
-      product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
-                     scratch.received, chunk.stride, rows, chunk.stride, problem.value_width);
-      for (int row = 0; row < rows; ++row) {
-        float* gradient = scratch.received + row * chunk.stride;
-        for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth) {
-          const Vec inverse = Vec::load(chunk.inverse + d);
-          const Mask dead = equal(inverse, Vec::broadcast(0.0f));
-          store(gradient + d, select(dead, inverse, Vec::load(gradient + d) * inverse * scale));
-        }
-        narrow(gradient,
-               writable_row_of(head.gradients.grad_query, problem.dtype, head.sequence.batch, query_head, first + row),
-               problem.dtype, width);
-      }
-      accumulate_product(finite, {scratch.queries, 1, chunk.stride}, scratch.grad_outputs, scratch.value_stride,
-                         scratch.state_gradient, scratch.value_stride, width, scratch.value_stride, rows);
-    });
-  }
-  set_response_to_state(head, scratch);
-  for (int64_t first = begin; first < end; first += chunk.rows) {
-    load_keys(problem, head.sequence.batch, head.key_head, first,
-              static_cast<int>(core::smaller(kChunkRows, end - first)), chunk);
-    weigh_keys<false>(problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
-    load_values(head, first, chunk.rows, scratch);
-    receive_from_later_rows(head, scratch);
-    write_key_gradients(head, nullptr, scratch);
   }
   write_initial_gradients(head, scratch);
 }
@@ -349,11 +293,56 @@ void pass_gradients_on(const Head& head) {
   }
 }
 
+// A long sequence without order, walk by walk.
+template <int kParts, int kValueParts>
+void run_segments(const BackwardPlan& plan, const Parallel& parallel) {
+  const RecurrenceProblem& problem = *plan.problem;
+  const int64_t heads = problem.batch * problem.key_heads, segments = plan.unordered.count;
+  const SegmentGradients between(plan, heads * segments);
+  const auto head_of = [&](int64_t index) {
+    return Head{problem, *plan.gradients, find_sequence(problem, index / problem.key_heads), index % problem.key_heads};
+  };
+  const auto segment_of = [&](int64_t index) {
+    Sequence sequence = head_of(index / segments).sequence;
+    sequence.begin = index % segments * plan.unordered.rows;
+    sequence.end = core::smaller(problem.length, sequence.begin + plan.unordered.rows);
+    return Head{problem, *plan.gradients, sequence, index / segments % problem.key_heads};
+  };
+  for_each_unit<BackwardScratch>(parallel, heads * segments, plan, [&](int64_t index, BackwardScratch& scratch) {
+    const Head segment = segment_of(index);
+    start_transposed_state(segment, index % segments == 0, scratch);
+    gather_state<kParts, kValueParts>(segment, scratch);
+    between.put_state(index, scratch);
+  });
+  for (int64_t first = 0; first < heads * segments; first += segments)
+    for (int64_t index = first + 1; index < first + segments; ++index) between.merge_states(first, index);
+  for_each_unit<BackwardScratch>(parallel, heads * segments, plan, [&](int64_t index, BackwardScratch& scratch) {
+    between.get_state(index / segments * segments, scratch);
+    read_rows<kParts, kValueParts>(segment_of(index), scratch);
+    between.put_gradient(index, scratch);
+  });
+  for_each_unit<BackwardScratch>(parallel, heads, plan, [&](int64_t head, BackwardScratch& scratch) {
+    const int64_t first = head * segments;
+    between.get_state(first, scratch);
+    zero(scratch.state_gradient, scratch.chunk.stride * scratch.value_stride);
+    for (int64_t index = first; index < first + segments; ++index) between.add_gradient(index, scratch);
+    finish_state_gradient(head_of(head), scratch);
+    between.put_gradient(first, scratch);
+  });
+  for_each_unit<BackwardScratch>(parallel, heads * segments, plan, [&](int64_t index, BackwardScratch& scratch) {
+    between.get_gradient(index / segments * segments, scratch);
+    give_to_rows<kParts, kValueParts>(segment_of(index), scratch);
+  });
+}
+
 }  // namespace
 
 void recurrence_backward(const RecurrenceProblem& problem, const RecurrenceGradients& gradients,
                          const Parallel& parallel) {
   const BackwardPlan plan(problem, gradients);
+  if (plan.unordered.count > 1)
+    return with_unordered_parts(plan.parts,
+                                [&](auto parts, auto values) { run_segments<parts, values>(plan, parallel); });
   for_each_unit<BackwardScratch>(
       parallel, problem.sequences() * problem.key_heads, plan, [&plan](int64_t index, BackwardScratch& scratch) {
         const RecurrenceProblem& task = *plan.problem;
@@ -363,7 +352,8 @@ void recurrence_backward(const RecurrenceProblem& problem, const RecurrenceGradi
         else if (task.causal)
           with_parts(plan.parts, [&](auto parts, auto values) { run_causal<parts, values>(head, scratch); });
         else
-          run_without_order(head, scratch);
+          with_unordered_parts(plan.parts,
+                               [&](auto parts, auto values) { run_without_order<parts, values>(head, scratch); });
       });
 }
 

@@ -47,6 +47,18 @@ SIGHTLINE_INLINE Sequence find_sequence(const RecurrenceProblem& problem, int64_
   return {index, 0, problem.cuts[index], problem.cuts[index + 1]};
 }
 
+// A function of the shape alone: the bits of a result depend on it.
+struct Segments {
+  int64_t count, rows;
+};
+SIGHTLINE_INLINE Segments unordered_segments(const RecurrenceProblem& problem) {
+  if (problem.causal || problem.cuts != nullptr || problem.length == 0) return {1, problem.length};
+  const int64_t heads = core::larger(problem.batch * problem.key_heads, 1);
+  const int64_t most = core::larger(core::smaller(kSegmentUnits / heads, problem.length / kSegmentRows), 1);
+  const int64_t rows = core::round_up((problem.length + most - 1) / most, kChunkRows);
+  return {(problem.length + rows - 1) / rows, rows};
+}
+
 // `rows` rows of `width` numbers as fp32, the rest of each row `padding` zeros.
 [[maybe_unused]] static void load_rows(const HeadsView& view, DType dtype, int64_t batch, int64_t head, int64_t first,
                                        int64_t column, int rows, int64_t width, float* to, int64_t stride) {
@@ -93,6 +105,23 @@ struct Normalizer {
 SIGHTLINE_INLINE float change_of_unit(float before, float after) {
   if (after == INFINITY) return NAN;
   return before == after ? 1.0f : static_cast<float>(std::exp(static_cast<double>(before) - after));
+}
+
+// What brings the states of earlier and of later rows to the unit of both.
+struct Merge {
+  float kept, added;
+};
+
+// The normaliser of a channel after the rows of both, in place of the first.
+SIGHTLINE_INLINE Merge merge_channel(const Normalizer& all, const Normalizer& more, int64_t d) {
+  const float before = all.shift[d], other = more.shift[d];
+  const float shift = before < other ? other : before;
+  const Merge merge{before == -INFINITY ? 0.0f : change_of_unit(before, shift),
+                    other == -INFINITY ? 0.0f : change_of_unit(other, shift)};
+  all.shift[d] = shift;
+  all.sum[d] = merge.kept == 0.0f ? 0.0 : all.sum[d] * merge.kept;
+  if (merge.added != 0.0f) all.sum[d] += more.sum[d] * merge.added;
+  return merge;
 }
 
 struct KeyChunk {

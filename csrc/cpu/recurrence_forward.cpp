@@ -132,29 +132,33 @@ void run_segments(const Plan& plan, const Parallel& parallel) {
   const int64_t columns = problem.batch * problem.key_heads * plan.blocks;
   const SegmentStates states(plan, columns);
   const auto segment_of = [&](int64_t index) {
-    const int64_t column = index / plan.segments;
+    const int64_t column = index / plan.segments.count;
     Unit unit = unit_of(plan, column / plan.blocks, column % plan.blocks);
-    unit.sequence.begin = index % plan.segments * plan.segment_rows;
-    unit.sequence.end = core::smaller(problem.length, unit.sequence.begin + plan.segment_rows);
+    unit.sequence.begin = index % plan.segments.count * plan.segments.rows;
+    unit.sequence.end = core::smaller(problem.length, unit.sequence.begin + plan.segments.rows);
     return unit;
   };
-  for_each_unit<ForwardScratch>(parallel, columns * plan.segments, plan, [&](int64_t index, ForwardScratch& scratch) {
-    const Unit unit = segment_of(index);
-    start_state(problem, unit, scratch);
-    with_parts(plan.parts, [&](auto parts, auto value_parts) { gather<parts, value_parts>(problem, unit, scratch); });
-    states.put(index, scratch, unit.stride);
-  });
+  for_each_unit<ForwardScratch>(
+      parallel, columns * plan.segments.count, plan, [&](int64_t index, ForwardScratch& scratch) {
+        const Unit unit = segment_of(index);
+        start_state(problem, unit, scratch);
+        with_parts(plan.parts,
+                   [&](auto parts, auto value_parts) { gather<parts, value_parts>(problem, unit, scratch); });
+        states.put(index, scratch, unit.stride);
+      });
   for_each_unit<NoScratch>(parallel, columns, plan, [&](int64_t column, NoScratch&) {
-    const int64_t first = column * plan.segments;
-    for (int64_t index = first + 1; index < first + plan.segments; ++index)
+    const int64_t first = column * plan.segments.count;
+    for (int64_t index = first + 1; index < first + plan.segments.count; ++index)
       states.merge(first, index, segment_of(index).stride);
   });
-  for_each_unit<ForwardScratch>(parallel, columns * plan.segments, plan, [&](int64_t index, ForwardScratch& scratch) {
-    const Unit unit = segment_of(index);
-    states.get(index / plan.segments * plan.segments, unit.stride, scratch);
-    with_parts(plan.parts, [&](auto parts, auto value_parts) { read_out<parts, value_parts>(problem, unit, scratch); });
-    if (unit.sequence.begin == 0) write_state(problem, unit, scratch);
-  });
+  for_each_unit<ForwardScratch>(
+      parallel, columns * plan.segments.count, plan, [&](int64_t index, ForwardScratch& scratch) {
+        const Unit unit = segment_of(index);
+        states.get(index / plan.segments.count * plan.segments.count, unit.stride, scratch);
+        with_parts(plan.parts,
+                   [&](auto parts, auto value_parts) { read_out<parts, value_parts>(problem, unit, scratch); });
+        if (unit.sequence.begin == 0) write_state(problem, unit, scratch);
+      });
 }
 
 }  // namespace
@@ -168,7 +172,7 @@ void recurrence_forward(const RecurrenceProblem& problem, const Parallel& parall
     return;
   }
   const Plan plan(problem, parallel.threads);
-  if (plan.segments > 1) return run_segments(plan, parallel);
+  if (plan.segments.count > 1) return run_segments(plan, parallel);
   for_each_unit<ForwardScratch>(parallel, problem.sequences() * problem.key_heads * plan.blocks, plan,
                                 [&plan](int64_t index, ForwardScratch& scratch) { run_unit(plan, index, scratch); });
 }

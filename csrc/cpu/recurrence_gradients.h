@@ -11,11 +11,14 @@ struct BackwardPlan {
   const RecurrenceProblem* problem;
   const RecurrenceGradients* gradients;
   int64_t longest;   // sequence
-  int64_t segments;  // of the longest sequence
-  Parts parts;       // without order products are in fp32
+  int64_t segments;  // of the longest sequence, with order
+  Segments unordered;
+  Parts parts;
 
   BackwardPlan(const RecurrenceProblem& task, const RecurrenceGradients& wanted)
-      : problem(&task), gradients(&wanted), parts(task.causal ? split_parts(task.dtype) : Parts{0, 0}) {
+      : problem(&task), gradients(&wanted), unordered(unordered_segments(task)), parts(split_parts(task.dtype)) {
+    // Weights, state and G of bfloat16 without order are rounded once for many rows, which all read the same.
+    if (!task.causal && parts.values == 1) parts.factors = 1;
     longest = 0;
     for (int64_t index = 0; index < task.sequences(); ++index) {
       const Sequence sequence = find_sequence(task, index);
@@ -62,6 +65,7 @@ struct SplitGradients {
   uint16_t* grad_rows;             // (value parts, kChunkRows, value_depth)
   uint32_t* grad_pairs;            // (value parts, padded Dv / 16, kChunkRows / 2, 16)
   uint32_t* state;                 // the state or G, either way round
+  uint32_t* transposed_gradient;   // G transposed, without order
   uint16_t* triangle;              // (parts, kChunkRows, kChunkRows)
 
   void carve(Arena& arena, Parts of, const RecurrenceProblem& problem) {
@@ -80,6 +84,7 @@ struct SplitGradients {
     grad_rows = arena.take<uint16_t>(of.values * kChunkRows * value_depth);
     grad_pairs = arena.take<uint32_t>(of.values * values * kChunkRows / 2);
     state = arena.take<uint32_t>(parts * core::larger(key_depth * values, value_depth * keys) / 2);
+    transposed_gradient = arena.take<uint32_t>(problem.causal ? 0 : parts * value_depth * keys / 2);
     triangle = arena.take<uint16_t>(parts * kChunkRows * kChunkRows);
   }
 };
@@ -160,13 +165,13 @@ struct BackwardScratch {
   }
 };
 
-// The state that the head starts from, transposed; in the unit of its own normaliser.
-[[maybe_unused]] static void start_transposed_state(const Head& head, BackwardScratch& scratch) {
+// The state that the head starts from, transposed, in the unit of its own normaliser; nothing for later segments.
+[[maybe_unused]] static void start_transposed_state(const Head& head, bool is_first, BackwardScratch& scratch) {
   const RecurrenceProblem& problem = head.problem;
   const int64_t stride = scratch.chunk.stride;
-  scratch.normalizer.start(head.initial_log_normalizer(), problem.key_width);
+  scratch.normalizer.start(is_first ? head.initial_log_normalizer() : nullptr, problem.key_width);
   zero(scratch.transposed_state, scratch.value_stride * stride);
-  for (int64_t d = 0; d < problem.key_width; ++d) {
+  for (int64_t d = 0; is_first && d < problem.key_width; ++d) {
     const float* source = head.memory_row(problem.initial_memory, d);
     if (source == nullptr || scratch.normalizer.sum[d] == 0.0) continue;
     for (int64_t c = 0; c < problem.value_width; ++c) scratch.transposed_state[c * stride + d] = source[c];
@@ -217,14 +222,35 @@ struct BackwardScratch {
   return is_finite(scratch.queries, rows * stride);
 }
 
+// G transposed, as G v is multiplied.
+[[maybe_unused]] static void transpose_gradient(BackwardScratch& scratch) {
+  transpose(scratch.state_gradient, scratch.value_stride, scratch.transposed_gradient, scratch.chunk.stride,
+            scratch.chunk.stride, scratch.value_stride);
+}
+
+// dv and G v of the rows from what comes after the chunk, in the scratch.
+[[maybe_unused]] static void receive_from_later_rows(const Head& head, BackwardScratch& scratch) {
+  const KeyChunk& chunk = scratch.chunk;
+  product<false>({chunk.gained, chunk.stride, 1}, scratch.state_gradient, scratch.value_stride, scratch.grad_values,
+                 scratch.value_stride, chunk.rows, scratch.value_stride, head.problem.key_width);
+  product<false>({scratch.values, scratch.value_stride, 1}, scratch.transposed_gradient, chunk.stride, scratch.received,
+                 chunk.stride, chunk.rows, chunk.stride, head.problem.value_width);
+}
+
+[[maybe_unused]] static void add_chunk_to_transposed_state(const Head& head, bool finite, BackwardScratch& scratch) {
+  const KeyChunk& chunk = scratch.chunk;
+  accumulate_product(finite && is_finite(chunk.gained, chunk.rows * chunk.stride),
+                     {scratch.values, 1, scratch.value_stride}, chunk.gained, chunk.stride, scratch.transposed_state,
+                     chunk.stride, head.problem.value_width, chunk.stride, chunk.rows);
+}
+
 // r = the gradient of the log normaliser - <G, S> with G as it is; in the unit of the last normaliser. The sum is taken
 // in the order of the product G v, so that a single key has no gradient.
 [[maybe_unused]] static void set_response_to_state(const Head& head, BackwardScratch& scratch) {
   const RecurrenceProblem& problem = head.problem;
   const int64_t stride = scratch.chunk.stride;
   const float* given = head.gradients.grad_log_normalizer;
-  transpose(scratch.state_gradient, scratch.value_stride, scratch.transposed_gradient, stride, stride,
-            scratch.value_stride);
+  transpose_gradient(scratch);
   for (int64_t d = 0; d < stride; d += Vec::kWidth) {
     Vec inner = Vec::broadcast(0.0f);
     for (int64_t begin = 0; begin < problem.value_width; begin += kDepthChunk) {
@@ -244,11 +270,11 @@ struct BackwardScratch {
   }
 }
 
-// G and r after the last row, from the gradients of the final state; in the unit of the last normaliser.
+// G and r after the last row: the gradients of the final state on top of `state_gradient`, in the unit of the last
+// normaliser.
 [[maybe_unused]] static void start_gradient(const Head& head, BackwardScratch& scratch) {
   const RecurrenceProblem& problem = head.problem;
   const RecurrenceGradients& gradients = head.gradients;
-  zero(scratch.state_gradient, scratch.chunk.stride * scratch.value_stride);
   for (int64_t d = 0; d < scratch.chunk.stride; ++d) {
     scratch.gradient_shift[d] = scratch.normalizer.shift[d];
     scratch.key_response[d] = 0.0;
@@ -257,7 +283,7 @@ struct BackwardScratch {
     const float* memory = head.memory_row(gradients.grad_memory, d);
     if (memory == nullptr) continue;
     for (int64_t c = 0; c < problem.value_width; ++c)
-      scratch.state_gradient[d * scratch.value_stride + c] = static_cast<float>(memory[c] / sum);
+      scratch.state_gradient[d * scratch.value_stride + c] += static_cast<float>(memory[c] / sum);
   }
   set_response_to_state(head, scratch);
 }

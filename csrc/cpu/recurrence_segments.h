@@ -18,7 +18,7 @@ class SegmentStates {
         rows_(padded(plan.problem->key_width)),
         state_size_(rows_ * state_stride(plan.block)),
         bytes_(carve(nullptr).bytes),
-        memory_(bytes_ * columns * plan.segments) {}
+        memory_(bytes_ * columns * plan.segments.count) {}
 
   void put(int64_t index, const ForwardScratch& scratch, int64_t stride) const {
     const Slot slot = carve(memory_.get() + index * bytes_);
@@ -34,19 +34,13 @@ class SegmentStates {
   void merge(int64_t into, int64_t from, int64_t stride) const {
     const Slot all = carve(memory_.get() + into * bytes_), more = carve(memory_.get() + from * bytes_);
     for (int64_t d = 0; d < width_; ++d) {
-      const float before = all.normalizer.shift[d], other = more.normalizer.shift[d];
-      const float shift = before < other ? other : before;
-      const float kept = before == -INFINITY ? 0.0f : change_of_unit(before, shift);
-      const float added = other == -INFINITY ? 0.0f : change_of_unit(other, shift);
+      const Merge merge = merge_channel(all.normalizer, more.normalizer, d);
       float* row = all.state + d * stride;
-      scale_row(row, kept, stride);
-      all.normalizer.shift[d] = shift;
-      all.normalizer.sum[d] = kept == 0.0f ? 0.0 : all.normalizer.sum[d] * kept;
-      if (added == 0.0f) continue;
-      all.normalizer.sum[d] += more.normalizer.sum[d] * added;
+      scale_row(row, merge.kept, stride);
+      if (merge.added == 0.0f) continue;
       const float* others = more.state + d * stride;
       for (int64_t column = 0; column < stride; column += Vec::kWidth)
-        store(row + column, fma(Vec::broadcast(added), Vec::load(others + column), Vec::load(row + column)));
+        store(row + column, fma(Vec::broadcast(merge.added), Vec::load(others + column), Vec::load(row + column)));
     }
   }
 

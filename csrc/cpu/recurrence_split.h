@@ -102,9 +102,9 @@ static bool split_values(float* values, int64_t stride, int rows, int64_t width,
   return false;
 }
 
-// Values of bfloat16 as they lie, (rows, columns), to pairs (padded rows / 2, width). Whether all are finite.
-[[maybe_unused]] static bool pair_values(const uint16_t* from, int64_t from_stride, int rows, int64_t columns,
-                                         int64_t width, const SplitChunk& split) {
+// Rows of bfloat16 as they lie, (rows, columns), to pairs (padded rows / 2, width). Whether all are finite.
+[[maybe_unused]] static bool pair_up_rows(const uint16_t* from, int64_t from_stride, int rows, int64_t columns,
+                                          int64_t width, uint32_t* to) {
   uint32_t non_finite = 0;
   for (int64_t row = 0; row < core::round_up(rows, kPairDepth); row += 2)
     for (int64_t column = 0; column < width; column += 16) {
@@ -113,7 +113,7 @@ static bool split_values(float* values, int64_t stride, int rows, int64_t width,
       const Pairs pairs =
           pair_rows(source, row < rows ? live : none, source + from_stride, row + 1 < rows ? live : none);
       non_finite |= non_finite_bits(pairs);
-      store(split.values + column / kPanelLanes * kValuePanel + row / 2 * kPanelLanes, pairs);
+      store(to + column / kPanelLanes * kValuePanel + row / 2 * kPanelLanes, pairs);
     }
   return non_finite == 0;
 }

@@ -12,8 +12,8 @@ static bool load_split_values(const RecurrenceProblem& problem, const Unit& unit
   if (kValueParts == 1) {
     const void* from = advance(row_of(problem.value, problem.dtype, unit.sequence.batch, unit.key_head, chunk.first),
                                unit.column, problem.dtype);
-    if (pair_values(static_cast<const uint16_t*>(from), problem.value.row_stride, chunk.rows, unit.columns, unit.width,
-                    scratch.split))
+    if (pair_up_rows(static_cast<const uint16_t*>(from), problem.value.row_stride, chunk.rows, unit.columns, unit.width,
+                     scratch.split.values))
       return true;
   }
   load_values(problem, unit, scratch);

@@ -11,21 +11,14 @@ struct Plan {
   const RecurrenceProblem* problem;
   int64_t block;   // value columns of a unit
   int64_t blocks;  // of a head
-  // A function of the shape alone: the bits of a result depend on it.
-  int64_t segments = 1;
-  int64_t segment_rows;
+  Segments segments;
   Parts parts;
 
   Plan(const RecurrenceProblem& task, int threads)
-      : problem(&task), segment_rows(task.length), parts(split_parts(task.dtype)) {
+      : problem(&task), segments(unordered_segments(task)), parts(split_parts(task.dtype)) {
     const int64_t width = padded(task.value_width);
     const int64_t heads = core::larger(task.sequences() * task.key_heads, 1);
-    if (!task.causal && task.cuts == nullptr && task.length > 0) {
-      const int64_t most = core::larger(core::smaller(kSegmentUnits / heads, task.length / kSegmentRows), 1);
-      segment_rows = core::round_up((task.length + most - 1) / most, kChunkRows);
-      segments = (task.length + segment_rows - 1) / segment_rows;
-    }
-    const int64_t units = heads * segments;
+    const int64_t units = heads * segments.count;
     const int64_t wanted = core::larger((threads + units - 1) / units, (width + kLargestBlock - 1) / kLargestBlock);
     // A block of fewer than two vectors leaves the products to wait for their own sums.
     block = core::larger(padded((width + wanted - 1) / wanted), 2 * Vec::kWidth);

@@ -39,6 +39,11 @@ SIGHTLINE_INLINE Pairs pair_rows(const uint16_t* low, Mask low_lanes, const uint
   return {_mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16))};
 }
 
+// Numbers of a row, at most 2 Vec::kWidth, and 0 after the last.
+SIGHTLINE_INLINE Pairs load_numbers(const uint16_t* from, int64_t count) {
+  return {_mm512_maskz_loadu_epi16(count >= 32 ? ~uint32_t{0} : (uint32_t{1} << count) - 1, from)};
+}
+
 // A bit for each number that is infinite or NaN.
 SIGHTLINE_INLINE uint32_t non_finite_bits(Pairs pairs) {
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
@@ -129,6 +134,7 @@ SIGHTLINE_INLINE Pairs broadcast_pair(const uint16_t*) { return {}; }
 SIGHTLINE_INLINE Vec as_floats(Pairs) { return Vec::broadcast(0.0f); }
 SIGHTLINE_INLINE Pairs as_pairs(Vec) { return {}; }
 SIGHTLINE_INLINE Pairs pair_rows(const uint16_t*, Mask, const uint16_t*, Mask) { return {}; }
+SIGHTLINE_INLINE Pairs load_numbers(const uint16_t*, int64_t) { return {}; }
 SIGHTLINE_INLINE uint32_t non_finite_bits(Pairs) { return 0; }
 SIGHTLINE_INLINE Pairs round_to_pairs(Vec, Vec) { return {}; }
 template <bool kLast>

@@ -24,7 +24,8 @@ void register_recurrence_cpu(torch::stable::detail::StableLibrary& library);
   "bool length_scale, bool normalize_qk, float softcap, float reweight_power, float reweight_offset, "        \
   "int reweight_exempt_rows"
 
-// The same for the additive recurrence, with query, key and value. A state of no elements was not asked for.
+// The same for the additive recurrence, with query, key and value. A state or a gradient of no elements was not asked
+// for.
 #define SIGHTLINE_RECURRENCE_ARGUMENTS                                                               \
   "Tensor query, Tensor key, Tensor value, Tensor? key_gain, Tensor? key_mask, Tensor? cu_seqlens, " \
   "Tensor? initial_log_normalizer, Tensor? initial_memory, bool causal, float scale"
@@ -54,7 +55,7 @@ STABLE_TORCH_LIBRARY(sightline, library) {
   library.def(
       "additive_recurrence_backward(Tensor grad_output, Tensor? grad_log_normalizer, Tensor? "
       "grad_memory, " SIGHTLINE_RECURRENCE_ARGUMENTS
-      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_gain, "
+      ", bool needs_gain_gradient, bool needs_state_gradient) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_gain, "
       "Tensor grad_initial_log_normalizer, Tensor grad_initial_memory)");
 }
 

@@ -165,8 +165,11 @@ void additive_recurrence_backward(StableIValue* stack, uint64_t, uint64_t) {
   RecurrenceProblem problem;
   problem.causal = reader.take<bool>();
   problem.scale = static_cast<float>(reader.take<double>());
+  const bool needs_gain_gradient = reader.take<bool>(), needs_state_gradient = reader.take<bool>();
   set_up_sizes(given, problem);
   set_up_options(given, problem);
+  const bool gives_gain = given.key_gain && needs_gain_gradient;
+  const bool gives_state = given.initial_memory && needs_state_gradient;
   const Tensor grad_output = with_contiguous_rows(given_grad_output, "grad_output");
   STD_TORCH_CHECK(grad_output.size(0) == problem.batch && grad_output.size(1) == problem.heads &&
                       grad_output.size(2) == problem.length && grad_output.size(3) == problem.value_width &&
@@ -188,14 +191,14 @@ void additive_recurrence_backward(StableIValue* stack, uint64_t, uint64_t) {
     return result;
   };
   Tensor grad_query = empty_like(given.query), grad_key = empty_like(given.key), grad_value = empty_like(given.value);
-  Tensor grad_gain = given.key_gain ? empty_like(*given.key_gain) : nothing();
+  Tensor grad_gain = gives_gain ? empty_like(*given.key_gain) : nothing();
   gradients.grad_query = writable_heads_view(grad_query);
   gradients.grad_key = writable_heads_view(grad_key);
   gradients.grad_value = writable_heads_view(grad_value);
-  if (given.key_gain) gradients.grad_gain = writable_heads_view(grad_gain);
-  Tensor grad_initial_log_normalizer = given.initial_memory ? empty_log_normalizer(problem) : nothing();
-  Tensor grad_initial_memory = given.initial_memory ? empty_memory(problem) : nothing();
-  if (given.initial_memory) {
+  if (gives_gain) gradients.grad_gain = writable_heads_view(grad_gain);
+  Tensor grad_initial_log_normalizer = gives_state ? empty_log_normalizer(problem) : nothing();
+  Tensor grad_initial_memory = gives_state ? empty_memory(problem) : nothing();
+  if (gives_state) {
     gradients.grad_initial_log_normalizer = static_cast<float*>(grad_initial_log_normalizer.mutable_data_ptr());
     gradients.grad_initial_memory = static_cast<float*>(grad_initial_memory.mutable_data_ptr());
   }

@@ -36,6 +36,19 @@ LENGTHS = [1, 2, 15, 17, 63, ON_EVERY_ISA(64), 65, ON_EVERY_ISA(203), 513]
 WIDTHS = [(1, 1), (3, 5), (8, 8), (17, 33), (64, 128), (130, 20), (512, 512)]
 
 
+def in_threads(problem, gradients):
+    """The results of one, two and five threads."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(problem, "native", gradients))
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
 @CAUSAL
 @pytest.mark.parametrize("length", LENGTHS)
 @EVERY_DTYPE
@@ -208,27 +221,48 @@ def test_a_sequence_in_pieces_gives_the_outputs_and_the_state_of_the_whole(dtype
         assert_close_to_reference(compare(name, problem), name=name, dtype=dtype, redraw=redraw)
 
 
+def unordered_formula(problem, gradients):
+    """What run() gives without order, from the softmax over all rows, in the problem's dtype."""
+    names = ("query", "key", "value", "key_gain", "log_normalizer", "memory")
+    z, memory = problem.options.get("initial_state") or (torch.full((1, 1, 6), -math.inf), torch.zeros(1, 1, 6, 20))
+    gain = problem.options.get("key_gain", torch.ones_like(problem.key))
+    given = (problem.query, problem.key, problem.value, gain, z, memory)
+    wide = torch.promote_types(problem.query.dtype, torch.float32)
+    leaves = [tensor.detach().to(tensor.dtype).requires_grad_() for tensor in given]
+    query, key, value, gain, z, memory = (tensor.to(wide) for tensor in leaves)
+    if "key_mask" in problem.options:
+        key = key.masked_fill(~problem.options["key_mask"][:, None, :, None], -math.inf)
+    total = torch.cat([key, z.unsqueeze(2)], 2).logsumexp(2)
+    final = (z - total).exp().unsqueeze(3) * memory + ((key - total.unsqueeze(2)).exp() * gain).mT @ value
+    output = (problem.options.get("scale", 1.0) * query @ final).to(problem.query.dtype)
+    results = {"output": output, "log_normalizer": total, "memory": final}
+    pairs = [(results[name], gradients[name].to(results[name].dtype)) for name in results]
+    received = torch.autograd.grad([pair[0] for pair in pairs], leaves, [pair[1] for pair in pairs])
+    found = dict(zip(names, received, strict=True))
+    found |= {f"initial {name}": found.pop(name) for name in ("log_normalizer", "memory")}
+    return found | {name: tensor.detach() for name, tensor in results.items()}
+
+
 @pytest.mark.parametrize("option", ["plain", ON_EVERY_ISA("everything")])
 @EVERY_DTYPE
-def test_a_long_sequence_without_order_is_gathered_segment_by_segment(dtype, option):
+def test_a_long_sequence_without_order_goes_segment_by_segment(dtype, option):
     """Several times as long as the shortest segment (2048), with keys that climb from one to the next."""
     sizes = Sizes(batch=1, heads=2, key_heads=1, length=6_500, width=6, value_width=20)
     ramp = torch.arange(6_500.0)[:, None] * torch.tensor([0, 0, 0, 5e-3, 2e-2, -2e-2])
     problem = random_problem(sizes, dtype, causal=False, ramp=ramp, **OPTIONS[option](sizes))
-    exact, in_dtype = outputs(problem.in_float64(), "reference"), outputs(problem, "reference")
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results = outputs(problem, "native")
-            if threads == 1:
-                first = results
-            for name, tensor in results.items():
-                assert torch.equal(tensor, first[name]), name
-    finally:
-        torch.set_num_threads(before)
-    for name, tensor in first.items():
-        assert_close_to_reference(Comparison(tensor, exact[name], in_dtype[name]), name=name, dtype=dtype)
+    gradients = random_gradients(problem)
+    first, *others = in_threads(problem, gradients)
+    for other in others:
+        assert all(torch.equal(tensor, first[name]) for name, tensor in other.items())
+
+    def compare(name, problem):
+        exact, in_dtype = (unordered_formula(given, gradients)[name] for given in (problem.in_float64(), problem))
+        return Comparison(run(problem, "native", gradients)[name], exact, in_dtype)
+
+    for name in first:
+        redraw = partial(lambda name, turn: compare(name, problem.redrawn(turn)), name)
+        is_gradient = name not in gradients
+        assert_close_to_reference(compare(name, problem), name=name, dtype=dtype, gradient=is_gradient, redraw=redraw)
 
 
 @CAUSAL
@@ -314,14 +348,7 @@ def test_results_do_not_depend_on_the_number_of_threads(shape, dtype, causal):
     problem = random_problem(sizes, dtype, causal=causal)
     problem.value[0, 0, 40, 70] = math.inf  # in one block of columns alone
     gradients = random_gradients(problem)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run(problem, "native", gradients))
-    finally:
-        torch.set_num_threads(before)
+    results = in_threads(problem, gradients)
     for other in results[1:]:
         for name, tensor in other.items():
             torch.testing.assert_close(tensor, results[0][name], rtol=0, atol=0, equal_nan=True, msg=name)

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from recurrence_raw_calls import REFUSED, REFUSED_BACKWARD, arguments
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sightline as sl
@@ -70,7 +71,7 @@ def test_opcheck_of_packed_documents(grad):
 def test_opcheck_of_backward_of_packed_documents():
     arguments = packed_arguments(False)
     gradients = tuple(torch.randn_like(part) for part in ADDITIVE_RECURRENCE(*arguments))
-    torch.library.opcheck(ADDITIVE_RECURRENCE_BACKWARD, (*gradients, *arguments[:-1]))
+    torch.library.opcheck(ADDITIVE_RECURRENCE_BACKWARD, (*gradients, *arguments[:-1], True, True))
 
 
 @pytest.mark.parametrize("case", OPCHECK_CASES)
@@ -78,7 +79,46 @@ def test_opcheck_of_backward(case):
     arguments = operator_arguments(make_inputs(), **OPCHECK_CASES[case](False))
     output, *state = ADDITIVE_RECURRENCE(*arguments)
     given = [torch.randn_like(part) if part.numel() else None for part in state]
-    torch.library.opcheck(ADDITIVE_RECURRENCE_BACKWARD, (torch.randn_like(output), *given, *arguments[:-1]))
+    torch.library.opcheck(ADDITIVE_RECURRENCE_BACKWARD, (torch.randn_like(output), *given, *arguments[:-1], True, True))
+
+
+def test_opcheck_of_backward_without_gradients_that_nobody_asked_for():
+    arguments = operator_arguments(make_inputs(), **OPCHECK_CASES["tensors"](False))
+    gradients = tuple(torch.randn_like(part) for part in ADDITIVE_RECURRENCE(*arguments))
+    torch.library.opcheck(ADDITIVE_RECURRENCE_BACKWARD, (*gradients, *arguments[:-1], False, False))
+
+
+class _Sizes(TorchDispatchMode):
+    """Keeps the number of elements of every output of the backward operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        if function is ADDITIVE_RECURRENCE_BACKWARD:
+            self.found.append([result.numel() for result in results])
+        return results
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_that_nobody_asks_for_are_not_computed(causal):
+    """A rotation by positions is a gain without a gradient, and truncated training has a state without one."""
+    inputs, gain, state = make_inputs(grad=True), torch.randn(2, 2, 9, 8), make_state()
+
+    def gradients(gain, state):
+        output = sl.additive_recurrence(*inputs, key_gain=gain, initial_state=state, causal=causal)
+        with _Sizes() as sizes:
+            return torch.autograd.grad(output.square().sum(), inputs), sizes.found[0][3:]
+
+    leaves = [part.clone().requires_grad_() for part in state]
+    every, sizes = gradients(gain.requires_grad_(), sl.RecurrenceState(*leaves))
+    assert sizes == [288, 32, 192]
+    some, sizes = gradients(gain.detach(), state)
+    assert sizes == [0, 0, 0]
+    for one, other in zip(some, every, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("causal", [True, False])

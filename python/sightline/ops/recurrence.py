@@ -28,7 +28,8 @@ ADDITIVE_RECURRENCE_BACKWARD = torch.ops.sightline.additive_recurrence_backward.
 
 # Positions in the schema of `additive_recurrence`.
 TENSORS = slice(0, 8)
-KEY_GAIN, CU_SEQLENS, INITIAL_MEMORY = 3, 5, 7
+KEY_GAIN, CU_SEQLENS = 3, 5
+INITIAL_STATE = slice(6, 8)
 SCALARS = slice(8, 10)
 OUTPUT_FINAL_STATE = 10
 # What the backward takes before these.
@@ -51,6 +52,11 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     query, key, value, key_gain, _, _, log_normalizer, memory = arguments[BACKWARD_LEADING:][TENSORS]
+    needs_gain, needs_state = arguments[BACKWARD_LEADING + SCALARS.stop :]
+    if not needs_gain:
+        key_gain = None
+    if not needs_state:
+        log_normalizer = memory = None
     like = [empty_heads(tensor, *tensor.shape) for tensor in (query, key, value)]
     gain = query.new_empty(0, dtype=torch.float32) if key_gain is None else empty_heads(key_gain, *key_gain.shape)
     states = [
@@ -94,12 +100,14 @@ def _make_functions(operator: Any, backward_operator: Any, kernels: Kernels) -> 
             query, _, value, *_ = inputs = ctx.saved_tensors
             if grad_output is None:
                 grad_output = query.new_zeros((*query.shape[:3], value.shape[3]))
-            results = call_backward(grad_output, grad_log_normalizer, grad_memory, *inputs, *ctx.scalars)
+            wanted = ctx.needs_input_grad[1:]
+            needs = (wanted[KEY_GAIN], any(wanted[INITIAL_STATE]))
+            results = call_backward(grad_output, grad_log_normalizer, grad_memory, *inputs, *ctx.scalars, *needs)
             gradients[1:4] = results[:3]
-            if inputs[KEY_GAIN] is not None:
+            if needs[0]:
                 gradients[1 + KEY_GAIN] = results[3]
-            if inputs[INITIAL_MEMORY] is not None:
-                gradients[INITIAL_MEMORY : INITIAL_MEMORY + 2] = results[4:]
+            if needs[1]:
+                gradients[1 + INITIAL_STATE.start : 1 + INITIAL_STATE.stop] = results[4:]
             return tuple(gradients)
 
     class AdditiveRecurrenceBackward(torch.autograd.Function):

@@ -72,7 +72,7 @@ def queries_are_finite(problem, variant: tl.constexpr, chunk, key_head, within, 
 
 @triton.jit
 def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr):
-    """dx and the gain's gradient in one chunk, a tile of channels."""
+    """dx and, where it is wanted, the gain's gradient in one chunk, a tile of channels."""
     chunk = find_chunk(problem, variant, tl.program_id(0))
     key_head = tl.program_id(1)
     channel = tl.program_id(2) * variant.block_width
@@ -168,7 +168,7 @@ def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr
     gain = load_gain(problem, variant, chunk, key_head, live, channel)
     gradient = tl.where(live[:, None], gain * received + responses, 0.0)
     store_tile(grad_key, chunk, key_head, channel, gradient, variant.width, variant.block_width)
-    if variant.has_gain:
+    if grad_gain.data is not None:
         received = tl.where(live[:, None], received, 0.0)
         store_tile(grad_gain, chunk, key_head, channel, received, variant.width, variant.block_width)
 

@@ -168,7 +168,8 @@ def _in_order(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def additive_recurrence_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """`sightline::additive_recurrence_triton_backward`."""
     grad_output, grad_log_normalizer, grad_memory = arguments[:3]
-    call = _Call("backward", arguments[3:])
+    call = _Call("backward", arguments[3:-2])
+    needs_gain, needs_state = arguments[-2:]
     shape = (*call.query.shape[:3], call.value_width)
     check_gradients(arguments[:3], shape, tuple(call.problem.final_state.shape), call.query)
     final_z, final_state = call.problem.final_log_normalizer, call.problem.final_state
@@ -179,7 +180,7 @@ def additive_recurrence_backward(*arguments: Any) -> tuple[Tensor, ...]:
         grad_query = _writable(call.query, call.query.shape, call.dtype)
         grad_key = _writable(call.key, call.key.shape, call.dtype)
         grad_value = _writable(call.value, call.value.shape, call.dtype)
-        grad_gain = None if key_gain is None else _writable(key_gain, key_gain.shape, key_gain.dtype)
+        grad_gain = _writable(key_gain, key_gain.shape, key_gain.dtype) if key_gain is not None and needs_gain else None
         grad_state = torch.zeros_like(final_state) if grad_memory is None else grad_memory.contiguous()
         response = torch.zeros_like(final_z) if grad_log_normalizer is None else grad_log_normalizer
         gradients = Gradients(
@@ -207,7 +208,7 @@ def additive_recurrence_backward(*arguments: Any) -> tuple[Tensor, ...]:
         )
     results = [_in_order(tensor, call.dtype) for tensor in (grad_query, grad_key, grad_value)]
     results.append(call.fresh(0) if grad_gain is None else _in_order(grad_gain, key_gain.dtype))
-    return (*results, *_initial_gradients(call, gradients))
+    return (*results, *(_initial_gradients(call, gradients) if needs_state else (call.fresh(0), call.fresh(0))))
 
 
 def _initial_gradients(call: _Call, gradients: Gradients) -> tuple[Tensor, Tensor]:

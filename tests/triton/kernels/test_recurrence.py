@@ -140,7 +140,11 @@ def test_opcheck():
     torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON, (*arguments, False))
     output, *final = ADDITIVE_RECURRENCE_TRITON(*arguments, True)
     backward = (torch.randn_like(output), *map(torch.randn_like, final), *arguments)
-    torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON_BACKWARD, backward)
+    torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON_BACKWARD, (*backward, True, True))
+    every = ADDITIVE_RECURRENCE_TRITON_BACKWARD(*backward, True, True)
+    some = ADDITIVE_RECURRENCE_TRITON_BACKWARD(*backward, False, False)
+    assert [gradient.numel() for gradient in some[3:]] == [0, 0, 0]
+    assert all(torch.equal(one, other) for one, other in zip(some[:3], every[:3], strict=True))
 
 
 def test_opcheck_of_packed_documents():
@@ -150,7 +154,7 @@ def test_opcheck_of_packed_documents():
     arguments = (problem.query, problem.key, problem.value, None, None, cuts, *state, True, 0.5)
     torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON, (*arguments, True))
     gradients = map(torch.randn_like, ADDITIVE_RECURRENCE_TRITON(*arguments, True))
-    torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON_BACKWARD, (*gradients, *arguments))
+    torch.library.opcheck(ADDITIVE_RECURRENCE_TRITON_BACKWARD, (*gradients, *arguments, True, True))
 
 
 def test_compiled_forward_and_backward_equal_eager():
