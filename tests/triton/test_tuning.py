@@ -234,6 +234,15 @@ def test_a_place_that_cannot_be_written_is_no_error(hopper: Path) -> None:
     assert tune(Launches(pytest.fail), "forward", variant_of(sl.Softmax())) == wanted
 
 
+def test_what_is_no_file_is_not_replaced(hopper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper.mkdir(parents=True)
+    replaced: list[Path] = []
+    monkeypatch.setattr(Path, "replace", lambda source, target: replaced.append(target))
+    tuning.TunedTiles(hopper).keep("one", Tile(16, 16, 4, 1))
+    assert replaced == []
+    assert [path.name for path in hopper.parent.iterdir()] == [hopper.name]
+
+
 def test_two_processes_that_tune_keep_what_the_other_found(hopper: Path) -> None:
     first, second = tuning.TunedTiles(hopper), tuning.TunedTiles(hopper)
     first.keep("one", Tile(16, 16, 4, 1))
