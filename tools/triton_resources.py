@@ -1,30 +1,39 @@
 """Compile the Triton kernels without a GPU, say what they use, and fail where a register spills.
 
-    python tools/triton_resources.py             every case below; writes docs/triton_resources.md
-    python tools/triton_resources.py --check --arch 90 --dtype bf16 --width 64 128 --weighting lssar
-    python tools/triton_resources.py --candidates          the tiles with tensor descriptors, which no call gets untuned
+    python tools/triton_resources.py             every case of docs/triton_resources.md, which is written anew
+    python tools/triton_resources.py --compare   the same, held against the page; what CI runs
+    python tools/triton_resources.py --print --target sm_90 gfx942 --dtype bf16 --width 64 128 --case lssar
+    python tools/triton_resources.py --print --section candidates --target sm_100
 
-The kernels are launched by the library itself on memory that is never read: a stand-in for the driver names the
-architecture, and each launch compiles and stops there. So what is measured has the tiles, warps and specialisations of
-a real call. The second launch of a kernel, which repairs programs with non-finite results, is left out.
+Every kernel passes the compiler, whatever Triton has in its cache. The page has three sections: `defaults`, the tiles
+of untuned calls; `candidates`, the tiles with tensor descriptors that tuning tries; `recurrence`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import recurrence_resources
+import resource_page
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
+from kernel_usage import (
+    DTYPES,
+    SHARED_MEMORY,
+    Usage,
+    bulk_loads,
+    compiling_only,
+    fresh_cache,
+    products,
+    registers_and_spills,
+    split_loops,
+)
 from triton.runtime import driver
 
 import sightline as sl
@@ -32,18 +41,8 @@ from sightline.attention import weighting_scalars  # the operator takes a weight
 from sightline.triton import launch, tuning
 from sightline.triton.tiles import Tile, candidates, choose_tile
 
-PAGE = Path(__file__).parent.parent / "docs" / "triton_resources.md"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHTINGS = {"softmax": sl.Softmax(), "lssa": sl.LSSA(), "lssar": sl.LSSAR()}
-WIDTHS = (64, 128, 256)
-# Bytes of shared memory that one block may use.
-SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
-TABLED = (80, 90)
-# Candidates with descriptors on Hopper, and those of them that are specialised on Blackwell.
-CANDIDATES_TABLED = (90, 100)
-CANDIDATE_DTYPES = ("fp16", "bf16")
-CANDIDATE_WIDTHS = (64, 128)
-TITLE_OF_CANDIDATES = "## Tiles that tuning tries"
+ORDERS = ("causal", "unordered")  # of the recurrence
 KERNELS = (
     "attention_forward",
     "prepare_rows",
@@ -59,87 +58,32 @@ KERNELS = (
 HEADS, KEY_HEADS, LENGTH = 8, 2, 4096
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What one compiled kernel uses."""
+class Case(NamedTuple):
+    """What one call compiles."""
 
-    arch: int
-    kernel: str
-    weighting: str
+    section: str
+    target: str
+    name: str  # the weighting; of the recurrence, the order
     dtype: str
     width: int
-    tile: str
-    registers: int
-    spilled: int
-    shared: int
-    bulk_loads: int = 0  # instructions of the tensor memory accelerator
-    split_loops: int = 0  # loops whose work has warps of its own
-    products: str = ""  # the instructions that multiply: "wgmma" of whole warp groups, "mma" of single warps
-    effective: bool = True  # whether what the tile asks for is in the code
-
-    @property
-    def fits(self) -> bool:
-        return self.effective and self.spilled == 0 and self.shared <= SHARED_MEMORY[self.arch]
 
 
-class Architecture:
-    """Stands in for Triton's driver: names a target and owns no device."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # compiled kernels are kept by device
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+def _combined(
+    section: str, targets: Iterable[str], widths: Iterable[int], dtypes: Iterable[str], names: Iterable[str]
+) -> list[Case]:
+    order = itertools.product(targets, widths, dtypes, names)
+    return [Case(section, target, name, dtype, width) for target, width, dtype, name in order]
 
 
-class CompileOnly:
-    """A kernel whose launch compiles it and hands what came out to `keep`."""
-
-    def __init__(self, kernel: Any, keep: list[tuple[str, Any, Any]]) -> None:
-        self.kernel = kernel
-        self.keep = keep
-
-    def __getitem__(self, grid: Any) -> Any:
-        def compile_it(*arguments: Any, **options: Any) -> None:
-            variant = next(argument for argument in arguments if hasattr(argument, "safe"))
-            if not variant.safe:
-                self.keep.append(
-                    (self.kernel.fn.__name__, variant, self.kernel.warmup(*arguments, grid=grid, **options))
-                )
-
-        return compile_it
-
-
-def _assembled(compiled: Any, arch: int) -> tuple[int, int]:
-    """Registers and spilled bytes, as ptxas reports them."""
-    name = "ptxas-blackwell" if arch >= 100 else "ptxas"
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-        command = [str(ptxas), "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", report)
-    spills = re.findall(r"(\d+) bytes spill", report)
-    if registers is None or not spills:
-        raise RuntimeError(f"ptxas: no usage in its report:\n{report}")
-    return int(registers[1]), sum(map(int, spills))
-
-
-def _products(ptx: str) -> str:
-    """The instructions by which a kernel multiplies matrices."""
-    kinds = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync.aligned"}
-    return " and ".join(kind for kind, instruction in kinds.items() if instruction in ptx)
+EVERY_CASE = [
+    *_combined("defaults", ["sm_80", "sm_90"], [64, 128, 256], DTYPES, WEIGHTINGS),
+    *_combined("defaults", ["gfx942"], [64, 128, 256], ["bf16", "fp32"], ["softmax", "lssar"]),
+    *_combined("defaults", ["gfx942"], [128], ["fp16"], ["lssa"]),
+    *_combined("defaults", ["sm_86", "sm_100", "sm_120", "gfx90a"], [128], ["bf16"], ["softmax", "lssar"]),
+    # Candidates with descriptors on Hopper, and those of them that are specialised on Blackwell.
+    *_combined("candidates", ["sm_90", "sm_100"], [64, 128], ["fp16", "bf16"], WEIGHTINGS),
+    *_combined("recurrence", ["sm_80", "sm_90", "gfx942", "gfx90a"], [128], ["bf16", "fp32"], ORDERS),
+]
 
 
 def _launch_candidates(kernel: str, variant: Any, launch_tile: Any, describable: Any) -> Tile:
@@ -151,49 +95,49 @@ def _launch_candidates(kernel: str, variant: Any, launch_tile: Any, describable:
     return choose_tile(kernel, variant)
 
 
-def measure(
-    arch: int,
-    weighting: str,
-    dtype: str,
-    width: int,
-    kernels: tuple[str, ...] = KERNELS,
-    of_candidates: bool = False,
-) -> Iterator[Usage]:
+def measure(case: Case, kernels: tuple[str, ...] = KERNELS) -> Iterator[Usage]:
     """Compile the kernels of one case, forward with saved rows and backward with the gradient of a broadcast mask."""
     os.environ["SIGHTLINE_TUNING"] = os.devnull  # the defaults are meant, whatever this machine has tuned
-    driver.set_active(Architecture(arch))
-    compiled: list[tuple[str, Any, Any]] = []
-    originals = {name: getattr(launch, name) for name in KERNELS}
+    weighting = WEIGHTINGS[case.name]
+    of_candidates = case.section == "candidates"
+    results: list[tuple[str, Any, Any]] = []
+
+    def wanted(name: str, variant: Any) -> bool:
+        # What repairs programs with non-finite results runs on next to no data.
+        return name in kernels and variant.descriptors == of_candidates and not variant.safe
+
     tile_for = tuning.tile_for
-    for name in KERNELS:
-        setattr(launch, name, CompileOnly(originals[name], compiled))
     if of_candidates:
         tuning.tile_for = _launch_candidates
     try:
-        _call_operators(WEIGHTINGS[weighting], DTYPES[dtype], width, kernels)
+        with compiling_only(case.target, launch, KERNELS, lambda *result: results.append(result), wanted):
+            _call_operators(weighting, DTYPES[case.dtype], case.width, kernels)
     finally:
-        for name, kernel in originals.items():
-            setattr(launch, name, kernel)
         tuning.tile_for = tile_for
     seen: set[Usage] = set()
-    for name, variant, result in compiled:
-        if name in kernels and variant.descriptors == of_candidates:
-            registers, spilled = _assembled(result, arch)
-            metadata = result.metadata
-            tile = f"{variant.row_tile} x {variant.key_tile}, {metadata.num_warps} warps"
-            loads, loops = (
-                result.asm["ptx"].count("cp.async.bulk.tensor"),
-                result.asm["ttgir"].count("warp_specialize("),
-            )
-            tile += ", descriptors" * (loads > 0) + ", specialized" * (loops > 0)
-            effective = variant.descriptors == (loads > 0) and variant.specialized == (loops > 0)
-            if name == "attention_forward" and WEIGHTINGS[weighting].reweight and not variant.saves:
-                name = "attention_forward, inference"
-            usage = (arch, name, weighting, dtype, width, tile, registers, spilled, metadata.shared)
-            found = Usage(*usage, loads, loops, _products(result.asm["ptx"]), effective)
-            if found not in seen:  # forward and backward launch some kernels alike
-                seen.add(found)
-                yield found
+    for name, variant, compiled in results:
+        loads, loops = bulk_loads(compiled), split_loops(compiled)
+        tile = f"{variant.row_tile} x {variant.key_tile}, {compiled.metadata.num_warps} warps"
+        tile += ", descriptors" * (loads > 0) + ", specialized" * (loops > 0)
+        if name == "attention_forward" and weighting.reweight and not variant.saves:
+            name = "attention_forward, inference"
+        usage = Usage(
+            case.target,
+            name,
+            case.name,
+            case.dtype,
+            case.width,
+            tile,
+            *registers_and_spills(compiled, case.target),
+            compiled.metadata.shared,
+            products(compiled),
+            loads,
+            loops,
+            effective=variant.descriptors == (loads > 0) and variant.specialized == (loops > 0),
+        )
+        if usage not in seen:  # forward and backward launch some kernels alike
+            seen.add(usage)
+            yield usage
 
 
 def _call_operators(weighting: Any, dtype: torch.dtype, width: int, kernels: tuple[str, ...]) -> None:
@@ -219,80 +163,53 @@ def _call_operators(weighting: Any, dtype: torch.dtype, width: int, kernels: tup
         backward.differentiate_mask(torch.empty(1, HEADS, 1, LENGTH))
 
 
-def _table(usages: list[Usage]) -> list[str]:
-    rows = [
-        f"| {u.arch} | {u.kernel} | {u.weighting} | {u.dtype} | {u.width} | {u.tile} | {u.registers} | {u.spilled} "
-        f"| {u.shared / 1024:.0f} | {u.products} |"
-        for u in usages
-    ]
-    return [
-        "| sm | kernel | weighting | dtype | D | tile (rows x keys) | registers | spilled bytes | shared KiB "
-        "| products |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *rows,
-    ]
+def _measure_all(work: tuple[Case, tuple[str, ...]]) -> list[Usage]:
+    case, kernels = work
+    if case.section == "recurrence":
+        return list(recurrence_resources.measure(case.target, case.name, case.dtype, case.width))
+    return list(measure(case, kernels))
 
 
-def _page(usages: list[Usage]) -> str:
-    lines = [
-        "# What the Triton kernels use",
-        "",
-        f"Written by tools/triton_resources.py with Triton {triton.__version__}, without a GPU: causal, D = Dv.",
-        "Registers are per thread, shared memory in KiB per block. No kernel may spill a register. Products are the",
-        "instructions that multiply matrices: wgmma those of whole warp groups, mma those of single warps.",
-        "",
-        *_table(usages),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _section(usages: list[Usage]) -> str:
-    lines = [
-        TITLE_OF_CANDIDATES,
-        "",
-        "Keys and values by tensor descriptors (sm_90 and newer), and loops that are split among warps besides",
-        "(sm_100): tiles that SIGHTLINE_AUTOTUNE=1 measures against the defaults. Warps are those of a whole program,",
-        'registers those it starts with; "descriptors" and "specialized" stand where the compiled code has them.',
-        "",
-        *_table(usages),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _write(usages: list[Usage], of_candidates: bool) -> None:
-    """Write one of the two tables of the page and keep the other."""
-    tables, _, section = PAGE.read_text().partition(TITLE_OF_CANDIDATES) if PAGE.exists() else ("", "", "")
-    if of_candidates:
-        PAGE.write_text(tables.rstrip() + "\n\n" + _section(usages))
-    else:
-        PAGE.write_text(_page(usages) + ("\n" + TITLE_OF_CANDIDATES + section if section else ""))
+def measured(cases: Sequence[Case], kernels: tuple[str, ...], jobs: int) -> Iterator[tuple[str, Usage]]:
+    """(section, usage) of all cases in their order, by so many processes at a time; prints each."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fresh_cache())
+        each: Any = map
+        if jobs > 1:
+            each = stack.enter_context(multiprocessing.get_context("spawn").Pool(jobs)).imap
+        for case, usages in zip(cases, each(_measure_all, [(case, kernels) for case in cases]), strict=True):
+            for usage in usages:
+                print("ok   " if usage.fits else "SPILL", usage, flush=True)
+                yield case.section, usage
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED_MEMORY))
-    parser.add_argument("--weighting", nargs="+", default=list(WEIGHTINGS), choices=list(WEIGHTINGS))
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
-    parser.add_argument("--width", type=int, nargs="+")
-    parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=list(KERNELS))
-    parser.add_argument("--candidates", action="store_true", help="the tiles with descriptors instead of the defaults")
-    parser.add_argument("--check", action="store_true", help="print only, write no page")
+    parser.add_argument("--compare", action="store_true", help="hold the result against the page, which stays as it is")
+    parser.add_argument("--print", action="store_true", help="neither write nor compare; for some of the cases")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    some = parser.add_argument_group("with --print")
+    some.add_argument("--section", default="defaults", choices=list(resource_page.SECTIONS))
+    some.add_argument("--target", nargs="+", default=["sm_80", "sm_90"], choices=list(SHARED_MEMORY))
+    some.add_argument("--case", nargs="+", help="softmax, lssa and lssar; of the recurrence causal and unordered")
+    some.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    some.add_argument("--width", type=int, nargs="+", default=[64, 128, 256])
+    some.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=list(KERNELS))
     arguments = parser.parse_args()
-    of_candidates = arguments.candidates
-    architectures = arguments.arch or (CANDIDATES_TABLED if of_candidates else TABLED)
-    dtypes = arguments.dtype or (CANDIDATE_DTYPES if of_candidates else DTYPES)
-    widths = arguments.width or (CANDIDATE_WIDTHS if of_candidates else WIDTHS)
-    usages: list[Usage] = []
-    for arch in architectures:
-        for width in widths:
-            for dtype in dtypes:
-                for weighting in arguments.weighting:
-                    for usage in measure(arch, weighting, dtype, width, tuple(arguments.kernel), of_candidates):
-                        print("ok   " if usage.fits else "SPILL", usage, flush=True)
-                        usages.append(usage)
-    if not arguments.check:
-        _write(usages, of_candidates)
-    return 0 if usages and all(usage.fits for usage in usages) else 1
+    cases = EVERY_CASE
+    if arguments.print:
+        names = arguments.case or (ORDERS if arguments.section == "recurrence" else WEIGHTINGS)
+        lists = (arguments.target, arguments.width, arguments.dtype, names)
+        cases = _combined(arguments.section, *lists)
+    results = list(measured(cases, tuple(arguments.kernel), arguments.jobs))
+    fits = bool(results) and all(usage.fits for _, usage in results)
+    if arguments.compare:
+        differences = resource_page.differences(results)
+        print(*differences, sep="\n")
+        return 0 if fits and not differences else 1
+    if not arguments.print:
+        resource_page.write(results)
+    return 0 if fits else 1
 
 
 if __name__ == "__main__":

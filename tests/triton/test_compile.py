@@ -1,6 +1,6 @@
 """The Triton kernels compile for GPUs that this machine does not have, and no register spills.
 
-A sample of the cases of docs/triton_resources.md; tools/triton_resources.py compiles all of them.
+A sample of the cases of docs/triton_resources.md; .ci/run compiles all of them with tools/triton_resources.py.
 """
 
 from __future__ import annotations
@@ -18,26 +18,6 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-CASES = [
-    (90, "softmax", "bf16", 128),
-    (90, "lssar", "fp16", 64),
-    (80, "lssa", "bf16", 64),
-    (80, "lssar", "bf16", 256),
-    (80, "softmax", "fp32", 64),
-    (86, "lssar", "bf16", 128),
-    (100, "lssar", "fp16", 64),
-    (120, "softmax", "bf16", 128),
-]
-
-
-# Candidates that load by tensor descriptors, and on Blackwell those that are specialised: forward and gradients.
-CANDIDATE_CASES = [
-    (90, "softmax", "bf16", 128, 5),
-    (90, "lssar", "fp16", 64, 6),
-    (100, "softmax", "bf16", 64, 1),
-    (100, "lssa", "bf16", 128, 1),
-    (100, "lssar", "bf16", 64, 1),
-]
 
 
 def device_functions() -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -58,10 +38,10 @@ def test_no_device_function_returns_none() -> None:
                 assert node.value.value is not None, f"{name}: {function.name} returns None"
 
 
-def compiled(arch: int, weighting: str, dtype: str, width: int, *options: str) -> str:
+def compiled(section: str, target: str, name: str, dtype: str, width: int) -> str:
     """What tools/triton_resources.py says of a case in which nothing spills."""
-    command = [sys.executable, "tools/triton_resources.py", "--check", *options]
-    command += ["--arch", str(arch), "--weighting", weighting, "--dtype", dtype, "--width", str(width)]
+    command = [sys.executable, "tools/triton_resources.py", "--print", "--jobs", "1", "--section", section]
+    command += ["--target", target, "--case", name, "--dtype", dtype, "--width", str(width)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
@@ -69,29 +49,48 @@ def compiled(arch: int, weighting: str, dtype: str, width: int, *options: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "weighting", "dtype", "width", "tiles"), CANDIDATE_CASES)
-def test_candidates_compile_to_bulk_loads_and_split_loops(
-    arch: int, weighting: str, dtype: str, width: int, tiles: int
-) -> None:
-    report = compiled(arch, weighting, dtype, width, "--candidates")
+@pytest.mark.parametrize(
+    ("target", "name", "dtype", "tiles"),
+    # Loads by descriptors, forward and gradients; on Blackwell a forward that is specialised.
+    [("sm_90", "softmax", "bf16", 6), ("sm_100", "lssar", "bf16", 1)],
+)
+def test_candidates_compile_to_bulk_loads_and_split_loops(target: str, name: str, dtype: str, tiles: int) -> None:
+    report = compiled("candidates", target, name, dtype, 64)
     loads = [int(number) for number in re.findall(r"bulk_loads=(\d+)", report)]
     loops = [int(number) for number in re.findall(r"split_loops=(\d+)", report)]
     assert len(loads) == len(loops) == tiles
     # K and V of each loop, or rows and their gradients, once or more; re-weighting reads K for its first sweep too.
     assert all(count >= 4 for count in loads)
     # The loop over whole tiles and the one over the ragged end, per sweep.
-    assert all(count == (0 if arch == 90 else 4 if weighting == "lssar" else 2) for count in loops)
+    assert all(count == (0 if target == "sm_90" else 4) for count in loops)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "weighting", "dtype", "width"), CASES)
-def test_kernels_compile_without_spills(arch: int, weighting: str, dtype: str, width: int) -> None:
-    report = compiled(arch, weighting, dtype, width)
-    # softmax counts no keys and takes no norms, and re-weighting alone measures a split before it attends to it,
-    # and has a forward of its own where nothing is saved.
-    expected = {"softmax": 7, "lssa": 9, "lssar": 11}
-    assert report.count("kernel=") == expected[weighting]
-    if arch == 90:
+@pytest.mark.parametrize(
+    ("target", "name", "dtype", "count"),
+    # Softmax counts no keys and takes no norms, and re-weighting alone measures a split before it attends to it, and
+    # has a forward of its own where nothing is saved.
+    [
+        ("sm_90", "lssar", "fp16", 11),
+        ("sm_80", "lssa", "bf16", 9),
+        ("sm_80", "softmax", "fp32", 7),
+        ("gfx942", "softmax", "bf16", 7),
+    ],
+)
+def test_kernels_compile_without_spills(target: str, name: str, dtype: str, count: int) -> None:
+    report = compiled("defaults", target, name, dtype, 64)
+    assert report.count("kernel=") == count
+    if target == "sm_90":
         large = re.findall("kernel='(?:attention_forward|query_gradients|key_gradients).*products='([^']*)'", report)
-        assert large == ["wgmma"] * (4 if weighting == "lssar" else 3)
+        assert large == ["wgmma"] * 4
     assert not re.search("bulk_loads=[1-9]|split_loops=[1-9]", report)  # nothing of that was measured yet
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "order", "dtype"),
+    [("sm_90", "causal", "bf16"), ("sm_80", "unordered", "fp32"), ("gfx90a", "unordered", "bf16")],
+)
+def test_kernels_of_the_recurrence_compile_without_spills(target: str, order: str, dtype: str) -> None:
+    # Of eight kernels, the states of backward are computed again, in its own tiles.
+    assert compiled("recurrence", target, order, dtype, 64).count("kernel=") == 10

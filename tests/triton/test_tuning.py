@@ -27,6 +27,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A device that is not there, and a tuning file of its own."""
     for module in (tiles, tuning):
         monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "compiles_for_amd", lambda: False)
     monkeypatch.setattr(tiles, "has_hopper_memory", lambda: True)
     monkeypatch.setattr(tiles, "has_tensor_descriptors", lambda: True)
     monkeypatch.setattr(tiles, "has_tensor_memory", lambda: False)
@@ -223,6 +224,15 @@ def test_a_place_that_cannot_be_written_is_no_error(hopper: Path) -> None:
     assert tune(Launches(pytest.fail), "forward", variant_of(sl.Softmax())) == wanted
 
 
+def test_what_is_no_file_is_not_replaced(hopper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper.mkdir(parents=True)
+    replaced: list[Path] = []
+    monkeypatch.setattr(Path, "replace", lambda source, target: replaced.append(target))
+    tuning.TunedTiles(hopper).keep("one", Tile(16, 16, 4, 1))
+    assert replaced == []
+    assert [path.name for path in hopper.parent.iterdir()] == [hopper.name]
+
+
 def test_two_processes_that_tune_keep_what_the_other_found(hopper: Path) -> None:
     first, second = tuning.TunedTiles(hopper), tuning.TunedTiles(hopper)
     first.keep("one", Tile(16, 16, 4, 1))
@@ -258,47 +268,6 @@ def test_every_kernel_has_a_default_and_large_tiles_go_to_large_chips(
                         tile = tiles.choose_tile(kernel, variant)
                         assert all(number > 0 and number & (number - 1) == 0 for number in tile[:3])
     assert (tiles.choose_tile("forward", variant_of(sl.Softmax(), width=128)).rows == 128) is large
-
-
-@pytest.mark.parametrize(
-    ("backend", "arch", "large", "descriptors", "specialization"),
-    [
-        ("cuda", 80, False, False, False),
-        ("cuda", 86, False, False, False),
-        ("cuda", 90, True, True, False),
-        ("cuda", 100, True, True, True),
-        ("cuda", 120, False, True, False),
-        ("hip", 942, False, False, False),
-    ],
-)
-def test_what_chips_have(
-    backend: str,
-    arch: int,
-    large: bool,
-    descriptors: bool,
-    specialization: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from sightline.triton import compat
-
-    class Driver:
-        class active:
-            @staticmethod
-            def get_current_target() -> Any:
-                return type("Target", (), {"backend": backend, "arch": arch})
-
-    monkeypatch.setattr(compat, "INTERPRETED", False)
-    monkeypatch.setattr(compat.triton.runtime, "driver", Driver)
-    monkeypatch.setattr(compat.triton, "__version__", "3.7.1")
-    assert compat.has_hopper_memory() is large
-    assert compat.has_tensor_descriptors() is descriptors
-    assert compat.has_tensor_memory() is specialization
-    assert compat.has_warp_specialization() is specialization
-    assert compat.target_name() == f"{backend}-{arch}"
-    for name, number in (("3.6.0+git1", (3, 6)), ("4.0+git", (4, 0)), ("3.10.1", (3, 10))):
-        monkeypatch.setattr(compat.triton, "__version__", name)
-        assert compat.version() == number
-        assert compat.has_warp_specialization() is (specialization and number >= (3, 7))
 
 
 def test_the_file_lies_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import contextlib
 import contextvars
 import os
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -56,9 +55,21 @@ def interpretable(tensor: Tensor) -> Tensor:
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
 
 
-def launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def launching_on(device: torch.device) -> Iterator[None]:
+    """Kernels are launched on the current device, which need not be that of the tensors.
+
+    Raises:
+        RuntimeError: a kernel needs more shared memory, registers or threads than the device has.
+    """
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            yield
+    except out_of_resources() as error:
+        raise RuntimeError(
+            f"backend: a Triton kernel of this call does not fit {device} ({target_name()}): {error}; "
+            "use backend='reference'"
+        ) from error
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -79,9 +90,20 @@ def launch_options(warps: int, stages: int = 1, specialized: bool = False) -> di
     compiler shares the registers out among them.
     """
     options = {"num_warps": warps, "num_stages": stages}
-    if torch.version.hip is None and not specialized:
+    if not (compiles_for_amd() or specialized):
         options["maxnreg"] = min(255, _REGISTERS // (32 * warps))
     return options
+
+
+def compiles_for_amd() -> bool:
+    """Whether kernels are compiled for an AMD GPU."""
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "hip"
+
+
+def sixteen_bit_precision() -> str:
+    """How fp32 tiles are multiplied where ten bits of their mantissas do: in tf32, which of AMD's GPUs gfx942 has."""
+    target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+    return "ieee" if target is not None and target.backend == "hip" and target.arch != "gfx942" else "tf32"
 
 
 def has_hopper_memory() -> bool:

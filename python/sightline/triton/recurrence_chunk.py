@@ -55,7 +55,9 @@ class RecurrenceVariant:
     rows: int  # of a chunk
     block_width: int  # channels of a tile
     block_value_width: int
-    precision: str  # of products: "ieee" for float32, "tf32" (as many bits as float16 has) for 16-bit inputs
+    precision: (
+        str  # of products: "ieee" for float32, "tf32" (as many bits as float16 has) for 16-bit inputs, if there is
+    )
     causal: bool
     packed: bool
     has_gain: bool

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sightline.triton.arguments import heads_view, with_contiguous_rows
-from sightline.triton.compat import INTERPRETED, launch_options, launching_on
+from sightline.triton.compat import INTERPRETED, launch_options, launching_on, sixteen_bit_precision
 from sightline.triton.problem import Heads
 from sightline.triton.recurrence_arguments import check_call, check_gradients
 from sightline.triton.recurrence_backward import (
@@ -71,7 +71,7 @@ class _Call:
             tile.rows,
             _block(self.width, tile.channels),
             _block(self.value_width, tile.columns),
-            "ieee" if query.dtype == torch.float32 else "tf32",
+            "ieee" if query.dtype == torch.float32 else sixteen_bit_precision(),
             causal,
             cu_seqlens is not None,
             key_gain is not None,

@@ -1,9 +1,9 @@
 """The one table of tile sizes: rows and keys of a tile, warps, and stages of the software pipeline, per kernel.
 
 docs/triton_resources.md has the registers and shared memory of each entry, which were chosen so that nothing spills and
-everything fits where a GPU has 99 KiB of shared memory. What holds more than that is for those that have it. CANDIDATES
-are the few others that tuning.py tries on a device; which of them load by tensor descriptors or are specialised is a
-matter of what the device has. No default does: nothing of it was measured yet.
+everything fits where a GPU has 99 KiB of shared memory (AMD's have 64). What holds more than that is for those that
+have it. CANDIDATES are the few others that tuning.py tries on a device; which of them load by tensor descriptors or are
+specialised is a matter of what the device has. No default does: nothing of it was measured yet.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from sightline.triton.compat import (
     INTERPRETED,
+    compiles_for_amd,
     has_hopper_memory,
     has_tensor_descriptors,
     has_tensor_memory,
@@ -107,6 +108,10 @@ _BLACKWELL_TILES: dict[tuple[str, str, int], Tile] = {
     ("sharp keys", "half", 64): Tile(32, 32, 8, 2),
     ("keys", "half", 128): Tile(32, 32, 8, 2),
 }
+# AMD's GPUs take the tiles of Ampere. A warp is 64 threads there, and four of them, one per unit of a processor, may
+# use all 512 registers of a thread, eight only 256, of which re-weighting spills. What stages ask to be loaded ahead of
+# a loop is kept in registers too: with two the gradients take up to half as many more. Compiled, and never run.
+_AMD_WARPS, _AMD_STAGES = 4, 1
 # The kernel over rows holds whole rows and no tile of keys.
 _ROWS = {
     ("half", 64): Tile(64, 16, 4, 1),
@@ -236,5 +241,7 @@ def choose_tile(kernel: str, variant: Variant) -> Tile:
         return _ROWS[operand_of(variant), width]
     keys = [(name, operand_of(variant), width) for name in names_of(kernel, variant)]
     key = next(key for key in keys if key in _TILES)
+    if compiles_for_amd():
+        return _TILES[key]._replace(warps=_AMD_WARPS, stages=_AMD_STAGES)
     tile = _HOPPER_TILES.get(key, _TILES[key]) if has_hopper_memory() else _TILES[key]
     return _BLACKWELL_TILES.get(key, tile) if has_tensor_memory() else tile

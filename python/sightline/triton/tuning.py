@@ -88,6 +88,8 @@ class TunedTiles:
     def keep(self, name: str, tile: Tile) -> None:
         """Add a tile, to the file too; where that cannot be written this process alone remembers it."""
         self.tiles = {**self._read(), **self.tiles, name: tile}
+        if self.path.exists() and not self.path.is_file():
+            return  # /dev/null, of which root would make a file
         written = {"kernels": kernels_fingerprint(), "target": target_name()}
         content = {**written, "tiles": dict(sorted(self.tiles.items()))}
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from attention_checks import random_gradients
 
 import sightline as sl
 from sightline.ops.backends import INTERPRETS_TRITON
-from sightline.triton import backward, mask_gradient, sweeps
+from sightline.triton import backward, forward, mask_gradient, sweeps
 from sightline.triton.tiles import choose_tile
 
 pytestmark = pytest.mark.skipif(not INTERPRETS_TRITON, reason="only the interpreter runs tiles as Python")
@@ -72,6 +73,39 @@ def test_no_tile_without_a_visible_entry_is_computed(name: str, count: Callable[
     masked = random_problem(SIZES, torch.float32, **options, attn_mask=mask)
     run(masked, sl.Softmax(), "triton", *random_gradients(masked))
     assert len(calls) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "beginning", "working_module", "working"),
+    [
+        (forward, "visible_range", sweeps, "load_value_tile"),
+        (backward, "visible_range", backward, "load_value_tile"),
+        (backward, "query_range", backward, "finish_scores"),
+    ],
+    ids=["forward", "queries", "keys"],
+)
+def test_under_causality_the_longest_programs_start_first(
+    module: Any, beginning: str, working_module: Any, working: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that short ones fill the gaps at the end; the interpreter starts programs in the order of a GPU."""
+    programs: list[int] = []
+    begin, work = getattr(module, beginning), getattr(working_module, working)
+
+    def begun(*arguments: Any) -> Any:
+        programs.append(0)
+        return begin(*arguments)
+
+    def worked(*arguments: Any) -> Any:
+        programs[-1] += 1
+        return work(*arguments)
+
+    problem = random_problem(replace(SIZES, heads=2), torch.float32, causal=True)
+    inputs = random_gradients(problem)
+    monkeypatch.setattr(module, beginning, begun)
+    monkeypatch.setattr(working_module, working, worked)
+    run(problem, sl.Softmax(), "triton", *inputs)
+    assert len(set(programs)) > 2
+    assert programs == sorted(programs, reverse=True)
 
 
 def test_the_diagonal_leaves_out_tiles() -> None:
