@@ -100,16 +100,17 @@ void raise_shift_of_pairs(RowState& state, const float* tile_largest, int64_t pa
 }
 
 // Products that lack nothing but their factors to pairs of weights.
-template <class Weight, bool kReweight, bool kFirstSweep, int kParts, bool kMasked, bool kFactors>
+template <class Weight, bool kReweight, bool kFirstSweep, int kParts, TileHolds kHolds, bool kMasked, bool kFactors>
 void weigh_product_tile(const AttentionProblem& problem, const AttentionForwardScratch& scratch, const KeyTile& keys,
                         const TileVisibility& visible, bool keeps, float* tile, float* tile_largest, RowState& state,
                         PairValues<kParts>& due) {
   if (Weight::kShifted) {
-    find_largest_scores<kMasked, kFactors>(state.rows, keys, visible, tile, tile_largest);
+    find_largest_scores<kMasked, kFactors, kHolds == TileHolds::kSlopedProducts>(state.rows, keys, visible, tile,
+                                                                                 tile_largest);
     track_largest(state, tile_largest);
     raise_shift_of_pairs(state, tile_largest, scratch.padded_width, due);
   }
-  weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, TileHolds::kProducts, kMasked, kFactors>(
+  weigh_pair_tile<Weight, kReweight, kFirstSweep, kParts, kHolds, kMasked, kFactors>(
       problem, scratch, keys, visible, keeps, tile, tile_largest, state, due);
 }
 
@@ -128,7 +129,7 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
   pair_products<kParts, false, true>(&factors, 1, tile, core::round_up(keys.count, kPairRows), lanes);
   // A peak is found from the largest score: under a shift, weights must come from scores as it does (find_peak()).
   constexpr bool kFromScores = kReweight && Weight::kShifted;
-  if (kFromScores || has_extras(problem)) {
+  if (kFromScores || has_bias(problem) || problem.softcap > 0.0f) {
     finish_tile(problem, state.rows, keys, scratch.bias, tile, tile_largest);
     if (!kReweight || kFirstSweep) {
       track_largest(state, tile_largest);
@@ -138,17 +139,26 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
         problem, scratch, keys, visible, keeps, tile, tile_largest, state, due);
   }
   if constexpr (!kFromScores) {
-    const auto weigh = [&](auto masked, auto factors) {
-      weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, masked, factors>(
+    const auto weigh = [&](auto holds, auto masked, auto factors) {
+      weigh_product_tile<Weight, kReweight, kFirstSweep, kParts, holds, masked, factors>(
           problem, scratch, keys, visible, keeps, tile, tile_largest, state, due);
     };
-    if (has_masked_entries(problem, state.rows, keys)) {
+    const auto weigh_masked = [&](auto holds) {
+      if (!has_masked_entries(problem, state.rows, keys)) return false;
       find_visible(problem, state.rows, keys.first, keys.count, keys.takes_part, visible);
-      return weigh(std::true_type(), std::true_type());
+      weigh(holds, std::true_type(), std::true_type());
+      return true;
+    };
+    constexpr std::integral_constant<TileHolds, TileHolds::kProducts> products;
+    constexpr std::integral_constant<TileHolds, TileHolds::kSlopedProducts> sloped;
+    if (problem.alibi_slopes != nullptr) {
+      if (!weigh_masked(sloped)) weigh(sloped, std::false_type(), std::true_type());
+      return;
     }
+    if (weigh_masked(products)) return;
     // Re-weighting takes what it needs of an exponential as it is: one version, in which keys have factors, is enough.
-    if (kReweight || problem.normalize_qk) return weigh(std::false_type(), std::true_type());
-    if constexpr (!kReweight) weigh(std::false_type(), std::false_type());
+    if (kReweight || problem.normalize_qk) return weigh(products, std::false_type(), std::true_type());
+    if constexpr (!kReweight) weigh(products, std::false_type(), std::false_type());
   }
 }
 

@@ -10,8 +10,13 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// What a tile holds: scores, products that still lack the factors of their row and key, or weights.
-enum class TileHolds { kScores, kProducts, kWeights };
+// What a tile holds: scores, products that still lack the factors of their row and key, such that ALiBi lowers too, or
+// weights.
+enum class TileHolds { kScores, kProducts, kSlopedProducts, kWeights };
+
+constexpr bool holds_products(TileHolds holds) {
+  return holds == TileHolds::kProducts || holds == TileHolds::kSlopedProducts;
+}
 
 struct KeyTile {
   int64_t first;  // index of the first key
@@ -108,18 +113,21 @@ SIGHTLINE_INLINE bool has_masked_entries(const AttentionProblem& problem, const 
          masks_with_bytes(problem);
 }
 
+// Whether attn_mask adds to scores, or hides keys in another way than masks_with_bytes().
+SIGHTLINE_INLINE bool has_bias(const AttentionProblem& problem) {
+  return problem.attn_mask.kind != MaskKind::kNone && !masks_with_bytes(problem);
+}
+
 // Whether a score is more than a product with its two factors, or minus infinity.
 SIGHTLINE_INLINE bool has_extras(const AttentionProblem& problem) {
-  return (problem.attn_mask.kind != MaskKind::kNone && !masks_with_bytes(problem)) || problem.alibi_slopes != nullptr ||
-         problem.softcap > 0.0f;
+  return has_bias(problem) || problem.alibi_slopes != nullptr || problem.softcap > 0.0f;
 }
 
 // Products to scores, in place: factors, bias, masks. `largest` receives the largest score per lane.
 [[maybe_unused]] static void finish_tile(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
                                          float* bias_scratch, float* tile, float* largest) {
-  const bool has_bias = problem.attn_mask.kind != MaskKind::kNone && !masks_with_bytes(problem);
-  if (has_bias) load_bias(problem, rows, keys, bias_scratch);
-  const float* bias = has_bias ? bias_scratch : nullptr;
+  const float* bias = has_bias(problem) ? bias_scratch : nullptr;
+  if (bias != nullptr) load_bias(problem, rows, keys, bias_scratch);
   TileVisibility visible;
   if (has_masked_entries(problem, rows, keys)) {
     find_visible(problem, rows, keys.first, keys.count, keys.takes_part, visible);

@@ -7,24 +7,42 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
+// What ALiBi takes off the scores of a vector of rows: slope |position - key|, in `unit`.
+struct Distances {
+  Vec minus_slope;
+  IntVec position;
+
+  Distances() = default;
+  Distances(const RowTile& rows, int lane, float unit)
+      : minus_slope(Vec::load(rows.slope + lane) * Vec::broadcast(-unit)),
+        position(IntVec::load(rows.position + lane)) {}
+
+  __attribute__((always_inline)) Vec lower(Vec score, int32_t key) const {
+    return fma(minus_slope, absolute(to_float(position - IntVec::broadcast(key))), score);
+  }
+};
+
 // log2(e) (score - shift) of the product of a row and a key. Every tile of a row takes it from here, whether masked or
 // not: a row's bits must not depend on the tiles in which it is masked.
 // kFactors: keys have factors, which are 1 otherwise.
-template <class Weight, bool kFactors>
+template <class Weight, bool kFactors, bool kSloped>
 struct ExponentOfProduct {
   Vec row_factor;
   Vec minus_shift;
+  Distances distances;
 
   ExponentOfProduct(const RowState& state, int lane)
       : row_factor(Vec::load(state.rows.factor + lane) * Vec::broadcast(core::kLog2E)) {
+    if (kSloped) distances = Distances(state.rows, lane, core::kLog2E);
     if (!Weight::kShifted) return;
     const Vec shift = Vec::load(state.shift + lane), zeros = Vec::broadcast(0.0f);
     minus_shift = zeros - select(equal(shift, Vec::broadcast(-INFINITY)), zeros, shift) * Vec::broadcast(core::kLog2E);
   }
 
-  __attribute__((always_inline)) Vec operator()(Vec product, float key_factor) const {
+  __attribute__((always_inline)) Vec operator()(Vec product, float key_factor, int32_t key) const {
     const Vec factor = kFactors ? row_factor * Vec::broadcast(key_factor) : row_factor;
-    return Weight::kShifted ? fma(product, factor, minus_shift) : product * factor;
+    const Vec exponent = Weight::kShifted ? fma(product, factor, minus_shift) : product * factor;
+    return kSloped ? distances.lower(exponent, key) : exponent;
   }
 };
 
@@ -39,7 +57,8 @@ SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, c
   const int64_t lanes = state.rows.lanes;
   const Vec log2_e = Vec::broadcast(core::kLog2E), zeros = Vec::broadcast(0.0f);
   const Vec minus_infinity = Vec::broadcast(-INFINITY);
-  const ExponentOfProduct<Weight, kFactors> exponent_of(state, lane);
+  const ExponentOfProduct<Weight, kFactors, kHolds == TileHolds::kSlopedProducts> exponent_of(state, lane);
+  const auto first_key = static_cast<int32_t>(keys.first);
   Vec shift = Vec::load(state.shift + lane);
   shift = select(equal(shift, minus_infinity), zeros, shift);
   const auto weight_at = [&](int key) SIGHTLINE_INLINE_LAMBDA {
@@ -47,7 +66,7 @@ SIGHTLINE_INLINE void map_to_pairs(const RowState& state, const KeyTile& keys, c
     if (kHolds == TileHolds::kWeights) return weigh(entry, key);
     // In this order: log2(e) times a score may overflow.
     if (kHolds == TileHolds::kScores) return weigh((Weight::kShifted ? entry - shift : entry) * log2_e, key);
-    const Vec x = exponent_of(entry, keys.factor[key]);
+    const Vec x = exponent_of(entry, keys.factor[key], first_key + key);
     if (!kMasked) return weigh(x, key);
     return weigh(select(mask_of_bits(visible.lanes[key], lane), x, minus_infinity), key);
   };
@@ -87,20 +106,22 @@ SIGHTLINE_INLINE Vec largest_of_keys(int keys, ScoreOf score_of) {
 }
 
 // The largest score of each row of a tile of products, for a shift that must be known before the first weight.
-template <bool kMasked, bool kFactors>
+template <bool kMasked, bool kFactors, bool kSloped>
 static void find_largest_scores(const RowTile& rows, const KeyTile& keys, const TileVisibility& visible,
                                 const float* tile, float* largest) {
   const Vec minus_infinity = Vec::broadcast(-INFINITY);
   for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
     const Vec row_factor = Vec::load(rows.factor + lane);
     const auto product_of = [&](int key) SIGHTLINE_INLINE_LAMBDA { return Vec::load(tile + key * rows.lanes + lane); };
-    if (!kMasked && !kFactors && !any(less(row_factor, Vec::broadcast(0.0f)))) {
+    const Distances distances = kSloped ? Distances(rows, lane, 1.0f) : Distances();
+    if (!kMasked && !kFactors && !kSloped && !any(less(row_factor, Vec::broadcast(0.0f)))) {
       // Rounding keeps the order: the score of the largest product is the largest.
       store(largest + lane, largest_of_keys(keys.count, product_of) * row_factor);
       continue;
     }
     const auto score_of = [&](int key) SIGHTLINE_INLINE_LAMBDA {
-      const Vec score = product_of(key) * (row_factor * Vec::broadcast(keys.factor[key]));
+      Vec score = product_of(key) * (row_factor * Vec::broadcast(keys.factor[key]));
+      if (kSloped) score = distances.lower(score, static_cast<int32_t>(keys.first) + key);
       return kMasked ? select(mask_of_bits(visible.lanes[key], lane), score, minus_infinity) : score;
     };
     store(largest + lane, largest_of_keys(keys.count, score_of));
@@ -118,7 +139,7 @@ SIGHTLINE_INLINE void add_lanes(double* sums, Vec values) {
 template <class Weight, int kParts, TileHolds kHolds, bool kMasked, bool kFactors, bool kKeep>
 static void weigh_pairs(RowState& state, const KeyTile& keys, const TileVisibility& visible, float* tile,
                         uint32_t* pairs, int64_t part, float* tile_largest) {
-  constexpr bool kTrackLargest = kHolds == TileHolds::kProducts && !Weight::kShifted;
+  constexpr bool kTrackLargest = holds_products(kHolds) && !Weight::kShifted;
   for (int lane = 0; lane < state.rows.lanes; lane += Vec::kWidth) {
     Vec sum = Vec::broadcast(0.0f), rounded_sum = sum, largest = Vec::broadcast(-INFINITY);
     const auto weigh = [&](Vec x, int key) SIGHTLINE_INLINE_LAMBDA {
