@@ -146,7 +146,7 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
       find_visible(problem, state.rows, keys.first, keys.count, keys.takes_part, visible);
       return weigh(std::true_type(), std::true_type());
     }
-    // Re-weighting takes what it needs of an exponential as it is: one version, in which keys have factors, is enough.
+    // Where keys are re-weighted, their factors always take part, though they may be 1.
     if (kReweight || problem.normalize_qk) return weigh(std::false_type(), std::true_type());
     if constexpr (!kReweight) weigh(std::false_type(), std::false_type());
   }
