@@ -96,22 +96,18 @@ void write_key_gradients(const AttentionBackwardPlan& plan, AttentionBackwardScr
   const float* value_gradients = scratch.key_totals != nullptr ? scratch.value_totals : scratch.value_gradients;
   int64_t local = 0;
   for (int64_t tile = split; tile < plan.key_tiles; tile += plan.splits, local += kKeyTile) {
-    const int64_t first = tile * kKeyTile;
-    const int64_t count = core::smaller(kKeyTile, problem.keys - first);
-    for (int64_t j = 0; j < count; ++j) {
+    const KeyTile& keys = scratch.key_tiles[local / kKeyTile];
+    for (int64_t j = 0; j < keys.count; ++j) {
       float* key_gradient = key_gradients + (local + j) * plan.key_width;
-      const float* key = scratch.keys + (local + j) * plan.key_width;
       if (problem.normalize_qk) {
-        bool floored = false;
-        const float inverse_norm = inverse_of_norm(key, problem.head_width, &floored);
-        if (floored) zero(key_gradient, problem.head_width);
+        if (keys.norm_floored[j]) zero(key_gradient, problem.head_width);
         if (!is_zero(key_gradient, problem.head_width))
-          project_out(key_gradient, key, inverse_norm, problem.head_width);
+          project_out(key_gradient, keys.keys + j * keys.key_stride, keys.factor[j], problem.head_width);
       }
-      narrow(key_gradient, writable_row_of(plan.gradients->grad_key, problem.dtype, batch, key_head, first + j),
+      narrow(key_gradient, writable_row_of(plan.gradients->grad_key, problem.dtype, batch, key_head, keys.first + j),
              problem.dtype, problem.head_width);
       narrow(value_gradients + (local + j) * plan.padded_value_width,
-             writable_row_of(plan.gradients->grad_value, problem.dtype, batch, key_head, first + j), problem.dtype,
+             writable_row_of(plan.gradients->grad_value, problem.dtype, batch, key_head, keys.first + j), problem.dtype,
              problem.value_width);
     }
   }
@@ -224,15 +220,8 @@ void differentiate_unit(const AttentionBackwardPlan& plan, AttentionBackwardScra
     zero(scratch.query_gradients, rows.lanes * plan.key_width);
     int64_t local = 0;
     for (int64_t tile = split; tile < plan.key_tiles; tile += plan.splits, local += kKeyTile) {
-      KeyTile keys;
-      keys.first = tile * kKeyTile;
-      keys.count = static_cast<int>(core::smaller(kKeyTile, problem.keys - keys.first));
+      const KeyTile& keys = scratch.key_tiles[local / kKeyTile];
       if (!tile_is_visible_to_any(rows, keys.first, keys.count)) continue;
-      keys.keys = scratch.keys + local * plan.key_width;
-      keys.key_stride = plan.key_width;
-      keys.values = scratch.values + local * plan.padded_value_width;
-      keys.value_stride = plan.padded_value_width;
-      set_up_key_factors(problem, batch, keys);
       if constexpr (kParts > 0)
         if (pairs) {
           add_tile_in_pairs<Weight, kParts>(plan, scratch, keys, local);

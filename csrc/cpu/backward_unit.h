@@ -53,6 +53,7 @@ struct AttentionBackwardScratch {
     value_totals = arena.take<float>(total_keys * plan.padded_value_width);
     rows = arena.take<RowTile>(1);
     row_gradients = arena.take<RowGradients>(1);
+    key_tiles = arena.take<KeyTile>(plan.tiles_per_split);
     if (plan.parts > 0) pairs.carve(arena, problem, split_keys, plan.parts);
     return arena.used();
   }
@@ -67,10 +68,11 @@ struct AttentionBackwardScratch {
   float *value_gradients = nullptr, *key_totals = nullptr, *value_totals = nullptr;
   RowTile* rows = nullptr;
   RowGradients* row_gradients = nullptr;
+  KeyTile* key_tiles = nullptr;
   bool finite = true, finite_values = true;
 };
 
-// Widens the split's keys and values, tile after tile, and clears their gradients.
+// Widens the split's keys and values, tile after tile, with the factors of the keys, and clears their gradients.
 template <int kParts>
 static void load_keys(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, int64_t batch,
                       int64_t key_head, int64_t split) {
@@ -90,6 +92,14 @@ static void load_keys(const AttentionBackwardPlan& plan, AttentionBackwardScratc
       scratch.finite &= is_finite(key, problem.head_width);
       scratch.finite_values &= is_finite(value, problem.value_width);
     }
+    KeyTile& keys = scratch.key_tiles[local / kKeyTile];
+    keys.first = first;
+    keys.count = static_cast<int>(count);
+    keys.keys = scratch.keys + local * plan.key_width;
+    keys.key_stride = plan.key_width;
+    keys.values = scratch.values + local * plan.padded_value_width;
+    keys.value_stride = plan.padded_value_width;
+    set_up_key_factors(problem, batch, keys);
     if constexpr (kParts > 0)
       load_pair_keys<kParts>(problem, batch, key_head, first, local / kKeyTile, scratch.keys + local * plan.key_width,
                              scratch.values + local * plan.padded_value_width, scratch.pairs);
