@@ -19,7 +19,6 @@ _FLOAT16 = (
     "four products of bfloat16 parts for the scores and three for the values, at twice the rate of multiply-adds in "
     "registers (parts of attention)"
 )
-_FLOAT16_BACKWARD = "the backward pass in float16 multiplies in float32"
 _FLOAT32 = "products take 75 % to 90 % of the time at 70 % to 85 % of the registers' rate (parts of attention)"
 _MASK = "a mask as large as the scores is read once per head, and where products are fast that takes as long as they do"
 _PAGES = (
@@ -43,9 +42,6 @@ REASONS: dict[str, dict[str, str]] = {
         _speed("forward", "float16", "LSSA"): _FLOAT16,
         _speed("forward", "float16", "Softmax"): _FLOAT16,
         _speed("forward", "float16", "LSSAR"): _TWO_SWEEPS,
-        _speed("backward", "float16", "LSSA"): _FLOAT16_BACKWARD,
-        _speed("backward", "float16", "Softmax"): _FLOAT16_BACKWARD,
-        _speed("backward", "float16", "LSSAR"): _FLOAT16_BACKWARD,
         **{
             f"causal forward, {dtype}, longest time per token from 4K to 1M relative to the shortest": _PAGES
             for dtype in ("bfloat16", "float32")

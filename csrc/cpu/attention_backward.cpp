@@ -7,9 +7,10 @@
 // result does not depend on the number of threads.
 //
 // dS is kept without the row's factor c_i / |q_i|: the copy of Q that meets it carries the factor instead, and the
-// gradient of a scale of 0 stays defined. bfloat16 goes through products of pairs where the machine has them
-// (backward_pairs.h), but for row tiles with non-finite numbers. The gradient of a broadcast attn_mask adds up over
-// heads or batch entries: units that share a mask entry run one after the other in one group.
+// gradient of a scale of 0 stays defined. bfloat16 goes through products of pairs where the machine has them, and on
+// the tile unit float16 as two matrices of bfloat16 (backward_pairs.h), but for row tiles with non-finite numbers. The
+// gradient of a broadcast attn_mask adds up over heads or batch entries: units that share a mask entry run one after
+// the other in one group.
 #include <cmath>
 
 #include "cpu/backward_unit.h"
@@ -95,29 +96,25 @@ void write_key_gradients(const AttentionBackwardPlan& plan, AttentionBackwardScr
   const float* value_gradients = scratch.key_totals != nullptr ? scratch.value_totals : scratch.value_gradients;
   int64_t local = 0;
   for (int64_t tile = split; tile < plan.key_tiles; tile += plan.splits, local += kKeyTile) {
-    const int64_t first = tile * kKeyTile;
-    const int64_t count = core::smaller(kKeyTile, problem.keys - first);
-    for (int64_t j = 0; j < count; ++j) {
+    const KeyTile& keys = scratch.key_tiles[local / kKeyTile];
+    for (int64_t j = 0; j < keys.count; ++j) {
       float* key_gradient = key_gradients + (local + j) * plan.key_width;
-      const float* key = scratch.keys + (local + j) * plan.key_width;
       if (problem.normalize_qk) {
-        bool floored = false;
-        const float inverse_norm = inverse_of_norm(key, problem.head_width, &floored);
-        if (floored) zero(key_gradient, problem.head_width);
+        if (keys.norm_floored[j]) zero(key_gradient, problem.head_width);
         if (!is_zero(key_gradient, problem.head_width))
-          project_out(key_gradient, key, inverse_norm, problem.head_width);
+          project_out(key_gradient, keys.keys + j * keys.key_stride, keys.factor[j], problem.head_width);
       }
-      narrow(key_gradient, writable_row_of(plan.gradients->grad_key, problem.dtype, batch, key_head, first + j),
+      narrow(key_gradient, writable_row_of(plan.gradients->grad_key, problem.dtype, batch, key_head, keys.first + j),
              problem.dtype, problem.head_width);
       narrow(value_gradients + (local + j) * plan.padded_value_width,
-             writable_row_of(plan.gradients->grad_value, problem.dtype, batch, key_head, first + j), problem.dtype,
+             writable_row_of(plan.gradients->grad_value, problem.dtype, batch, key_head, keys.first + j), problem.dtype,
              problem.value_width);
     }
   }
 }
 
 // Products to rounded weights and score gradients.
-template <class Weight>
+template <class Weight, int kParts>
 void differentiate_pair_tile(const AttentionProblem& problem, const AttentionBackwardScratch& scratch,
                              const KeyTile& keys) {
   const RowTile& rows = *scratch.rows;
@@ -129,85 +126,108 @@ void differentiate_pair_tile(const AttentionProblem& problem, const AttentionBac
     alignas(64) float largest[kRowTile];
     finish_tile(problem, rows, keys, scratch.bias, scratch.scores, largest);
     if (reweighted)
-      run(differentiate_to_pairs<Weight, true, TileHolds::kScores>);
+      run(differentiate_to_pairs<Weight, kParts, true, TileHolds::kScores>);
     else
-      run(differentiate_to_pairs<Weight, false, TileHolds::kScores>);
+      run(differentiate_to_pairs<Weight, kParts, false, TileHolds::kScores>);
   } else {
     if (reweighted)
-      run(differentiate_to_pairs<Weight, true, TileHolds::kProducts>);
+      run(differentiate_to_pairs<Weight, kParts, true, TileHolds::kProducts>);
     else
-      run(differentiate_to_pairs<Weight, false, TileHolds::kProducts>);
+      run(differentiate_to_pairs<Weight, kParts, false, TileHolds::kProducts>);
   }
 }
 
+// Scores to weights and <do, v> to score gradients, both in place, and what the mask gets of them.
 template <class Weight>
+void differentiate_scores(const AttentionBackwardPlan& plan, const AttentionBackwardScratch& scratch,
+                          const KeyTile& keys) {
+  const AttentionProblem& problem = *plan.problem;
+  const AttentionGradients& gradients = *plan.gradients;
+  const RowTile& rows = *scratch.rows;
+  if (problem.reweight.power > 0.0f)
+    differentiate<Weight, true>(problem, rows, *scratch.row_gradients, keys, scratch.scores, scratch.score_gradients);
+  else
+    differentiate<Weight, false>(problem, rows, *scratch.row_gradients, keys, scratch.scores, scratch.score_gradients);
+  if (gradients.grad_mask != nullptr)
+    add_mask_gradients(gradients.grad_mask, gradients.grad_mask_strides, rows, keys, scratch.score_gradients);
+  if (gradients.grad_mask_sums != nullptr)
+    add_mask_gradients(gradients.grad_mask_sums, gradients.grad_mask_strides, rows, keys, scratch.score_gradients);
+  if (problem.normalize_qk) scale_by_key_factors(rows, keys, scratch.score_gradients);
+}
+
+// What a tile of scores adds to all gradients; `local` is the place of its keys among those of the unit.
+template <class Weight>
+void add_tile(const AttentionBackwardPlan& plan, const AttentionBackwardScratch& scratch, const KeyTile& keys,
+              int64_t local) {
+  const AttentionProblem& problem = *plan.problem;
+  const RowTile& rows = *scratch.rows;
+  alignas(64) float largest[kRowTile];
+  compute_scores(problem, rows, keys, scratch.transposed_queries, scratch.bias, scratch.scores, largest);
+  product<false>({keys.values, keys.value_stride, 1}, scratch.transposed_output_gradients, rows.lanes,
+                 scratch.score_gradients, rows.lanes, keys.count, rows.lanes, problem.value_width);
+  differentiate_scores<Weight>(plan, scratch, keys);
+  accumulate_product(scratch.finite, {scratch.scores, rows.lanes, 1}, scratch.output_gradients, plan.padded_value_width,
+                     scratch.value_gradients + local * plan.padded_value_width, plan.padded_value_width, keys.count,
+                     plan.padded_value_width, rows.rows);
+  accumulate_product(scratch.finite, {scratch.score_gradients, rows.lanes, 1}, scratch.queries, plan.key_width,
+                     scratch.key_gradients + local * plan.key_width, plan.key_width, keys.count, plan.key_width,
+                     rows.rows);
+  accumulate_product(scratch.finite, {scratch.score_gradients, 1, rows.lanes}, keys.keys, plan.key_width,
+                     scratch.query_gradients, plan.key_width, rows.rows, plan.key_width, keys.count);
+}
+
+// The same in products of pairs.
+template <class Weight, int kParts>
+void add_tile_in_pairs(const AttentionBackwardPlan& plan, const AttentionBackwardScratch& scratch, const KeyTile& keys,
+                       int64_t local) {
+  const AttentionProblem& problem = *plan.problem;
+  const RowTile& rows = *scratch.rows;
+  const int64_t tile = local / kKeyTile;
+  multiply_with_keys<kParts>(scratch.pairs, tile, keys.count, rows.lanes, scratch.scores, scratch.score_gradients);
+  if (plan.in_one_pass) {
+    differentiate_pair_tile<Weight, kParts>(problem, scratch, keys);
+  } else {
+    alignas(64) float largest[kRowTile];
+    finish_tile(problem, rows, keys, scratch.bias, scratch.scores, largest);
+    differentiate_scores<Weight>(plan, scratch, keys);
+    round_score_gradients<kParts>(rows, keys, scratch.scores, scratch.score_gradients, scratch.pairs);
+  }
+  add_pair_gradients<kParts>(scratch.pairs, tile, keys.count, rows.lanes,
+                             scratch.value_gradients + local * plan.padded_value_width,
+                             scratch.key_gradients + local * plan.key_width);
+}
+
+template <class Weight, int kParts>
 void differentiate_unit(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, int64_t batch,
                         int64_t key_head, int64_t split) {
   const AttentionProblem& problem = *plan.problem;
   scratch.finite = scratch.finite_values = true;
-  load_keys(plan, scratch, batch, key_head, split);
+  load_keys<kParts>(plan, scratch, batch, key_head, split);
   const bool keys_finite = scratch.finite;
   for (int64_t begin = 0; begin < plan.rows; begin += kRowTile) {
     RowTile& rows = *scratch.rows;
     set_up_rows(problem, batch, key_head, begin, static_cast<int>(core::smaller(kRowTile, plan.rows - begin)), rows,
                 scratch.queries, plan.key_width, scratch.transposed_queries);
     scratch.finite = keys_finite;
-    const bool pairs = load_row_gradients(plan, scratch);
+    const bool pairs = load_row_gradients(plan, scratch) && kParts > 0;
+    // Of one part the bare query meets the score gradients, else the one with the factor of its row.
+    if constexpr (kParts == 1)
+      if (pairs) load_pair_rows<kParts>(problem, scratch);
     for (int lane = 0; lane < rows.rows; ++lane)
       scale_row(scratch.queries + lane * plan.key_width, rows.factor[lane], plan.key_width);
+    if constexpr (kParts > 1)
+      if (pairs) load_pair_rows<kParts>(problem, scratch);
     zero(scratch.query_gradients, rows.lanes * plan.key_width);
     int64_t local = 0;
     for (int64_t tile = split; tile < plan.key_tiles; tile += plan.splits, local += kKeyTile) {
-      KeyTile keys;
-      keys.first = tile * kKeyTile;
-      keys.count = static_cast<int>(core::smaller(kKeyTile, problem.keys - keys.first));
+      const KeyTile& keys = scratch.key_tiles[local / kKeyTile];
       if (!tile_is_visible_to_any(rows, keys.first, keys.count)) continue;
-      keys.keys = scratch.keys + local * plan.key_width;
-      keys.key_stride = plan.key_width;
-      keys.values = scratch.values + local * problem.value_width;
-      keys.value_stride = problem.value_width;
-      set_up_key_factors(problem, batch, keys);
-      alignas(64) float largest[kRowTile];
-      float* key_gradients = scratch.key_gradients + local * plan.key_width;
-      float* value_gradients = scratch.value_gradients + local * plan.padded_value_width;
-      if (pairs) {
-        multiply_with_keys(scratch.pairs, local / kKeyTile, keys.count, rows.lanes, scratch.scores,
-                           scratch.score_gradients);
-        if (plan.in_one_pass) {
-          differentiate_pair_tile<Weight>(problem, scratch, keys);
-          add_pair_gradients(scratch.pairs, local / kKeyTile, keys.count, rows.lanes, value_gradients, key_gradients);
+      if constexpr (kParts > 0)
+        if (pairs) {
+          add_tile_in_pairs<Weight, kParts>(plan, scratch, keys, local);
           continue;
         }
-        finish_tile(problem, rows, keys, scratch.bias, scratch.scores, largest);
-      } else {
-        compute_scores(problem, rows, keys, scratch.transposed_queries, scratch.bias, scratch.scores, largest);
-        product<false>({keys.values, keys.value_stride, 1}, scratch.transposed_output_gradients, rows.lanes,
-                       scratch.score_gradients, rows.lanes, keys.count, rows.lanes, problem.value_width);
-      }
-      if (problem.reweight.power > 0.0f)
-        differentiate<Weight, true>(problem, rows, *scratch.row_gradients, keys, scratch.scores,
-                                    scratch.score_gradients);
-      else
-        differentiate<Weight, false>(problem, rows, *scratch.row_gradients, keys, scratch.scores,
-                                     scratch.score_gradients);
-      const AttentionGradients& gradients = *plan.gradients;
-      if (gradients.grad_mask != nullptr)
-        add_mask_gradients(gradients.grad_mask, gradients.grad_mask_strides, rows, keys, scratch.score_gradients);
-      if (gradients.grad_mask_sums != nullptr)
-        add_mask_gradients(gradients.grad_mask_sums, gradients.grad_mask_strides, rows, keys, scratch.score_gradients);
-      if (problem.normalize_qk) scale_by_key_factors(rows, keys, scratch.score_gradients);
-      if (pairs) {
-        round_score_gradients(rows, keys, scratch.scores, scratch.score_gradients, scratch.pairs);
-        add_pair_gradients(scratch.pairs, local / kKeyTile, keys.count, rows.lanes, value_gradients, key_gradients);
-        continue;
-      }
-      accumulate_product(scratch.finite, {scratch.scores, rows.lanes, 1}, scratch.output_gradients,
-                         plan.padded_value_width, value_gradients, plan.padded_value_width, keys.count,
-                         plan.padded_value_width, rows.rows);
-      accumulate_product(scratch.finite, {scratch.score_gradients, rows.lanes, 1}, scratch.queries, plan.key_width,
-                         key_gradients, plan.key_width, keys.count, plan.key_width, rows.rows);
-      accumulate_product(scratch.finite, {scratch.score_gradients, 1, rows.lanes}, keys.keys, plan.key_width,
-                         scratch.query_gradients, plan.key_width, rows.rows, plan.key_width, keys.count);
+      add_tile<Weight>(plan, scratch, keys, local);
     }
     if (pairs) move_transposed(scratch.pairs.query_gradients, plan.key_width, rows.lanes, scratch.query_gradients);
     finish_row_tile(plan, scratch, batch, key_head, begin, split);
@@ -257,7 +277,7 @@ void attention_backward(const AttentionProblem& problem, const AttentionGradient
   plan.key_width = core::round_up(problem.head_width, Vec::kWidth);
   plan.padded_value_width = core::round_up(problem.value_width, Vec::kWidth);
   plan.key_tiles = (problem.keys + kKeyTile - 1) / kKeyTile;
-  plan.pairs = kHasPairProducts && problem.dtype == DType::kBFloat16;
+  plan.parts = pair_parts(problem.dtype);
   plan.in_one_pass = !has_extras(problem) && !problem.dropout;
 
   const bool sums_mask = gradients.grad_mask_sums != nullptr;
@@ -295,10 +315,12 @@ void attention_backward(const AttentionProblem& problem, const AttentionGradient
         const int64_t group_batch = group / groups.key_heads, group_head = group % groups.key_heads;
         for (int64_t batch = group_batch; batch < task.batch; batch += groups.batches)
           for (int64_t head = group_head; head < task.key_heads; head += groups.key_heads) {
-            if (task.weight_function == WeightFunction::kSoftmax)
-              differentiate_unit<core::Exponential>(plan, scratch, batch, head, split);
-            else
-              differentiate_unit<core::SoftPlus>(plan, scratch, batch, head, split);
+            with_pair_parts(plan.parts, [&](auto parts) {
+              if (task.weight_function == WeightFunction::kSoftmax)
+                differentiate_unit<core::Exponential, parts>(plan, scratch, batch, head, split);
+              else
+                differentiate_unit<core::SoftPlus, parts>(plan, scratch, batch, head, split);
+            });
           }
       });
   if (partial && has_rows)

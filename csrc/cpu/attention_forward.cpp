@@ -156,7 +156,7 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
       return;
     }
     if (weigh_masked(products)) return;
-    // Re-weighting takes what it needs of an exponential as it is: one version, in which keys have factors, is enough.
+    // Where keys are re-weighted, their factors always take part, though they may be 1.
     if (kReweight || problem.normalize_qk) return weigh(products, std::false_type(), std::true_type());
     if constexpr (!kReweight) weigh(products, std::false_type(), std::false_type());
   }

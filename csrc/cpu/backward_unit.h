@@ -19,13 +19,13 @@ struct AttentionBackwardPlan {
   float* partial_queries;  // (splits, B * Hk, rows, D) or null when there is one split
   double* partial_scales;  // (splits, B, H) or null
   double* partial_sinks;   // (B, H) or null
-  bool pairs;              // products of pairs, for row tiles that are finite
+  int parts;               // of products of pairs, for row tiles that are finite; 0: products of fp32
   bool in_one_pass;        // from products of pairs to rounded score gradients
 };
 
 struct AttentionBackwardScratch {
   explicit AttentionBackwardScratch(const AttentionBackwardPlan& plan)
-      : tile_unit(plan.pairs), memory(layout(plan, nullptr)) {
+      : tile_unit(plan.parts > 0), memory(layout(plan, nullptr)) {
     layout(plan, memory.get());
   }
 
@@ -37,13 +37,15 @@ struct AttentionBackwardScratch {
     transposed_queries = arena.take<float>(kRowTile * problem.head_width);
     output_gradients = arena.take<float>(kRowTile * plan.padded_value_width);
     transposed_output_gradients = arena.take<float>(kRowTile * problem.value_width);
+    row_values = arena.take<float>(kRowTile * plan.padded_value_width);
+    transposed_row_values = arena.take<float>(kRowTile * problem.value_width);
     row = arena.take<float>(core::larger(plan.key_width, plan.padded_value_width));
     scores = arena.take<float>(kRowTile * kKeyTile);
     score_gradients = arena.take<float>(kRowTile * kKeyTile);
     bias = arena.take<float>(problem.attn_mask.kind != MaskKind::kNone ? kRowTile * kKeyTile : 0);
     query_gradients = arena.take<float>(kRowTile * plan.key_width);
     keys = arena.take<float>(split_keys * plan.key_width);
-    values = arena.take<float>(split_keys * problem.value_width);
+    values = arena.take<float>(split_keys * plan.padded_value_width);
     key_gradients = arena.take<float>(split_keys * plan.key_width);
     value_gradients = arena.take<float>(split_keys * plan.padded_value_width);
     const int64_t total_keys = plan.rows > kGradientRows ? split_keys : 0;
@@ -51,7 +53,8 @@ struct AttentionBackwardScratch {
     value_totals = arena.take<float>(total_keys * plan.padded_value_width);
     rows = arena.take<RowTile>(1);
     row_gradients = arena.take<RowGradients>(1);
-    if (plan.pairs) pairs.carve(arena, problem, split_keys);
+    key_tiles = arena.take<KeyTile>(plan.tiles_per_split);
+    if (plan.parts > 0) pairs.carve(arena, problem, split_keys, plan.parts);
     return arena.used();
   }
 
@@ -59,17 +62,20 @@ struct AttentionBackwardScratch {
   Allocation memory;
   PairOperands pairs{};
   float *queries = nullptr, *transposed_queries = nullptr, *output_gradients = nullptr;
-  float *transposed_output_gradients = nullptr, *row = nullptr, *scores = nullptr, *score_gradients = nullptr;
+  float *transposed_output_gradients = nullptr, *row_values = nullptr, *transposed_row_values = nullptr;
+  float *row = nullptr, *scores = nullptr, *score_gradients = nullptr;
   float *bias = nullptr, *query_gradients = nullptr, *keys = nullptr, *values = nullptr, *key_gradients = nullptr;
   float *value_gradients = nullptr, *key_totals = nullptr, *value_totals = nullptr;
   RowTile* rows = nullptr;
   RowGradients* row_gradients = nullptr;
+  KeyTile* key_tiles = nullptr;
   bool finite = true, finite_values = true;
 };
 
-// Widens the split's keys and values, tile after tile, and clears their gradients.
-[[maybe_unused]] static void load_keys(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch,
-                                       int64_t batch, int64_t key_head, int64_t split) {
+// Widens the split's keys and values, tile after tile, with the factors of the keys, and clears their gradients.
+template <int kParts>
+static void load_keys(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, int64_t batch,
+                      int64_t key_head, int64_t split) {
   const AttentionProblem& problem = *plan.problem;
   int64_t local = 0;
   for (int64_t tile = split; tile < plan.key_tiles; tile += plan.splits, local += kKeyTile) {
@@ -77,16 +83,26 @@ struct AttentionBackwardScratch {
     const int64_t count = core::smaller(kKeyTile, problem.keys - first);
     for (int64_t j = 0; j < count; ++j) {
       float* key = scratch.keys + (local + j) * plan.key_width;
-      float* value = scratch.values + (local + j) * problem.value_width;
+      float* value = scratch.values + (local + j) * plan.padded_value_width;
       widen(row_of(problem.key, problem.dtype, batch, key_head, first + j), problem.dtype, key, problem.head_width);
       zero(key + problem.head_width, plan.key_width - problem.head_width);
       widen(row_of(problem.value, problem.dtype, batch, key_head, first + j), problem.dtype, value,
             problem.value_width);
+      zero(value + problem.value_width, plan.padded_value_width - problem.value_width);
       scratch.finite &= is_finite(key, problem.head_width);
       scratch.finite_values &= is_finite(value, problem.value_width);
     }
-    if (kHasPairProducts && plan.pairs)
-      load_pair_keys(problem, batch, key_head, first, local / kKeyTile, scratch.pairs);
+    KeyTile& keys = scratch.key_tiles[local / kKeyTile];
+    keys.first = first;
+    keys.count = static_cast<int>(count);
+    keys.keys = scratch.keys + local * plan.key_width;
+    keys.key_stride = plan.key_width;
+    keys.values = scratch.values + local * plan.padded_value_width;
+    keys.value_stride = plan.padded_value_width;
+    set_up_key_factors(problem, batch, keys);
+    if constexpr (kParts > 0)
+      load_pair_keys<kParts>(problem, batch, key_head, first, local / kKeyTile, scratch.keys + local * plan.key_width,
+                             scratch.values + local * plan.padded_value_width, scratch.pairs);
   }
   const int64_t split_keys = plan.tiles_per_split * kKeyTile;
   zero(scratch.key_gradients, split_keys * plan.key_width);
@@ -110,7 +126,15 @@ struct AttentionBackwardScratch {
   move_sums(scratch.value_gradients, scratch.value_totals, keys * plan.padded_value_width);
 }
 
-// Output gradients of the row tile in both layouts, and what the saved tensors say of its rows. Whether the tile goes
+// <dO, x> of the row tile's rows x in scratch.row_values.
+[[maybe_unused]] static void multiply_with_gradients(const AttentionBackwardPlan& plan,
+                                                     const AttentionBackwardScratch& scratch, float* products) {
+  const int64_t width = plan.problem->value_width, lanes = scratch.rows->lanes;
+  transpose_rows(scratch.row_values, plan.padded_value_width, lanes, width, scratch.transposed_row_values);
+  dots_in_order(scratch.transposed_output_gradients, scratch.transposed_row_values, width, lanes, products);
+}
+
+// Output gradients of the row tile in both layouts, and what the saved tensors say of its rows. Whether the tile can go
 // through products of pairs.
 [[maybe_unused]] static bool load_row_gradients(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch) {
   const AttentionProblem& problem = *plan.problem;
@@ -118,32 +142,46 @@ struct AttentionBackwardScratch {
   const RowTile& rows = *scratch.rows;
   RowGradients& state = *scratch.row_gradients;
   state = RowGradients{};  // lanes past the last row: all zero
-  bool pairs = kHasPairProducts && plan.pairs && scratch.finite_values;
-  for (int lane = 0; lane < rows.lanes; ++lane) {
-    float* gradient = scratch.output_gradients + lane * plan.padded_value_width;
-    zero(gradient, plan.padded_value_width);
-    if (lane >= rows.rows) continue;
+  const int64_t width = problem.value_width, stride = plan.padded_value_width;
+  zero(scratch.output_gradients, rows.lanes * stride);
+  zero(scratch.row_values, rows.lanes * stride);
+  for (int lane = 0; lane < rows.rows; ++lane) {
+    float* gradient = scratch.output_gradients + lane * stride;
     const int64_t head = rows.head[lane], query = rows.query[lane];
-    widen(row_of(gradients.grad_output, problem.dtype, rows.batch, head, query), problem.dtype, gradient,
-          problem.value_width);
-    widen(row_of(problem.output, problem.dtype, rows.batch, head, query), problem.dtype, scratch.row,
-          problem.value_width);
-    scratch.finite &= is_finite(gradient, problem.value_width) &&
-                      is_finite(scratch.queries + lane * plan.key_width, problem.head_width);
-    const int64_t row_index = (rows.batch * problem.heads + head) * problem.queries + query;
+    widen(row_of(gradients.grad_output, problem.dtype, rows.batch, head, query), problem.dtype, gradient, width);
+    widen(row_of(problem.output, problem.dtype, rows.batch, head, query), problem.dtype,
+          scratch.row_values + lane * stride, width);
+    scratch.finite &=
+        is_finite(gradient, width) && is_finite(scratch.queries + lane * plan.key_width, problem.head_width);
+  }
+  transpose_rows(scratch.output_gradients, stride, rows.lanes, width, scratch.transposed_output_gradients);
+  multiply_with_gradients(plan, scratch, state.delta);
+  const auto row_index = [&](int lane) {
+    return (rows.batch * problem.heads + rows.head[lane]) * problem.queries + rows.query[lane];
+  };
+  alignas(64) float response_products[kRowTile] = {};
+  if (problem.reweight.power > 0.0f) {
+    for (int lane = 0; lane < rows.rows; ++lane)
+      __builtin_memcpy(scratch.row_values + lane * stride, problem.saved_values + row_index(lane) * width,
+                       static_cast<size_t>(width) * sizeof(float));
+    multiply_with_gradients(plan, scratch, response_products);
+  }
+  bool pairs = scratch.finite_values;
+  for (int lane = 0; lane < rows.rows; ++lane) {
     const float log_gradient =
-        gradients.grad_log_normalizer == nullptr ? 0.0f : gradients.grad_log_normalizer[row_index];
-    set_row_gradient(problem, rows, lane, gradient, dot_in_order(gradient, scratch.row, problem.value_width),
-                     log_gradient, state);
+        gradients.grad_log_normalizer == nullptr ? 0.0f : gradients.grad_log_normalizer[row_index(lane)];
+    set_row_gradient(problem, rows, lane, response_products[lane], log_gradient, state);
     pairs &= is_finite(state, lane);
   }
-  transpose_rows(scratch.output_gradients, plan.padded_value_width, rows.lanes, problem.value_width,
-                 scratch.transposed_output_gradients);
-  if (!pairs || !scratch.finite) return false;
-  load_pair_rows(problem, rows, scratch.queries, scratch.transposed_queries, scratch.output_gradients,
-                 scratch.transposed_output_gradients, scratch.pairs);
-  multiply_with_outputs(problem, rows, scratch.pairs, state.delta);
-  return true;
+  return pairs && scratch.finite;
+}
+
+// The operands of products of pairs of the row tile.
+template <int kParts>
+static void load_pair_rows(const AttentionProblem& problem, AttentionBackwardScratch& scratch) {
+  load_pair_rows<kParts>(problem, *scratch.rows, scratch.queries, scratch.transposed_queries, scratch.output_gradients,
+                         scratch.transposed_output_gradients, scratch.pairs);
+  multiply_with_outputs<kParts>(problem, *scratch.rows, scratch.pairs, scratch.row, scratch.row_gradients->delta);
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

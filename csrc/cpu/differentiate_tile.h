@@ -21,10 +21,9 @@ struct RowGradients {
   alignas(64) float flat[kRowTile];
 };
 
-// What saved tensors say of a live row. `output_gradient` is its dO, delta <dO, o>.
+// What saved tensors say of a live row whose delta is set. `response_product` is <dO, U>, where rows are re-weighted.
 [[maybe_unused]] static void set_row_gradient(const AttentionProblem& problem, const RowTile& rows, int lane,
-                                              const float* output_gradient, float delta, float log_gradient,
-                                              RowGradients& state) {
+                                              float response_product, float log_gradient, RowGradients& state) {
   const bool reweighted = problem.reweight.power > 0.0f;
   const int64_t row_index = (rows.batch * problem.heads + rows.head[lane]) * problem.queries + rows.query[lane];
   const float* saved = problem.saved_rows + row_index * (reweighted ? kSavedWidthReweight : kSavedWidthPlain);
@@ -33,17 +32,14 @@ struct RowGradients {
   const float inverse = empty ? 0.0f : 1.0f / normalizer;
   state.shift[lane] = saved[kSavedShift];
   state.inverse_normalizer[lane] = inverse;
-  state.delta[lane] = delta;
   state.log_gradient[lane] = empty ? 0.0f : log_gradient;
   state.flat[lane] = 1.0f;
   if (!reweighted || saved[kSavedWeightSum] == 0.0f || empty) return;
   const float peak = saved[kSavedPeak];
   const float visible = rows.visible_keys[lane];
   const float offset = visible <= static_cast<float>(problem.reweight.exempt_rows) ? 0.0f : problem.reweight.offset;
-  const float* response = problem.saved_values + row_index * problem.value_width;
   const float row_sum =
-      problem.reweight.power / peak *
-      (dot_in_order(output_gradient, response, problem.value_width) - delta * saved[kSavedResponse]);  // E_i
+      problem.reweight.power / peak * (response_product - state.delta[lane] * saved[kSavedResponse]);  // E_i
   state.flat[lane] = 0.0f;
   state.mean[lane] = saved[kSavedMean];
   state.inverse_peak[lane] = 1.0f / peak;

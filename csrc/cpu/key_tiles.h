@@ -8,23 +8,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// How many matrices of bfloat16 hold the numbers of a dtype for products of pairs; 0 where these are not to be had, or
-// do not pay: fp32 would take three, and the six products of their parts take as long as one of fp32.
-SIGHTLINE_INLINE int pair_parts(DType dtype) {
-  if (dtype == DType::kBFloat16) return kHasPairProducts ? 1 : 0;
-  return dtype == DType::kFloat16 && kHasTileUnit ? 2 : 0;
-}
-
-// Calls run(parts) with the number of pair_parts() that the compiler knows.
-template <class Run>
-static auto with_pair_parts(int parts, Run run) {
-  if constexpr (kHasPairProducts)
-    if (parts == 1) return run(std::integral_constant<int, 1>());
-  if constexpr (kHasTileUnit)
-    if (parts == 2) return run(std::integral_constant<int, 2>());
-  return run(std::integral_constant<int, 0>());
-}
-
 // Widths as the products pad them, and how far the parts of a tile are apart.
 struct KeyTileSizes {
   int64_t padded_depth, padded_width, key_part, column_part;
@@ -94,8 +77,8 @@ static void load_keys(const AttentionProblem& problem, const KeyTileSizes& sizes
   tile.key_bits_part = sizes.key_part;
   if constexpr (kParts == 1) set_up_key_bits(problem, sizes, static_cast<const uint16_t*>(keys), often, memory, tile);
   if constexpr (kParts > 1) {
-    split_rows<kParts>(tile.keys, tile.key_stride, tile.count, core::round_up(tile.count, kPairRows),
-                       sizes.padded_depth, memory.key_bits, sizes.padded_depth, sizes.key_part);
+    split_rows<kParts>(tile.keys, tile.key_stride, tile.count, sizes.padded_depth,
+                       core::round_up(tile.count, kPairRows), memory.key_bits, sizes.padded_depth, sizes.key_part);
     tile.key_bits = memory.key_bits;
     tile.key_bits_stride = sizes.padded_depth;
   }

@@ -12,6 +12,23 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
+// How many matrices of bfloat16 hold the numbers of a dtype for products of pairs; 0 where these are not to be had, or
+// do not pay: fp32 would take three, and the six products of their parts take as long as one of fp32.
+SIGHTLINE_INLINE int pair_parts(DType dtype) {
+  if (dtype == DType::kBFloat16) return kHasPairProducts ? 1 : 0;
+  return dtype == DType::kFloat16 && kHasTileUnit ? 2 : 0;
+}
+
+// Calls run(parts) with the number of pair_parts() that the compiler knows.
+template <class Run>
+static auto with_pair_parts(int parts, Run run) {
+  if constexpr (kHasPairProducts)
+    if (parts == 1) return run(std::integral_constant<int, 1>());
+  if constexpr (kHasTileUnit)
+    if (parts == 2) return run(std::integral_constant<int, 2>());
+  return run(std::integral_constant<int, 0>());
+}
+
 // (depth, lanes) of fp32 to pairs (padded_depth / 2, lanes), in parts `part` apart.
 template <int kParts>
 static void rows_to_pairs(const float* from, int64_t depth, int64_t padded_depth, int64_t lanes, uint32_t* pairs,

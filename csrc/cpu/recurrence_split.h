@@ -118,21 +118,6 @@ static bool split_values(float* values, int64_t stride, int rows, int64_t width,
   return non_finite == 0;
 }
 
-// Rows (rows, stride) of fp32.
-template <int kParts>
-static void split_rows(const float* from, int64_t from_stride, int rows, int64_t width, uint16_t* to, int64_t to_stride,
-                       int64_t part) {
-  for (int64_t row = 0; row < core::round_up(rows, kPairRows); ++row)
-    for (int64_t column = 0; column < to_stride; column += 32) {
-      Vec first = Vec::broadcast(0.0f), second = first;
-      if (row < rows) first = Vec::load(from + row * from_stride + column);
-      if (row < rows && column + 16 < width) second = Vec::load(from + row * from_stride + column + 16);
-      for_each_part<kParts>([&](int index, auto last) {
-        store(to + index * part + row * to_stride + column, split_row<last>(first, second));
-      });
-    }
-}
-
 // The scores on and below the diagonal.
 template <int kParts>
 static void split_scores(const float* scores, int rows, uint16_t* to) {

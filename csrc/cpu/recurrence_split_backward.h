@@ -59,15 +59,15 @@ class SplitBackward {
     load_value_lanes();
     transpose_to_pairs<kParts>(chunk_.gained, keys_, keys_, split_.gained_lanes, key_panel(),
                                split_.key_depth / 2 * kChunkRows, chunk_.rows);
-    split_rows<kParts>(chunk_.gained, keys_, chunk_.rows, keys_, split_.key_rows, split_.key_depth,
+    split_rows<kParts>(chunk_.gained, keys_, chunk_.rows, keys_, rows_, split_.key_rows, split_.key_depth,
                        kChunkRows * split_.key_depth);
     split_to_pairs<kParts>(scratch_.state_gradient, values_, nullptr, keys_, values_, split_.state, key_panel(),
                            split_.key_depth / 2 * values_);
     tile_product<kParts, kParts, false>({split_.key_rows, split_.key_depth, kChunkRows * split_.key_depth},
                                         {split_.state, key_panel(), split_.key_depth / 2 * values_},
                                         scratch_.grad_values, values_, rows_, values_, split_.key_depth, next);
-    split_rows<kValueParts>(scratch_.values, values_, chunk_.rows, values_, split_.value_rows, split_.value_depth,
-                            kChunkRows * split_.value_depth);
+    split_rows<kValueParts>(scratch_.values, values_, chunk_.rows, values_, rows_, split_.value_rows,
+                            split_.value_depth, kChunkRows * split_.value_depth);
     transpose_to_pairs<kParts>(scratch_.state_gradient, values_, values_, split_.state, value_panel(),
                                split_.value_depth / 2 * keys_, keys_);
     tile_product<kValueParts, kParts, false>({split_.value_rows, split_.value_depth, kChunkRows * split_.value_depth},
@@ -77,7 +77,7 @@ class SplitBackward {
 
   // What the rows of one query head add to dv, to G v within the chunk, and to G, from `queries` and `grad_outputs`.
   void receive_from_head(Prefetches& next) const {
-    split_rows<kParts>(scratch_.queries, keys_, chunk_.rows, keys_, split_.key_rows, split_.key_depth,
+    split_rows<kParts>(scratch_.queries, keys_, chunk_.rows, keys_, rows_, split_.key_rows, split_.key_depth,
                        kChunkRows * split_.key_depth);
     tile_product<kParts, kParts, false>({split_.key_rows, split_.key_depth, kChunkRows * split_.key_depth},
                                         {split_.gained_lanes, key_panel(), split_.key_depth / 2 * kChunkRows},
@@ -118,8 +118,8 @@ class SplitBackward {
                                     split_.value_depth / 2 * kChunkRows, chunk_.rows);
   }
   void load_grad_rows() const {
-    split_rows<kValueParts>(scratch_.grad_outputs, values_, chunk_.rows, values_, split_.grad_rows, split_.value_depth,
-                            kChunkRows * split_.value_depth);
+    split_rows<kValueParts>(scratch_.grad_outputs, values_, chunk_.rows, values_, rows_, split_.grad_rows,
+                            split_.value_depth, kChunkRows * split_.value_depth);
   }
   // responses = <do_u, v_t>, those of later keys too.
   void multiply_responses(Prefetches& next) const {

@@ -51,8 +51,8 @@ static void split_run_chunk(const RecurrenceProblem& problem, const Unit& unit, 
   split_state<kParts>(scratch.state, unit.stride, nullptr, problem.key_width, unit.width, split);
   for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
     load_queries(problem, unit, head, chunk.first, chunk.rows, chunk.inverse, chunk.stride, scratch);
-    split_rows<kParts>(scratch.queries, chunk.stride, chunk.rows, chunk.stride, split.queries, split.key_depth,
-                       kChunkRows * split.key_depth);
+    split_rows<kParts>(scratch.queries, chunk.stride, chunk.rows, chunk.stride, core::round_up(chunk.rows, kPairRows),
+                       split.queries, split.key_depth, kChunkRows * split.key_depth);
     read_state<kParts>(split, split.key_depth, chunk.rows, unit.width, scratch.outputs, unit.stride,
                        {{}, rows_from(problem, unit, problem.output, head, chunk.first, unit.column, unit.columns)});
     read_chunk<kParts, kValueParts>(
@@ -80,8 +80,8 @@ static void split_read_out(const RecurrenceProblem& problem, const Unit& unit, i
   } else {
     load_rows(problem.query, problem.dtype, unit.sequence.batch, head, first, 0, rows, problem.key_width,
               scratch.queries, scratch.chunk.stride);
-    split_rows<kParts>(scratch.queries, scratch.chunk.stride, rows, scratch.chunk.stride, split.queries,
-                       split.key_depth, kChunkRows * split.key_depth);
+    split_rows<kParts>(scratch.queries, scratch.chunk.stride, rows, scratch.chunk.stride,
+                       core::round_up(rows, kPairRows), split.queries, split.key_depth, kChunkRows * split.key_depth);
     read_state<kParts>(split, split.key_depth, rows, unit.width, scratch.outputs, unit.stride, prefetches);
   }
   write_outputs(problem, unit, head, first, rows, scratch);

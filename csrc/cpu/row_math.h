@@ -34,17 +34,20 @@ SIGHTLINE_INLINE float dot(const float* a, const float* b, int64_t count) {
   return total;
 }
 
-// The sum in the order in which product.h takes <do, v>: a row that attends to one key alone has o = v, and its score
-// gradient <do, v> - <do, o> is then exactly 0.
-SIGHTLINE_INLINE float dot_in_order(const float* a, const float* b, int64_t count) {
-  float total = 0.0f;
-  for (int64_t start = 0; start < count; start += kDepthChunk) {
-    const int64_t end = core::smaller(count, start + kDepthChunk);
-    float sum = 0.0f;
-    for (int64_t index = start; index < end; ++index) sum = fma(a[index], b[index], sum);
-    total += sum;
+// products[lane] = <a, b> of two matrices (width, lanes), added up as product.h adds up <do, v>: a row that attends to
+// one key alone has o = v, and its score gradient <do, v> - <do, o> is then exactly 0.
+[[maybe_unused]] static void dots_in_order(const float* a, const float* b, int64_t width, int64_t lanes,
+                                           float* products) {
+  for (int64_t lane = 0; lane < lanes; lane += Vec::kWidth) {
+    Vec total = Vec::broadcast(0.0f);
+    for (int64_t start = 0; start < width; start += kDepthChunk) {
+      Vec sum = Vec::broadcast(0.0f);
+      for (int64_t index = start; index < core::smaller(width, start + kDepthChunk); ++index)
+        sum = fma(Vec::load(a + index * lanes + lane), Vec::load(b + index * lanes + lane), sum);
+      total = total + sum;
+    }
+    store(products + lane, total);
   }
-  return total;
 }
 
 // to (width, rows) = from (rows, width); `rows` is a multiple of the vector width.

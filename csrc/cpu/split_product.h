@@ -31,18 +31,16 @@ static void transpose_to_pairs(const float* from, int64_t from_stride, int64_t w
     }
 }
 
-// Rows (rows, width) as they lie, with zeros up to `padded_rows`; `padded_width` numbers of each can be read and it is
-// a multiple of 32.
+// Rows (rows, width) as they lie, with zeros up to row `padded_rows` and column `to_stride`, which is a multiple of
+// kPairDepth; `width` is one of 16.
 template <int kParts>
-static void split_rows(const float* from, int64_t from_stride, int64_t rows, int64_t padded_rows, int64_t padded_width,
+static void split_rows(const float* from, int64_t from_stride, int64_t rows, int64_t width, int64_t padded_rows,
                        uint16_t* to, int64_t to_stride, int64_t part) {
   for (int64_t row = 0; row < padded_rows; ++row)
-    for (int64_t column = 0; column < padded_width; column += 32) {
+    for (int64_t column = 0; column < to_stride; column += kPairDepth) {
       Vec first = Vec::broadcast(0.0f), second = first;
-      if (row < rows) {
-        first = Vec::load(from + row * from_stride + column);
-        second = Vec::load(from + row * from_stride + column + 16);
-      }
+      if (row < rows) first = Vec::load(from + row * from_stride + column);
+      if (row < rows && column + 16 < width) second = Vec::load(from + row * from_stride + column + 16);
       uint16_t* target = to + row * to_stride + column;
       for_each_part<kParts>(
           [&](int index, auto last) { store(target + index * part, split_row<last>(first, second)); });

@@ -74,7 +74,7 @@ template <int kRowTiles, int kLaneTiles, bool kAccumulate>
 struct TileBlock {
   int64_t stride;  // of C
 
-  int64_t offset(int tile) const { return tile / 2 * 16 * stride + tile % 2 * 16; }
+  int64_t offset(int tile) const { return tile / 2 * kPairRows * stride + tile % 2 * kPanelLanes; }
 
   // Tile `kTile` leaves for the block before, where there is one, and starts for the next.
   template <int kTile>
@@ -108,7 +108,7 @@ struct TileBlock {
     if (kLaneTiles == 2) load_lanes_of_b<1>(b + panel, b_stride * 4);
     if (kFirst) turn_over<2>(before, next);
     if (kLaneTiles == 2) multiply_tiles<1>();
-    if (kRowTiles == 2) load_rows_of_a<1>(a + 16 * a_stride, a_stride * 2);
+    if (kRowTiles == 2) load_rows_of_a<1>(a + kPairRows * a_stride, a_stride * 2);
     if (kFirst) turn_over<3>(before, next);
     if (kRowTiles == 2) multiply_tiles<2>();
     if (kRowTiles == 2 && kLaneTiles == 2) multiply_tiles<3>();
@@ -157,7 +157,7 @@ static void tile_panel(const TileFactors* factors, int count, int64_t lane, floa
   const TileBlock<2, kLaneTiles, kAccumulate> block{c_stride};
   float* before = nullptr;
   int64_t row = 0;
-  for (; row + 32 <= rows; row += 32) {
+  for (; row + 2 * kPairRows <= rows; row += 2 * kPairRows) {
     prefetches.ask(kRowsPerBlock);
     float* target = c + row * c_stride + lane;
     block.template multiply<kPartsA, kPartsB, kAll>(factors, count, row, lane, before, target);

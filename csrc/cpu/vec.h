@@ -23,15 +23,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// a b + c, rounded as the lanes of vectors are.
-SIGHTLINE_INLINE float fma(float a, float b, float c) {
-#if defined(__FMA__)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
 // The first `count` lanes; none or all where it lies beyond their number.
 SIGHTLINE_INLINE Mask first_lanes(int64_t count) {
   return mask_of_bits(count <= 0 ? 0 : count >= Vec::kWidth ? ~uint64_t{0} : (uint64_t{1} << count) - 1, 0);

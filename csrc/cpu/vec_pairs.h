@@ -50,11 +50,19 @@ SIGHTLINE_INLINE uint32_t non_finite_bits(Pairs pairs) {
   return _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs.bits, exponent), exponent);
 }
 
-SIGHTLINE_INLINE Pairs round_to_pairs(Vec low, Vec high) {
-  const __m512bh halves = _mm512_cvtne2ps_pbh(high.value, low.value);
+// What split_row() puts side by side: apart, and as pairs of one number of each.
+SIGHTLINE_INLINE void store_apart(uint16_t* first, uint16_t* second, Pairs row) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256(row.bits));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_extracti64x4_epi64(row.bits, 1));
+}
+SIGHTLINE_INLINE Pairs interleave(Pairs row) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return {_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves))};
+  return {_mm512_permutexvar_epi16(order, row.bits)};
+}
+
+SIGHTLINE_INLINE Pairs round_to_pairs(Vec low, Vec high) {
+  return interleave({reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.value, low.value))});
 }
 
 // Takes the leading bits off two vectors: side by side as in a row, what is left in `first` and `second`.
@@ -136,6 +144,8 @@ SIGHTLINE_INLINE Pairs as_pairs(Vec) { return {}; }
 SIGHTLINE_INLINE Pairs pair_rows(const uint16_t*, Mask, const uint16_t*, Mask) { return {}; }
 SIGHTLINE_INLINE Pairs load_numbers(const uint16_t*, int64_t) { return {}; }
 SIGHTLINE_INLINE uint32_t non_finite_bits(Pairs) { return 0; }
+SIGHTLINE_INLINE void store_apart(uint16_t*, uint16_t*, Pairs) {}
+SIGHTLINE_INLINE Pairs interleave(Pairs row) { return row; }
 SIGHTLINE_INLINE Pairs round_to_pairs(Vec, Vec) { return {}; }
 template <bool kLast>
 SIGHTLINE_INLINE Pairs split_row(Vec&, Vec&) {

@@ -65,6 +65,25 @@ def test_a_row_of_one_key_gives_its_value_bit_for_bit(weighting: Any, dtype: tor
     assert torch.equal(first, value.repeat_interleave(2, dim=1)[:, :, 0])
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("width", [40, 64, 128])
+@pytest.mark.parametrize("weighting", ["softmax", "lssa"])
+def test_float16_gradients_lose_no_more_than_rounding_them_does(weighting: str, width: int) -> None:
+    # Rounding the results leaves 2.1e-4; weights and score gradients of eight bits alone would leave 1.7e-3.
+    sizes = Sizes(queries=170, keys=150, width=width, value_width=width)
+    tensors = [tensor.requires_grad_() for tensor in random_inputs(sizes, torch.float16)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    output = sl.attention(*tensors, weighting=WEIGHTINGS[weighting], backend="native")
+    reference = sl.attention(*exact, weighting=WEIGHTINGS[weighting])
+    gradient = torch.randn_like(output)
+    for actual, wanted in zip(
+        torch.autograd.grad(output, tensors, gradient),
+        torch.autograd.grad(reference, exact, gradient.double()),
+        strict=True,
+    ):
+        assert (actual - wanted).norm() < 3e-4 * wanted.norm()
+
+
 @every_dtype
 @pytest.mark.parametrize("weighting", ["lssar", "lssar1", "lssar2.5", "lssar3", "sharp_softmax"])
 def test_a_flat_row_is_plain_attention(weighting: str, dtype: torch.dtype) -> None:
