@@ -214,7 +214,7 @@ static void gather_state(const Head& head, BackwardScratch& scratch) {
     weigh_keys<false, kParts == 1>(problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
     if constexpr (kParts > 0)
       if (chunk.rows >= kLeastSplitRows && tile_add_chunk<kParts, kValueParts>(head, scratch)) continue;
-    add_chunk_to_transposed_state(head, load_values(head, first, chunk.rows, scratch), scratch);
+    add_chunk_to_transposed_state(head, load_values(head, first, chunk.rows, scratch), {0, chunk.stride}, scratch);
   }
 }
 
