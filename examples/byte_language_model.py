@@ -7,6 +7,7 @@ at longer ones.
 
 from __future__ import annotations
 
+import argparse
 import math
 import sysconfig
 import time
@@ -97,10 +98,15 @@ def train(name: str, model: Any, training: torch.Tensor, windows: torch.Tensor, 
     return {"parameters": model.num_parameters(), "curve": curve, "bits_per_byte": scores, "seconds": seconds}
 
 
-def main() -> None:
+def arguments_parser() -> argparse.ArgumentParser:
+    """The command line; its defaults are those of the committed results."""
     arguments = parser(__doc__.splitlines()[0], steps=800)
     arguments.add_argument("--windows", type=int, default=16, help="windows of the longest context to validate on")
-    arguments = arguments.parse_args()
+    return arguments
+
+
+def main() -> None:
+    arguments = arguments_parser().parse_args()
     torch.set_num_threads(arguments.threads)
     training, validation = corpus()
     # Spread over all validation files.

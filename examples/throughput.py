@@ -6,6 +6,7 @@ two, is not run at longer ones.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,15 +32,20 @@ def kernels() -> dict[str, Callable[..., torch.Tensor]]:
     }
 
 
-@torch.no_grad()
-def main() -> None:
+def arguments_parser() -> argparse.ArgumentParser:
+    """The command line; its defaults are those of the committed results."""
     arguments = parser(__doc__.splitlines()[0], steps=3)
     arguments.add_argument("--limit", type=float, default=5.0, help="seconds of one call")
     arguments.add_argument("--longest", type=int, default=2**20, help="tokens")
     arguments.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     arguments.add_argument("--heads", type=int, default=8)
     arguments.add_argument("--width", type=int, default=128)
-    arguments = arguments.parse_args()
+    return arguments
+
+
+@torch.no_grad()
+def main() -> None:
+    arguments = arguments_parser().parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     measured: dict[str, dict[int, list[float]]] = {name: {} for name in kernels()}

@@ -7,30 +7,15 @@
 // each from a state stored on a first walk, so that memory does not grow with the sequence but for one state per
 // segment. With order, chunks of 16-bit inputs go through the tile unit where there is one
 // (recurrence_split_backward.h). Without order there are three walks over the rows (recurrence_unordered_backward.h),
-// each over all segments of a long sequence at once.
+// each over all segments of a long sequence at once. A long sequence of fewer heads than threads goes through all of
+// them, window by window, where there is an order (recurrence_windows.h).
 #include "cpu/kernel_table.h"
+#include "cpu/recurrence_causal_backward.h"
 #include "cpu/recurrence_gradient_segments.h"
-#include "cpu/recurrence_split_backward.h"
+#include "cpu/recurrence_windows.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
-
-// C += A^T B where only the entries of A (rows, rows) on and below the diagonal are set, and the others become 0 here.
-void upper_triangle_product(float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int rows,
-                            int64_t columns, bool finite) {
-  for (int begin = 0; begin < rows; begin += kTriangleRows) {
-    const int end = begin + kTriangleRows < rows ? begin + kTriangleRows : rows;
-    for (int row = begin; row < end; ++row) zero(a + row * kChunkRows + row + 1, end - row - 1);
-    accumulate_product(finite, {a + begin * kChunkRows + begin, 1, kChunkRows}, b + begin * b_stride, b_stride,
-                       c + begin * c_stride, c_stride, end - begin, columns, rows - begin);
-  }
-}
-
-// Whether the chunk's products may go through the tile unit.
-[[maybe_unused]] bool suits_tile_unit(const BackwardScratch& scratch, bool finite_values) {
-  const KeyChunk& chunk = scratch.chunk;
-  return chunk.rows >= kLeastSplitRows && finite_values && is_finite(chunk.gained, chunk.rows * chunk.stride);
-}
 
 // Walks `begin` to `end` for the state alone.
 void advance_state(const Head& head, int64_t begin, int64_t end, BackwardScratch& scratch) {
@@ -38,88 +23,8 @@ void advance_state(const Head& head, int64_t begin, int64_t end, BackwardScratch
   for (int64_t first = begin; first < end; first += chunk.rows) {
     open_chunk(head, first, end, scratch);
     weigh_keys<false>(head.problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
-    add_chunk_to_transposed_state(head, load_values(head, first, chunk.rows, scratch), scratch);
+    add_chunk_to_transposed_state(head, load_values(head, first, chunk.rows, scratch), {0, chunk.stride}, scratch);
   }
-}
-
-// dq = scale / Delta_t (S do_t), written, and q dq / Delta added to what the segment keeps of its rows.
-void finish_query_gradients(const Head& head, int64_t query_head, int64_t first, float* query_responses,
-                            BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
-  const KeyChunk& chunk = scratch.chunk;
-  const bool first_of_group = query_head % head.group() == 0;
-  const Vec scale = Vec::broadcast(problem.scale), nothing = Vec::broadcast(0.0f);
-  load_rows(problem.query, problem.dtype, head.sequence.batch, query_head, first, 0, chunk.rows, problem.key_width,
-            scratch.queries, chunk.stride);
-  for (int row = 0; row < chunk.rows; ++row) {
-    float* gradient = scratch.received + row * chunk.stride;
-    float* response = query_responses + row * chunk.stride;
-    for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth) {
-      const Vec inverse = Vec::load(chunk.inverse + row * chunk.stride + d);
-      const Mask dead = equal(inverse, nothing);
-      const Vec normalized = select(dead, nothing, Vec::load(gradient + d) * inverse);
-      const Vec query = select(dead, nothing, Vec::load(scratch.queries + row * chunk.stride + d) * inverse * scale);
-      store(gradient + d, normalized * scale);
-      // The factors in the order in which the sweep back multiplies them: what cancels there cancels to 0.
-      const Vec product = query * normalized;
-      store(response + d, first_of_group ? product : product + Vec::load(response + d));
-    }
-    narrow(gradient,
-           writable_row_of(head.gradients.grad_query, problem.dtype, head.sequence.batch, query_head, first + row),
-           problem.dtype, problem.key_width);
-  }
-}
-
-// The sweep forward over a chunk: dq, and the state after it.
-void run_forward(const Head& head, int64_t first, bool finite_values, float* query_responses,
-                 BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
-  const KeyChunk& chunk = scratch.chunk;
-  const bool finite_keys = is_finite(chunk.gained, chunk.rows * chunk.stride);
-  transpose(scratch.values, scratch.value_stride, scratch.transposed_values, kChunkRows, padded(chunk.rows),
-            scratch.value_stride);
-  head.for_each_query_head([&](int64_t query_head) {
-    load_grad_outputs(head, query_head, first, chunk.rows, scratch);
-    product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
-                   scratch.received, chunk.stride, chunk.rows, chunk.stride, problem.value_width);
-    lower_triangle_scores(scratch.grad_outputs, scratch.value_stride, scratch.transposed_values, scratch.responses,
-                          chunk.rows, problem.value_width);
-    lower_triangle_product(scratch.responses, chunk.gained, chunk.stride, scratch.received, chunk.stride, chunk.rows,
-                           chunk.stride, finite_keys);
-    finish_query_gradients(head, query_head, first, query_responses, scratch);
-  });
-  add_chunk_to_transposed_state(head, finite_values, scratch);
-}
-
-// Up to a chunk of rows of a tensor, from `first` on and within begin to end.
-Prefetch rows_from(const Head& head, const HeadsView& view, int64_t of_head, int64_t first, int64_t begin, int64_t end,
-                   int64_t width) {
-  const DType dtype = head.problem.dtype;
-  const int64_t start = core::larger(first, begin), stop = core::smaller(first + kChunkRows, end);
-  if (start >= stop) return {};
-  return {row_of(view, dtype, head.sequence.batch, of_head, start), width * element_size(dtype),
-          view.row_stride * element_size(dtype), stop - start};
-}
-
-// run_forward() on the tile unit.
-template <int kParts, int kValueParts>
-void split_run_forward(const Head& head, int64_t first, int64_t end, float* query_responses, BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
-  const SplitBackward<kParts, kValueParts> split(scratch);
-  const int64_t after = first + scratch.chunk.rows;
-  split.load_forward();
-  head.for_each_query_head([&](int64_t query_head) {
-    load_grad_outputs(head, query_head, first, scratch.chunk.rows, scratch);
-    Prefetches own{{rows_from(head, problem.query, query_head, first, first, after, problem.key_width),
-                    rows_from(head, head.gradients.grad_output, query_head, after, after, end, problem.value_width)},
-                   rows_from(head, head.gradients.grad_query, query_head, first, first, after, problem.key_width)};
-    split.multiply_state(own);
-    finish_query_gradients(head, query_head, first, query_responses, scratch);
-  });
-  Prefetches next{{rows_from(head, problem.key, head.key_head, after, after, end, problem.key_width),
-                   rows_from(head, problem.value, head.key_head, after, after, end, problem.value_width)},
-                  {}};
-  split.join_state(next);
 }
 
 // The sweep forward over a segment; returns its number of chunks.
@@ -135,94 +40,15 @@ int64_t sweep_forward(const Head& head, int64_t begin, int64_t end, BackwardScra
     weigh_keys<true>(problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
     const bool finite_values = load_values(head, first, chunk.rows, scratch);
     float* query_responses = scratch.query_responses + (first - begin) * chunk.stride;
-    if constexpr (kParts > 0)
-      if (suits_tile_unit(scratch, finite_values)) {
-        split_run_forward<kParts, kValueParts>(head, first, end, query_responses, scratch);
-        continue;
-      }
-    run_forward(head, first, finite_values, query_responses, scratch);
+    if (kParts > 0 && suits_tile_unit(scratch, finite_values)) {
+      split_read_chunk_state<kParts, kValueParts>(head, first, end, query_responses, scratch);
+      split_add_chunk<kParts, kValueParts>(head, end, {0, chunk.stride}, scratch);
+    } else {
+      read_chunk_state(head, first, query_responses, scratch);
+      add_chunk_to_transposed_state(head, finite_values, {0, chunk.stride}, scratch);
+    }
   }
   return chunks;
-}
-
-// G and r to the unit of the chunk, whose shift is at most theirs.
-void change_gradient_unit(BackwardScratch& scratch, const float* shift) {
-  for (int64_t d = 0; d < scratch.chunk.stride; ++d) {
-    const float before = scratch.gradient_shift[d];
-    if (before == shift[d]) continue;
-    const float factor = shift[d] == -INFINITY ? 0.0f : change_of_unit(shift[d], before);
-    scratch.gradient_shift[d] = shift[d];
-    scratch.key_response[d] = factor == 0.0f ? 0.0 : scratch.key_response[d] * factor;
-    scale_row(scratch.state_gradient + d * scratch.value_stride, factor, scratch.value_stride);
-  }
-}
-
-// The keys' weights and the values transposed, as receive_from_head() reads them.
-void transpose_chunk(BackwardScratch& scratch) {
-  const KeyChunk& chunk = scratch.chunk;
-  transpose(chunk.gained, chunk.stride, scratch.transposed_keys, kChunkRows, padded(chunk.rows), chunk.stride);
-  transpose(scratch.values, scratch.value_stride, scratch.transposed_values, kChunkRows, padded(chunk.rows),
-            scratch.value_stride);
-}
-
-// What the rows of one query head add to dv, to G v within the chunk, and to G, from `queries` and `grad_outputs`.
-void receive_from_head(const Head& head, bool finite_queries, bool finite_outputs, BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
-  const KeyChunk& chunk = scratch.chunk;
-  const int rows = chunk.rows;
-  lower_triangle_scores(scratch.queries, chunk.stride, scratch.transposed_keys, scratch.scores, rows,
-                        problem.key_width);
-  lower_triangle_scores(scratch.grad_outputs, scratch.value_stride, scratch.transposed_values, scratch.responses, rows,
-                        problem.value_width);
-  upper_triangle_product(scratch.scores, scratch.grad_outputs, scratch.value_stride, scratch.grad_values,
-                         scratch.value_stride, rows, scratch.value_stride, finite_outputs);
-  upper_triangle_product(scratch.responses, scratch.queries, chunk.stride, scratch.received_within, chunk.stride, rows,
-                         chunk.stride, finite_queries);
-  // From the last row to the first, as the recurrence has it: later rows weigh less, and small terms that are added
-  // first are not lost beside large ones.
-  const int64_t last = rows - 1;
-  accumulate_product(finite_outputs, {scratch.queries + last * chunk.stride, 1, -chunk.stride},
-                     scratch.grad_outputs + last * scratch.value_stride, -scratch.value_stride, scratch.state_gradient,
-                     scratch.value_stride, problem.key_width, scratch.value_stride, rows);
-}
-
-// The sweep back over a chunk whose keys and values are loaded: dv, G v and G.
-void run_back(const Head& head, int64_t first, BackwardScratch& scratch) {
-  const KeyChunk& chunk = scratch.chunk;
-  transpose_chunk(scratch);
-  transpose_gradient(scratch);
-  receive_from_later_rows(head, scratch);
-  head.for_each_query_head([&](int64_t query_head) {
-    const bool finite_outputs = load_grad_outputs(head, query_head, first, chunk.rows, scratch);
-    const bool finite_queries =
-        load_scaled_queries(head, query_head, first, chunk.rows, chunk.inverse, chunk.stride, scratch);
-    receive_from_head(head, finite_queries, finite_outputs, scratch);
-  });
-}
-
-// run_back() on the tile unit.
-template <int kParts, int kValueParts>
-void split_run_back(const Head& head, int64_t first, int64_t begin, BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
-  const RecurrenceGradients& gradients = head.gradients;
-  const KeyChunk& chunk = scratch.chunk;
-  const int64_t before = first - kChunkRows, end = first + chunk.rows;
-  const SplitBackward<kParts, kValueParts> split(scratch);
-  Prefetches next{{rows_from(head, problem.key, head.key_head, before, begin, first, problem.key_width),
-                   rows_from(head, problem.value, head.key_head, before, begin, first, problem.value_width)},
-                  rows_from(head, gradients.grad_key, head.key_head, first, begin, end, problem.key_width)};
-  split.receive_from_later_rows(next);
-  head.for_each_query_head([&](int64_t query_head) {
-    Prefetches own{{rows_from(head, problem.query, query_head, before, begin, first, problem.key_width),
-                    rows_from(head, gradients.grad_output, query_head, before, begin, first, problem.value_width)},
-                   rows_from(head, gradients.grad_value, head.key_head, first, begin, end, problem.value_width)};
-    const bool finite_outputs = load_grad_outputs(head, query_head, first, chunk.rows, scratch);
-    const bool finite_queries =
-        load_scaled_queries(head, query_head, first, chunk.rows, chunk.inverse, chunk.stride, scratch);
-    if (finite_outputs && finite_queries) return split.receive_from_head(own);
-    transpose_chunk(scratch);
-    receive_from_head(head, finite_queries, finite_outputs, scratch);
-  });
 }
 
 // The sweep back over a segment that the sweep forward has just walked.
@@ -236,16 +62,14 @@ void sweep_back(const Head& head, int64_t begin, int64_t end, int64_t chunks, Ba
     first -= rows;
     load_keys(problem, head.sequence.batch, head.key_head, first, rows, chunk);
     const Normalizer start = scratch.chunk_start(index);
-    change_gradient_unit(scratch, start.shift);
+    change_gradient_unit(scratch, start.shift, {0, chunk.stride});
     weigh_keys<true>(problem, head.sequence.batch, head.key_head, chunk, start);
     const bool finite_values = load_values(head, first, rows, scratch);
     zero(scratch.received_within, rows * chunk.stride);
-    bool split = false;
-    if constexpr (kParts > 0) {
-      split = suits_tile_unit(scratch, finite_values);
-      if (split) split_run_back<kParts, kValueParts>(head, first, begin, scratch);
-    }
-    if (!split) run_back(head, first, scratch);
+    if (kParts > 0 && suits_tile_unit(scratch, finite_values))
+      split_receive_chunk<kParts, kValueParts>(head, first, begin, true, scratch);
+    else
+      receive_chunk(head, first, true, scratch);
     write_key_gradients(head, scratch.query_responses + (first - begin) * chunk.stride, scratch);
   }
 }
@@ -279,6 +103,206 @@ void run_causal(const Head& head, BackwardScratch& scratch) {
   }
   write_initial_gradients(head, scratch);
 }
+
+// One head in order with all threads, window by window.
+template <int kParts, int kValueParts>
+class HeadInWindows {
+ public:
+  HeadInWindows(const BackwardPlan& plan, const Head& head, const Parallel& parallel)
+      : head_(head),
+        parallel_(parallel),
+        through_(plan),
+        pool_(plan.without_rows(), parallel.threads),
+        window_(head.problem, state_size()),
+        blocks_(through_.chunk.stride, parallel.threads) {}
+
+  // run_causal() with phases in the place of chunks.
+  void run() {
+    const Sequence& sequence = head_.sequence;
+    const int64_t segments = (sequence.end - sequence.begin + kKeptRows - 1) / kKeptRows;
+    const auto segment_begin = [&](int64_t segment) { return sequence.begin + segment * kKeptRows; };
+    start_transposed_state(head_, true, through_);
+    for (int64_t segment = 0; segment + 1 < segments; ++segment) {
+      save_state(segment);
+      sweep_forward(segment_begin(segment), segment_begin(segment + 1), false);
+    }
+    for (int64_t segment = segments - 1; segment >= 0; --segment) {
+      const int64_t begin = segment_begin(segment), end = core::smaller(segment_begin(segment + 1), sequence.end);
+      if (segment + 1 < segments) restore_state(segment);
+      const int64_t chunks = sweep_forward(begin, end, true);
+      if (segment + 1 == segments) {
+        zero(through_.state_gradient, state_size());
+        start_gradient(head_, through_);
+      }
+      sweep_back(begin, end, chunks);
+    }
+    write_initial_gradients(head_, through_);
+  }
+
+ private:
+  int64_t state_size() const { return through_.value_stride * through_.chunk.stride; }
+  float* query_responses(int64_t row, int64_t begin) const {
+    return through_.query_responses + (row - begin) * through_.chunk.stride;
+  }
+  void save_state(int64_t segment) {
+    through_.segment_start(segment).copy_from(through_.normalizer, head_.problem.key_width);
+    std::memcpy(through_.segment_states + segment * state_size(), through_.transposed_state,
+                static_cast<size_t>(state_size()) * sizeof(float));
+  }
+  void restore_state(int64_t segment) {
+    through_.normalizer.copy_from(through_.segment_start(segment), head_.problem.key_width);
+    std::memcpy(through_.transposed_state, through_.segment_states + segment * state_size(),
+                static_cast<size_t>(state_size()) * sizeof(float));
+  }
+  // Calls work(scratch) on a thread's scratch memory, whose chunk and pointers are its own again afterwards.
+  template <class Work>
+  void for_each(int64_t count, Work work) {
+    pool_.for_each(parallel_, count, [&](int64_t index, BackwardScratch& scratch) {
+      const KeyChunk chunk = scratch.chunk;
+      float *state = scratch.transposed_state, *gradient = scratch.state_gradient;
+      double* response = scratch.key_response;
+      work(index, scratch);
+      scratch.chunk = chunk;
+      scratch.transposed_state = state, scratch.state_gradient = gradient, scratch.key_response = response;
+    });
+  }
+
+  // The state after these rows; with `reads` dq too. Returns the number of chunks.
+  int64_t sweep_forward(int64_t begin, int64_t end, bool reads) {
+    const RecurrenceProblem& problem = head_.problem;
+    Sequence rows = head_.sequence;
+    rows.end = end;
+    int64_t chunks = 0;
+    window_.after.copy_from(through_.normalizer, problem.key_width);
+    for (int64_t first = begin; first < end; first = window_.end) {
+      window_.begin_at(first);
+      for_each(blocks_.count, [&](int64_t index, BackwardScratch& scratch) {
+        weigh_window(problem, rows, head_.key_head, blocks_.channels(index), scratch.chunk, scratch.normalizer, window_,
+                     [](int, const KeyChunk&) {});
+      });
+      for_each(blocks_.count, [&](int64_t index, BackwardScratch& scratch) {
+        for (int position = 0; position < window_.count; ++position)
+          advance(position, end, blocks_.channels(index), reads, scratch);
+      });
+      if (reads) {
+        for (int position = 0; position < window_.count; ++position, ++chunks) {
+          through_.chunk_rows[chunks] = window_.chunks[position].rows;
+          through_.chunk_start(chunks).copy_from(window_.starts[position], problem.key_width);
+        }
+        for_each(window_.count, [&](int64_t position, BackwardScratch& scratch) {
+          read(static_cast<int>(position), begin, end, scratch);
+        });
+      }
+    }
+    through_.normalizer.copy_from(window_.after, problem.key_width);
+    return chunks;
+  }
+
+  // These channels of the state over a chunk.
+  void advance(int position, int64_t end, Channels channels, bool keeps, BackwardScratch& scratch) {
+    const KeyChunk& chunk = scratch.chunk = window_.chunks[position];
+    scratch.transposed_state = through_.transposed_state;
+    float* before = window_.state_before(position);
+    for (int64_t c = 0; c < scratch.value_stride; ++c)
+      for (int64_t d = channels.begin; d < channels.end; d += Vec::kWidth) {
+        const Vec factor = Vec::load(chunk.factors + d);
+        float* entry = scratch.transposed_state + c * chunk.stride + d;
+        const Vec state = select(equal(factor, Vec::broadcast(0.0f)), factor, Vec::load(entry) * factor);
+        store(entry, state);
+        if (keeps) store(before + c * chunk.stride + d, state);
+      }
+    const bool finite = load_values(head_, chunk.first, chunk.rows, scratch);
+    // Without dq the state is that of advance_state(), in fp32.
+    if (kParts > 0 && keeps && suits_tile_unit(scratch, finite))
+      split_pair_and_add_chunk<kParts, kValueParts>(head_, end, channels, scratch);
+    else
+      add_chunk_to_transposed_state(head_, finite, channels, scratch);
+  }
+
+  void read(int position, int64_t begin, int64_t end, BackwardScratch& scratch) {
+    const KeyChunk& chunk = scratch.chunk = window_.chunks[position];
+    scratch.transposed_state = window_.state_before(position);
+    const bool finite = load_values(head_, chunk.first, chunk.rows, scratch);
+    float* responses = query_responses(chunk.first, begin);
+    if (kParts > 0 && suits_tile_unit(scratch, finite))
+      split_read_chunk_state<kParts, kValueParts>(head_, chunk.first, end, responses, scratch);
+    else
+      read_chunk_state(head_, chunk.first, responses, scratch);
+  }
+
+  void sweep_back(int64_t begin, int64_t end, int64_t chunks) {
+    const RecurrenceProblem& problem = head_.problem;
+    int64_t first = end;
+    for (int64_t last = chunks; last > 0; last -= window_.count) {
+      window_.count = static_cast<int>(core::smaller(kWindowChunks, last));
+      for (int position = window_.count - 1; position >= 0; --position) {
+        const int64_t index = last - window_.count + position;
+        window_.chunks[position].rows = through_.chunk_rows[index];
+        window_.chunks[position].first = first -= through_.chunk_rows[index];
+        window_.starts[position].copy_from(through_.chunk_start(index), problem.key_width);
+      }
+      for_each(blocks_.count, [&](int64_t index, BackwardScratch& scratch) {
+        weigh_window_again(problem, head_.sequence.batch, head_.key_head, blocks_.channels(index), scratch.chunk,
+                           window_);
+      });
+      for_each(blocks_.count, [&](int64_t index, BackwardScratch& scratch) {
+        for (int position = window_.count - 1; position >= 0; --position)
+          retreat(position, begin, blocks_.channels(index), scratch);
+      });
+      for_each(window_.count, [&](int64_t position, BackwardScratch& scratch) {
+        receive(static_cast<int>(position), begin, scratch);
+      });
+    }
+  }
+
+  // These channels of G and r over a chunk, back.
+  void retreat(int position, int64_t begin, Channels channels, BackwardScratch& scratch) {
+    const KeyChunk& chunk = scratch.chunk = window_.chunks[position];
+    change_gradient_unit(through_, window_.starts[position].shift, channels);
+    const int64_t offset = channels.begin * scratch.value_stride;
+    const int64_t count = (channels.end - channels.begin) * scratch.value_stride;
+    std::memcpy(window_.state_before(position) + offset, through_.state_gradient + offset,
+                static_cast<size_t>(count) * sizeof(float));
+    const float* responses = query_responses(chunk.first, begin);
+    for (int64_t d = channels.begin; d < channels.end; ++d) {
+      window_.response(position)[d] = through_.key_response[d];
+      float own = 0.0f;  // in the order of write_key_gradients()
+      for (int row = chunk.rows - 1; row >= 0; --row) own += responses[row * chunk.stride + d];
+      through_.key_response[d] -= static_cast<double>(own);
+    }
+    scratch.state_gradient = through_.state_gradient;
+    const bool on_tiles = kParts > 0 && suits_tile_unit(scratch, load_values(head_, chunk.first, chunk.rows, scratch));
+    head_.for_each_query_head([&](int64_t query_head) {
+      const bool finite_outputs = load_grad_outputs(head_, query_head, chunk.first, chunk.rows, scratch);
+      const bool finite_queries =
+          load_scaled_queries(head_, query_head, chunk.first, chunk.rows, chunk.inverse, chunk.stride, scratch);
+      if (on_tiles && finite_outputs && finite_queries)
+        split_add_head_to_gradient<kParts, kValueParts>(channels, scratch);
+      else
+        add_head_to_gradient(head_, finite_outputs, channels, scratch);
+    });
+  }
+
+  void receive(int position, int64_t begin, BackwardScratch& scratch) {
+    const KeyChunk& chunk = scratch.chunk = window_.chunks[position];
+    scratch.state_gradient = window_.state_before(position);
+    scratch.key_response = window_.response(position);
+    const bool finite = load_values(head_, chunk.first, chunk.rows, scratch);
+    zero(scratch.received_within, chunk.rows * chunk.stride);
+    if (kParts > 0 && suits_tile_unit(scratch, finite))
+      split_receive_chunk<kParts, kValueParts>(head_, chunk.first, begin, false, scratch);
+    else
+      receive_chunk(head_, chunk.first, false, scratch);
+    write_key_gradients(head_, query_responses(chunk.first, begin), scratch);
+  }
+
+  const Head& head_;
+  const Parallel& parallel_;
+  BackwardScratch through_;  // what goes through all windows
+  ScratchPool<BackwardScratch> pool_;
+  Window window_;
+  ChannelBlocks blocks_;
+};
 
 // A sequence without rows: the initial state receives what the final state has.
 void pass_gradients_on(const Head& head) {
@@ -343,6 +367,18 @@ void recurrence_backward(const RecurrenceProblem& problem, const RecurrenceGradi
   if (plan.unordered.count > 1)
     return with_unordered_parts(plan.parts,
                                 [&](auto parts, auto values) { run_segments<parts, values>(plan, parallel); });
+  if (suits_windows(problem, parallel.threads)) {
+    const FlushDenormals mode;
+    for (int64_t index = 0; index < problem.sequences() * problem.key_heads; ++index) {
+      const Head head{problem, gradients, find_sequence(problem, index / problem.key_heads), index % problem.key_heads};
+      if (head.sequence.begin == head.sequence.end)
+        pass_gradients_on(head);
+      else
+        with_parts(plan.parts,
+                   [&](auto parts, auto values) { HeadInWindows<parts, values>(plan, head, parallel).run(); });
+    }
+    return;
+  }
   for_each_unit<BackwardScratch>(
       parallel, problem.sequences() * problem.key_heads, plan, [&plan](int64_t index, BackwardScratch& scratch) {
         const RecurrenceProblem& task = *plan.problem;

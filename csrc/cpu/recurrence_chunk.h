@@ -128,7 +128,8 @@ struct KeyChunk {
   int rows;
   int64_t first;
   int64_t stride;  // padded Dk, of the arrays below
-  float* weights;  // (rows, stride): the keys themselves, then e
+  float* keys;     // (rows, stride)
+  float* weights;  // (rows, stride): e, in the place of the keys unless windows share it
   float* gained;   // e * key_gain; `weights` itself where there is no gain
   float* inverse;  // of the normaliser up to and with the row; 0 where there is none
   float* factors;  // (stride): what a lift of the shift does to the state
@@ -138,7 +139,7 @@ struct KeyChunk {
   void carve(Arena& arena, const RecurrenceProblem& problem) {
     stride = padded(problem.key_width);
     has_gain = problem.key_gain.data != nullptr;
-    weights = arena.take<float>(kChunkRows * stride);
+    keys = weights = arena.take<float>(kChunkRows * stride);
     inverse = arena.take<float>(kChunkRows * stride);
     factors = arena.take<float>(stride);
     gained = has_gain ? arena.take<float>(kChunkRows * stride) : weights;
@@ -151,7 +152,7 @@ struct KeyChunk {
   chunk.first = first;
   chunk.rows = rows;
   for (int row = 0; row < rows; ++row) {
-    float* keys = chunk.weights + row * chunk.stride;
+    float* keys = chunk.keys + row * chunk.stride;
     chunk.takes_part[row] =
         problem.key_mask == nullptr ||
         problem.key_mask[batch * problem.key_mask_strides[0] + (first + row) * problem.key_mask_strides[1]] != 0;
@@ -170,10 +171,10 @@ struct KeyChunk {
   const Vec lift = Vec::broadcast(kLift);
   bool lifted = false;
   for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth)
-    lifted |= any(less(Vec::load(normalizer.shift + d) + lift, Vec::load(chunk.weights + d)));
+    lifted |= any(less(Vec::load(normalizer.shift + d) + lift, Vec::load(chunk.keys + d)));
   if (lifted) {
     for (int64_t d = 0; d < chunk.stride; ++d) {
-      const float before = normalizer.shift[d], key = chunk.weights[d];
+      const float before = normalizer.shift[d], key = chunk.keys[d];
       chunk.factors[d] = 1.0f;
       if (!(before + kLift < key)) continue;
       normalizer.shift[d] = key;
@@ -182,7 +183,7 @@ struct KeyChunk {
     }
   }
   for (int row = 1; row < chunk.rows; ++row) {
-    const float* keys = chunk.weights + row * chunk.stride;
+    const float* keys = chunk.keys + row * chunk.stride;
     Mask above = less(Vec::load(normalizer.shift) + lift, Vec::load(keys));
     for (int64_t d = Vec::kWidth; d < chunk.stride; d += Vec::kWidth)
       above = above | less(Vec::load(normalizer.shift + d) + lift, Vec::load(keys + d));
@@ -191,13 +192,18 @@ struct KeyChunk {
   return lifted;
 }
 
-// Keys to weights, in place; with kRows the inverse normaliser of every row too, with kRounded the weights rounded to
-// bfloat16. Adds the chunk to the sum.
+// Channels of a key head that a thread works on, a multiple of the vectors.
+struct Channels {
+  int64_t begin, end;
+};
+
+// Keys to weights; with kRows the inverse normaliser of every row too, with kRounded the weights rounded to bfloat16.
+// Adds the chunk to the sum.
 template <bool kRows, bool kRounded = false>
 static void weigh_keys(const RecurrenceProblem& problem, int64_t batch, int64_t key_head, KeyChunk& chunk,
-                       const Normalizer& normalizer) {
+                       const Normalizer& normalizer, Channels channels) {
   const Vec nothing = Vec::broadcast(0.0f), one = Vec::broadcast(1.0f);
-  for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth) {
+  for (int64_t d = channels.begin; d < channels.end; d += Vec::kWidth) {
     alignas(64) float lanes[Vec::kWidth];
     for (int lane = 0; lane < Vec::kWidth; ++lane) lanes[lane] = static_cast<float>(normalizer.sum[d + lane]);
     const Vec before = Vec::load(lanes);
@@ -205,33 +211,41 @@ static void weigh_keys(const RecurrenceProblem& problem, int64_t batch, int64_t 
     shift = select(equal(shift, Vec::broadcast(-INFINITY)), nothing, shift);
     Vec sum = nothing;  // of the chunk alone: as exact as fp32 can, whatever has been before
     for (int row = 0; row < chunk.rows; ++row) {
-      float* entry = chunk.weights + row * chunk.stride + d;
-      Vec weight = core::exp2((Vec::load(entry) - shift) * Vec::broadcast(core::kLog2E));
+      const int64_t entry = row * chunk.stride + d;
+      Vec weight = core::exp2((Vec::load(chunk.keys + entry) - shift) * Vec::broadcast(core::kLog2E));
       if (kRounded) weight = rounded_to_bfloat16(weight);
-      store(entry, weight);
+      store(chunk.weights + entry, weight);
       sum = sum + weight;
       if (kRows) {
         const Vec total = before + sum;
-        store(chunk.inverse + row * chunk.stride + d, select(equal(total, nothing), nothing, one / total));
+        store(chunk.inverse + entry, select(equal(total, nothing), nothing, one / total));
       }
     }
     store(lanes, sum);
     for (int lane = 0; lane < Vec::kWidth; ++lane) normalizer.sum[d + lane] += static_cast<double>(lanes[lane]);
   }
   if (!chunk.has_gain) return;
+  const int64_t width = channels.end - channels.begin;
+  const int64_t live = core::larger(core::smaller(channels.end, problem.key_width) - channels.begin, 0);
   for (int row = 0; row < chunk.rows; ++row) {
-    float* target = chunk.gained + row * chunk.stride;
+    float* target = chunk.gained + row * chunk.stride + channels.begin;
     if (!chunk.takes_part[row]) {
-      zero(target, chunk.stride);
+      zero(target, width);
       continue;
     }
-    widen(row_of(problem.key_gain, problem.gain_dtype, batch, key_head, chunk.first + row), problem.gain_dtype, target,
-          problem.key_width);
-    zero(target + problem.key_width, chunk.stride - problem.key_width);
-    const float* weights = chunk.weights + row * chunk.stride;
-    for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth)
-      store(target + d, Vec::load(target + d) * Vec::load(weights + d));
+    const void* gain = row_of(problem.key_gain, problem.gain_dtype, batch, key_head, chunk.first + row);
+    widen(advance(gain, channels.begin, problem.gain_dtype), problem.gain_dtype, target, live);
+    zero(target + live, width - live);
+    const float* weights = chunk.weights + row * chunk.stride + channels.begin;
+    for (int64_t d = 0; d < width; d += Vec::kWidth) store(target + d, Vec::load(target + d) * Vec::load(weights + d));
   }
+}
+
+// The same for all channels.
+template <bool kRows, bool kRounded = false>
+static void weigh_keys(const RecurrenceProblem& problem, int64_t batch, int64_t key_head, KeyChunk& chunk,
+                       const Normalizer& normalizer) {
+  weigh_keys<kRows, kRounded>(problem, batch, key_head, chunk, normalizer, {0, chunk.stride});
 }
 
 // C (+)= A B where row r of A (rows, rows) has its entries up to column r alone, the others set to 0 here. B is

@@ -3,20 +3,22 @@
 // A unit of work is one key head of one sequence and a block of value columns: it walks the chunks of keys
 // (recurrence_chunk.h) with its columns of the state in the second-level cache. The columns of a state do not know of
 // each other, so however many blocks there are, the bits are the same; a head is cut into blocks only where there are
-// fewer heads than threads, because every block computes the keys' weights and scores for itself. Without order the
-// segments of a long sequence are units of their own (recurrence_segments.h). Per chunk, for every
+// fewer heads than threads, because every block computes the keys' weights and scores for itself. A long sequence of
+// fewer heads than threads goes through all of them window by window instead (recurrence_windows.h), and without order
+// its segments are units of their own (recurrence_segments.h). Per chunk, for every
 // query head of the group: outputs from the state, scores within the chunk, outputs from those; then the chunk joins
 // the state. A sequence of one row is one pass over the state instead (recurrence_step.h).
 #include "cpu/kernel_table.h"
 #include "cpu/recurrence_segments.h"
 #include "cpu/recurrence_split_chunk.h"
 #include "cpu/recurrence_step.h"
+#include "cpu/recurrence_windows.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
 
-// The outputs of the chunk begun, and the state after it.
-void run_chunk(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+// The outputs of the chunk begun. Whether all of its values, which stay loaded, are finite.
+bool read_chunk_rows(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   const int64_t group = problem.heads / problem.key_heads;
   const KeyChunk& chunk = scratch.chunk;
   const bool finite = load_values(problem, unit, scratch);
@@ -31,19 +33,22 @@ void run_chunk(const RecurrenceProblem& problem, const Unit& unit, ForwardScratc
                            unit.width, finite);
     write_outputs(problem, unit, head, chunk.first, chunk.rows, scratch);
   }
-  add_chunk_to_state(problem, unit, finite, scratch);
+  return finite;
 }
 
 template <int kParts, int kValueParts>
 void run_causal(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+  const Channels all{0, scratch.chunk.stride};
   for (int64_t first = unit.sequence.begin; first < unit.sequence.end; first += scratch.chunk.rows) {
     begin_chunk<true>(problem, unit, first, scratch);
     if constexpr (kParts > 0)
       if (scratch.chunk.rows >= kLeastSplitRows) {
-        split_run_chunk<kParts, kValueParts>(problem, unit, scratch);
+        const bool finite = split_read_chunk_rows<kParts, kValueParts>(problem, unit, scratch);
+        split_add_chunk_to_state<kParts, kValueParts>(problem, unit, finite, all, scratch);
         continue;
       }
-    run_chunk(problem, unit, scratch);
+    const bool finite = read_chunk_rows(problem, unit, scratch);
+    add_chunk_to_state(problem, unit, finite, all, scratch);
   }
 }
 
@@ -58,7 +63,7 @@ void gather_rows(const RecurrenceProblem& problem, const Unit& unit, ForwardScra
         split_gather_chunk<kRounded ? 1 : kParts, kValueParts>(problem, unit, scratch);
         continue;
       }
-    add_chunk_to_state(problem, unit, load_values(problem, unit, scratch), scratch);
+    add_chunk_to_state(problem, unit, load_values(problem, unit, scratch), {0, chunk.stride}, scratch);
   }
 }
 
@@ -161,6 +166,67 @@ void run_segments(const Plan& plan, const Parallel& parallel) {
       });
 }
 
+// Keeps these channels of the state before a chunk, which then joins them.
+template <int kParts, int kValueParts>
+void advance_chunk(const RecurrenceProblem& problem, const Unit& unit, Channels channels, float* before,
+                   ForwardScratch& scratch) {
+  const KeyChunk& chunk = scratch.chunk;
+  const int64_t begin = channels.begin * unit.stride, size = (channels.end - channels.begin) * unit.stride;
+  for (int64_t d = channels.begin; d < channels.end; ++d)
+    if (chunk.factors[d] != 1.0f) scale_row(scratch.state + d * unit.stride, chunk.factors[d], unit.stride);
+  std::memcpy(before + begin, scratch.state + begin, static_cast<size_t>(size) * sizeof(float));
+  if (kParts > 0 && chunk.rows >= kLeastSplitRows) {
+    const bool finite = load_split_values<kValueParts>(problem, unit, scratch);
+    split_add_chunk_to_state<kParts, kValueParts>(problem, unit, finite, channels, scratch);
+  } else {
+    add_chunk_to_state(problem, unit, load_values(problem, unit, scratch), channels, scratch);
+  }
+}
+
+// One unit with all threads, window by window.
+template <int kParts, int kValueParts>
+void run_windows(const Plan& plan, const Unit& unit, const Parallel& parallel) {
+  const RecurrenceProblem& problem = *plan.problem;
+  const FlushDenormals mode;
+  ForwardScratch own(plan);
+  ScratchPool<ForwardScratch> pool(plan, parallel.threads);
+  start_state(problem, unit, own);
+  Window window(problem, own.chunk.stride * unit.stride);
+  window.after.copy_from(own.normalizer, problem.key_width);
+  const ChannelBlocks blocks(own.chunk.stride, parallel.threads);
+  for (int64_t first = unit.sequence.begin; first < unit.sequence.end; first = window.end) {
+    window.begin_at(first);
+    pool.for_each(parallel, blocks.count, [&](int64_t index, ForwardScratch& scratch) {
+      const KeyChunk chunk = scratch.chunk;
+      float* state = scratch.state;
+      scratch.state = own.state;
+      const Channels channels = blocks.channels(index);
+      weigh_window(problem, unit.sequence, unit.key_head, channels, chunk, scratch.normalizer, window,
+                   [&](int position, const KeyChunk& weighed) {
+                     scratch.chunk = weighed;
+                     advance_chunk<kParts, kValueParts>(problem, unit, channels, window.state_before(position),
+                                                        scratch);
+                   });
+      scratch.chunk = chunk;
+      scratch.state = state;
+    });
+    pool.for_each(parallel, window.count, [&](int64_t index, ForwardScratch& scratch) {
+      const KeyChunk chunk = scratch.chunk;
+      float* state = scratch.state;
+      scratch.chunk = window.chunks[index];
+      scratch.state = window.state_before(index);
+      if (kParts > 0 && scratch.chunk.rows >= kLeastSplitRows)
+        split_read_chunk_rows<kParts, kValueParts>(problem, unit, scratch);
+      else
+        read_chunk_rows(problem, unit, scratch);
+      scratch.chunk = chunk;
+      scratch.state = state;
+    });
+  }
+  own.normalizer.copy_from(window.after, problem.key_width);
+  write_state(problem, unit, own);
+}
+
 }  // namespace
 
 void recurrence_forward(const RecurrenceProblem& problem, const Parallel& parallel) {
@@ -169,6 +235,17 @@ void recurrence_forward(const RecurrenceProblem& problem, const Parallel& parall
                                [&problem](int64_t index, StepScratch& scratch) {
                                  run_step(problem, index / problem.key_heads, index % problem.key_heads, scratch);
                                });
+    return;
+  }
+  if (suits_windows(problem, parallel.threads)) {
+    const Plan plan(problem, 1);
+    for (int64_t index = 0; index < problem.sequences() * problem.key_heads * plan.blocks; ++index) {
+      const Unit unit = unit_of(plan, index / plan.blocks, index % plan.blocks);
+      if (unit.sequence.begin == unit.sequence.end)
+        pass_state_on(problem, unit);
+      else
+        with_parts(plan.parts, [&](auto parts, auto values) { run_windows<parts, values>(plan, unit, parallel); });
+    }
     return;
   }
   const Plan plan(problem, parallel.threads);

@@ -26,6 +26,14 @@ struct BackwardPlan {
     }
     segments = core::larger(1, (longest + kKeptRows - 1) / kKeptRows);
   }
+
+  // The same for threads that keep nothing from row to row.
+  BackwardPlan without_rows() const {
+    BackwardPlan plan = *this;
+    plan.longest = 0;
+    plan.segments = 1;
+    return plan;
+  }
 };
 
 // The head of a sequence, and where it stands in the state tensors.
@@ -237,11 +245,14 @@ struct BackwardScratch {
                  chunk.stride, chunk.rows, chunk.stride, head.problem.value_width);
 }
 
-[[maybe_unused]] static void add_chunk_to_transposed_state(const Head& head, bool finite, BackwardScratch& scratch) {
+// The chunk joins these channels of the transposed state.
+[[maybe_unused]] static void add_chunk_to_transposed_state(const Head& head, bool finite, Channels channels,
+                                                           BackwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
   accumulate_product(finite && is_finite(chunk.gained, chunk.rows * chunk.stride),
-                     {scratch.values, 1, scratch.value_stride}, chunk.gained, chunk.stride, scratch.transposed_state,
-                     chunk.stride, head.problem.value_width, chunk.stride, chunk.rows);
+                     {scratch.values, 1, scratch.value_stride}, chunk.gained + channels.begin, chunk.stride,
+                     scratch.transposed_state + channels.begin, chunk.stride, head.problem.value_width,
+                     channels.end - channels.begin, chunk.rows);
 }
 
 // r = the gradient of the log normaliser - <G, S> with G as it is; in the unit of the last normaliser. The sum is taken

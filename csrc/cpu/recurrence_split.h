@@ -59,16 +59,6 @@ struct SplitChunk {
   }
 };
 
-// Splits the keys' weights for the state, and for the scores where there are some.
-template <int kParts>
-static void split_weights(const KeyChunk& chunk, bool for_scores, const SplitChunk& split) {
-  transpose_to_rows<kParts>(chunk.gained, chunk.stride, chunk.rows, chunk.stride, split.weights, kChunkRows,
-                            chunk.stride * kChunkRows);
-  if (for_scores)
-    transpose_to_pairs<kParts>(chunk.gained, chunk.stride, chunk.stride, split.keys, split.panel(),
-                               split.key_depth / 2 * kChunkRows, chunk.rows);
-}
-
 // Splits values (rows, stride). Those that have no leading bits in bfloat16 alone remain there, with zeros between
 // them; whether there are none.
 template <int kParts>
@@ -156,13 +146,16 @@ static void read_chunk(const SplitChunk& split, int rows, int64_t width, float* 
                                           padded_rows, width, core::round_up(rows, kPairDepth), {});
 }
 
-// state (padded Dk, width) += weights^T values.
+// state (padded Dk, width) += weights^T values, the rows of these channels.
 template <int kParts, int kValueParts>
-static void join_state(const KeyChunk& chunk, const SplitChunk& split, int64_t width, float* state, int64_t stride,
-                       Prefetches prefetches) {
-  tile_product<kParts, kValueParts, true>({split.weights, kChunkRows, chunk.stride * kChunkRows},
-                                          {split.values, kValuePanel, kChunkRows / 2 * width}, state, stride,
-                                          chunk.stride, width, core::round_up(chunk.rows, kPairDepth), prefetches);
+static void join_state(const KeyChunk& chunk, const SplitChunk& split, Channels channels, int64_t width, float* state,
+                       int64_t stride, Prefetches prefetches) {
+  const int64_t count = channels.end - channels.begin;
+  transpose_to_rows<kParts>(chunk.gained + channels.begin, chunk.stride, chunk.rows, count, split.weights, kChunkRows,
+                            chunk.stride * kChunkRows);
+  tile_product<kParts, kValueParts, true>(
+      {split.weights, kChunkRows, chunk.stride * kChunkRows}, {split.values, kValuePanel, kChunkRows / 2 * width},
+      state + channels.begin * stride, stride, count, width, core::round_up(chunk.rows, kPairDepth), prefetches);
 }
 
 template <int kParts>

@@ -28,8 +28,7 @@ class SplitBackward {
   // What the sweep forward multiplies with: values as lanes, weights and the state before the chunk in pairs.
   void load_forward() const {
     load_value_lanes();
-    split_to_pairs<kParts>(chunk_.gained, keys_, nullptr, chunk_.rows, keys_, split_.gained_pairs, kRowPanel,
-                           kChunkRows / 2 * keys_);
+    pair_weights({0, keys_});
     split_to_pairs<kParts>(scratch_.transposed_state, keys_, nullptr, values_, keys_, split_.state, value_panel(),
                            split_.value_depth / 2 * keys_);
   }
@@ -45,13 +44,21 @@ class SplitBackward {
                                        scratch_.received, keys_, rows_, keys_, depth_, next);
   }
 
-  // transposed state += values^T weights.
-  void join_state(Prefetches& next) const {
+  // The weights of these channels in pairs of rows.
+  void pair_weights(Channels channels) const {
+    split_to_pairs<kParts>(chunk_.gained + channels.begin, keys_, nullptr, chunk_.rows, channels.end - channels.begin,
+                           split_.gained_pairs + channels.begin / kPanelLanes * kRowPanel, kRowPanel,
+                           kChunkRows / 2 * keys_);
+  }
+
+  // transposed state += values^T weights, these channels of it, whose weights are in pairs.
+  void join_state(Channels channels, Prefetches& next) const {
     transpose_to_rows<kValueParts>(scratch_.values, values_, chunk_.rows, values_, split_.value_columns, kChunkRows,
                                    values_ * kChunkRows);
-    tile_product<kValueParts, kParts, true>({split_.value_columns, kChunkRows, values_ * kChunkRows},
-                                            {split_.gained_pairs, kRowPanel, kChunkRows / 2 * keys_},
-                                            scratch_.transposed_state, keys_, values_, keys_, depth_, next);
+    tile_product<kValueParts, kParts, true>(
+        {split_.value_columns, kChunkRows, values_ * kChunkRows},
+        {split_.gained_pairs + channels.begin / kPanelLanes * kRowPanel, kRowPanel, kChunkRows / 2 * keys_},
+        scratch_.transposed_state + channels.begin, keys_, values_, channels.end - channels.begin, depth_, next);
   }
 
   // What the sweep back multiplies with; dv and G v of the rows from what comes after the chunk.
@@ -75,7 +82,7 @@ class SplitBackward {
                                              scratch_.received, keys_, rows_, keys_, split_.value_depth, next);
   }
 
-  // What the rows of one query head add to dv, to G v within the chunk, and to G, from `queries` and `grad_outputs`.
+  // What the rows of one query head add to dv and to G v within the chunk, from `queries` and `grad_outputs`.
   void receive_from_head(Prefetches& next) const {
     split_rows<kParts>(scratch_.queries, keys_, chunk_.rows, keys_, rows_, split_.key_rows, split_.key_depth,
                        kChunkRows * split_.key_depth);
@@ -84,21 +91,31 @@ class SplitBackward {
                                         scratch_.scores, kChunkRows, rows_, rows_, split_.key_depth, next);
     load_grad_rows();
     multiply_responses(next);
-    const SplitPairs grad_pairs{split_.grad_pairs, kRowPanel, kChunkRows / 2 * values_};
-    split_to_pairs<kValueParts>(scratch_.grad_outputs, values_, nullptr, chunk_.rows, values_, split_.grad_pairs,
-                                kRowPanel, kChunkRows / 2 * values_);
+    pair_grad_outputs();
     transpose_triangle(scratch_.scores);
-    tile_product<kParts, kValueParts, true>(triangle(), grad_pairs, scratch_.grad_values, values_, rows_, values_,
+    tile_product<kParts, kValueParts, true>(triangle(), grad_pairs(), scratch_.grad_values, values_, rows_, values_,
                                             depth_, next);
     split_to_pairs<kParts>(scratch_.queries, keys_, nullptr, chunk_.rows, keys_, split_.query_pairs, kRowPanel,
                            kChunkRows / 2 * keys_);
     transpose_triangle(scratch_.responses);
     tile_product<kParts, kParts, true>(triangle(), {split_.query_pairs, kRowPanel, kChunkRows / 2 * keys_},
                                        scratch_.received_within, keys_, rows_, keys_, depth_, next);
-    transpose_to_rows<kParts>(scratch_.queries, keys_, chunk_.rows, keys_, split_.query_columns, kChunkRows,
-                              keys_ * kChunkRows);
-    tile_product<kParts, kValueParts, true>({split_.query_columns, kChunkRows, keys_ * kChunkRows}, grad_pairs,
-                                            scratch_.state_gradient, values_, keys_, values_, depth_, next);
+  }
+
+  // The gradients of the output in pairs of rows.
+  void pair_grad_outputs() const {
+    split_to_pairs<kValueParts>(scratch_.grad_outputs, values_, nullptr, chunk_.rows, values_, split_.grad_pairs,
+                                kRowPanel, kChunkRows / 2 * values_);
+  }
+
+  // What those rows, whose gradients of the output are in pairs, add to these channels of G.
+  void join_gradient(Channels channels, Prefetches& next) const {
+    const int64_t count = channels.end - channels.begin;
+    transpose_to_rows<kParts>(scratch_.queries + channels.begin, keys_, chunk_.rows, count, split_.query_columns,
+                              kChunkRows, keys_ * kChunkRows);
+    tile_product<kParts, kValueParts, true>({split_.query_columns, kChunkRows, keys_ * kChunkRows}, grad_pairs(),
+                                            scratch_.state_gradient + channels.begin * values_, values_, count, values_,
+                                            depth_, next);
   }
 
  private:
@@ -111,6 +128,7 @@ class SplitBackward {
   int64_t key_panel() const { return split_.key_depth / 2 * kPanelLanes; }
   int64_t value_panel() const { return split_.value_depth / 2 * kPanelLanes; }
   SplitRows grad_rows() const { return {split_.grad_rows, split_.value_depth, kChunkRows * split_.value_depth}; }
+  SplitPairs grad_pairs() const { return {split_.grad_pairs, kRowPanel, kChunkRows / 2 * values_}; }
   SplitRows triangle() const { return {split_.triangle, kChunkRows, kChunkRows * kChunkRows}; }
 
   void load_value_lanes() const {

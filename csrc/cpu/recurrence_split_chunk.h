@@ -28,26 +28,28 @@ static bool load_split_values(const RecurrenceProblem& problem, const Unit& unit
           view.row_stride * size, core::smaller(kChunkRows, unit.sequence.end - first)};
 }
 
+// add_chunk_to_state() on the tile unit, of values that load_split_values() has loaded.
 template <int kParts, int kValueParts>
-static void split_add_chunk_to_state(const RecurrenceProblem& problem, const Unit& unit, bool finite,
+static void split_add_chunk_to_state(const RecurrenceProblem& problem, const Unit& unit, bool finite, Channels channels,
                                      ForwardScratch& scratch) {
   const int64_t next = scratch.chunk.first + scratch.chunk.rows;
   join_state<kParts, kValueParts>(
-      scratch.chunk, scratch.split, unit.width, scratch.state, unit.stride,
+      scratch.chunk, scratch.split, channels, unit.width, scratch.state, unit.stride,
       {{rows_from(problem, unit, problem.key, unit.key_head, next, 0, problem.key_width),
         rows_from(problem, unit, problem.value, unit.key_head, next, unit.column, unit.columns)},
        {}});
-  if (!finite) add_chunk_to_state(problem, unit, false, scratch);
+  if (!finite) add_chunk_to_state(problem, unit, false, channels, scratch);
 }
 
-// run_chunk() on the tile unit.
+// read_chunk_rows() on the tile unit.
 template <int kParts, int kValueParts>
-static void split_run_chunk(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
+static bool split_read_chunk_rows(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   const int64_t group = problem.heads / problem.key_heads;
   const KeyChunk& chunk = scratch.chunk;
   const SplitChunk& split = scratch.split;
   const bool finite = load_split_values<kValueParts>(problem, unit, scratch);
-  split_weights<kParts>(chunk, true, split);
+  transpose_to_pairs<kParts>(chunk.gained, chunk.stride, chunk.stride, split.keys, split.panel(),
+                             split.key_depth / 2 * kChunkRows, chunk.rows);
   split_state<kParts>(scratch.state, unit.stride, nullptr, problem.key_width, unit.width, split);
   for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
     load_queries(problem, unit, head, chunk.first, chunk.rows, chunk.inverse, chunk.stride, scratch);
@@ -63,7 +65,7 @@ static void split_run_chunk(const RecurrenceProblem& problem, const Unit& unit, 
                              unit.width, false);
     write_outputs(problem, unit, head, chunk.first, chunk.rows, scratch);
   }
-  split_add_chunk_to_state<kParts, kValueParts>(problem, unit, finite, scratch);
+  return finite;
 }
 
 // Outputs from the state of a whole sequence.
@@ -91,8 +93,7 @@ static void split_read_out(const RecurrenceProblem& problem, const Unit& unit, i
 template <int kParts, int kValueParts>
 static void split_gather_chunk(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   const bool finite = load_split_values<kValueParts>(problem, unit, scratch);
-  split_weights<kParts>(scratch.chunk, false, scratch.split);
-  split_add_chunk_to_state<kParts, kValueParts>(problem, unit, finite, scratch);
+  split_add_chunk_to_state<kParts, kValueParts>(problem, unit, finite, {0, scratch.chunk.stride}, scratch);
 }
 
 // The state of a whole sequence, times scale / Delta, as split_read_out() reads it.

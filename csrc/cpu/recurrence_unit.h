@@ -147,10 +147,13 @@ static void begin_chunk(const RecurrenceProblem& problem, const Unit& unit, int6
   return is_finite(scratch.values, scratch.chunk.rows * unit.stride);
 }
 
+// The chunk joins these channels of the state.
 [[maybe_unused]] static void add_chunk_to_state(const RecurrenceProblem& problem, const Unit& unit, bool finite,
-                                                ForwardScratch& scratch) {
-  accumulate_product(finite, {scratch.chunk.gained, 1, scratch.chunk.stride}, scratch.values, unit.stride,
-                     scratch.state, unit.stride, problem.key_width, unit.width, scratch.chunk.rows);
+                                                Channels channels, ForwardScratch& scratch) {
+  const int64_t count = core::smaller(channels.end, problem.key_width) - channels.begin;
+  accumulate_product(finite, {scratch.chunk.gained + channels.begin, 1, scratch.chunk.stride}, scratch.values,
+                     unit.stride, scratch.state + channels.begin * unit.stride, unit.stride, count, unit.width,
+                     scratch.chunk.rows);
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

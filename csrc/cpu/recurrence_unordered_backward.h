@@ -53,7 +53,7 @@ static SplitRows tile_rows(const Head& head, const HeadsView& view, int64_t of_h
   if (kValueParts == 1 && width == depth && rows % kPairRows == 0)
     return {static_cast<const uint16_t*>(row_of(view, dtype, head.sequence.batch, of_head, first)), view.row_stride, 0};
   load_rows(view, dtype, head.sequence.batch, of_head, first, 0, rows, width, wide, stride);
-  split_rows<kValueParts>(wide, stride, rows, stride, to, depth, kChunkRows * depth);
+  split_rows<kValueParts>(wide, stride, rows, stride, core::round_up(rows, kPairRows), to, depth, kChunkRows * depth);
   return {to, depth, kChunkRows * depth};
 }
 
@@ -167,8 +167,8 @@ static void tile_receive(const Head& head, BackwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
   const SplitGradients& split = scratch.split;
   const int64_t keys = chunk.stride, values = scratch.value_stride, rows = core::round_up(chunk.rows, kPairRows);
-  split_rows<kParts>(chunk.gained, keys, chunk.rows, keys, split.key_rows, split.key_depth,
-                     kChunkRows * split.key_depth);
+  split_rows<kParts>(chunk.gained, keys, chunk.rows, keys, core::round_up(chunk.rows, kPairRows), split.key_rows,
+                     split.key_depth, kChunkRows * split.key_depth);
   tile_product<kParts, kParts, false>({split.key_rows, split.key_depth, kChunkRows * split.key_depth},
                                       {split.state, split.key_depth / 2 * kPanelLanes, split.key_depth / 2 * values},
                                       scratch.grad_values, values, rows, values, split.key_depth);
@@ -190,7 +190,7 @@ static void gather_state(const Head& head, BackwardScratch& scratch) {
     weigh_keys<false, kParts == 1>(problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
     if constexpr (kParts > 0)
       if (chunk.rows >= kLeastSplitRows && tile_add_chunk<kParts, kValueParts>(head, scratch)) continue;
-    add_chunk_to_transposed_state(head, load_values(head, first, chunk.rows, scratch), scratch);
+    add_chunk_to_transposed_state(head, load_values(head, first, chunk.rows, scratch), {0, chunk.stride}, scratch);
   }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -31,3 +32,22 @@ def test_a_short_run_writes_its_results(name, tmp_path):
     document = json.loads((tmp_path / f"{name}.json").read_text())
     assert document["versions"]["torch"]
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_committed_results_are_those_of_the_plain_command(name, monkeypatch):
+    """So that README's command, which has no arguments, gives what is committed."""
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    before = set(sys.modules)
+    try:
+        example = importlib.import_module(name)
+        defaults = vars(example.arguments_parser().parse_args([]))
+    finally:
+        for module in {name, "common"} - before:
+            sys.modules.pop(module, None)
+    del defaults["output"]
+    document = json.loads((EXAMPLES / "results" / f"{name}.json").read_text())
+    assert document["arguments"] == defaults
+    assert (EXAMPLES / "results" / f"{name}.png").is_file()
+    assert f"python examples/{name}.py " in (EXAMPLES / "README.md").read_text()

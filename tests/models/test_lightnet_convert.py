@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sightline.models import convert_fla_lightnet
 
@@ -124,6 +124,73 @@ def test_a_folder_is_read_and_saved_as_ours(tmp_path, layout):
     assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_the_shards_of_an_index_are_read_and_nothing_else(tmp_path, kind):
+    """A folder may hold other files of weights, as those of an adapter or of training."""
+    weights, config, input_ids = draw("expand_ratio"), CONFIGS["expand_ratio"], torch.randint(37, (1, 21))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write = save_file if kind == "safetensors" else torch.save
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    shards = {name: f"{stem}-0000{index % 2 + 1}-of-00002.{kind}" for index, name in enumerate(sorted(weights))}
+    for shard in set(shards.values()):
+        write({name: weights[name] for name in weights if shards[name] == shard}, tmp_path / shard)
+    write({"lora_A.weight": torch.ones(2, 2)}, tmp_path / f"{stem}_adapter.{kind}")
+    (tmp_path / f"{stem}.{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    expected = by_formula("expand_ratio", weights, input_ids[0])
+    torch.testing.assert_close(
+        convert_fla_lightnet(tmp_path)(input_ids).logits[0].double(), expected, rtol=1e-4, atol=1e-4
+    )
+    (tmp_path / f"{stem}-00002-of-00002.{kind}").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=rf"^source: expected the shards .*{stem}-00002-of-00002\.{kind} missing"
+    ):
+        convert_fla_lightnet(tmp_path)
+
+
+def test_a_whole_file_goes_before_the_same_weights_in_other_names(tmp_path):
+    weights = draw("expand_ratio")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["expand_ratio"]))
+    save_file(weights, tmp_path / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, tmp_path / "model.old.safetensors")
+    found = convert_fla_lightnet(tmp_path).state_dict()
+    assert torch.equal(found["model.norm.weight"], weights["model.norm.weight"])
+
+
+class FlaConfig(PreTrainedConfig):
+    model_type = "lightnet"
+
+
+def test_a_config_of_transformers_is_taken_as_its_dict():
+    weights, input_ids = draw("expand_ratio"), torch.randint(37, (1, 5))
+    config = FlaConfig(**{name: value for name, value in CONFIGS["expand_ratio"].items() if name != "model_type"})
+    expected = by_formula("expand_ratio", weights, input_ids[0])
+    model = convert_fla_lightnet(weights, config)
+    torch.testing.assert_close(model(input_ids).logits[0].double(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match=r"^config: expected a dict or a config of transformers, got str"):
+        convert_fla_lightnet(weights, "config.json")
+
+
+def test_both_names_of_tied_embeddings_may_be_stored():
+    weights, input_ids = draw("wide_keys"), torch.randint(37, (1, 9))
+    weights["lm_head.weight"] = weights["model.embeddings.weight"]
+    model = convert_fla_lightnet(weights, CONFIGS["wide_keys"])
+    expected = by_formula("wide_keys", weights, input_ids[0])
+    torch.testing.assert_close(model(input_ids).logits[0].double(), expected, rtol=1e-4, atol=1e-4)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_sixteen_bits_make_a_model_of_sixteen_bits(dtype):
+    """With norms in float32, as mixed training leaves them."""
+    weights = draw("expand_ratio")
+    stored = {name: tensor if tensor.dim() == 1 else tensor.to(dtype) for name, tensor in weights.items()}
+    model, input_ids = convert_fla_lightnet(stored, CONFIGS["expand_ratio"]), torch.randint(37, (1, 21))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    expected = by_formula("expand_ratio", stored, input_ids[0])
+    error = (model(input_ids).logits[0].double() - expected).norm() / expected.norm()
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -154,6 +221,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         convert_fla_lightnet({**weights, name: torch.ones(12, 24)}, config)
     with pytest.raises(ValueError, match=re.escape("['model.layers.0.attn.q_conv1d.weight'] besides")):
         convert_fla_lightnet({**weights, "model.layers.0.attn.q_conv1d.weight": torch.ones(1)}, config)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{name}: expected floating-point weights, got torch.int8")):
+        convert_fla_lightnet({**weights, name: torch.ones(24, 24, dtype=torch.int8)}, config)
     with pytest.raises(FileNotFoundError, match=r"expected a folder with config\.json"):
         convert_fla_lightnet(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"expected a folder with \*\.safetensors"):

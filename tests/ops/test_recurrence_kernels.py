@@ -354,6 +354,23 @@ def test_results_do_not_depend_on_the_number_of_threads(shape, dtype, causal):
             torch.testing.assert_close(tensor, results[0][name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("step", [0.0, 25.0])
+@pytest.mark.parametrize("option", ["plain", "everything", "documents_with_states"])
+@EVERY_DTYPE
+def test_few_heads_shared_by_all_threads_give_what_one_thread_gives(dtype, option, step):
+    """Several windows of 16 chunks, of channels in three blocks of a thread, with keys that cut chunks short."""
+    sizes = Sizes(batch=1, heads=2, key_heads=1, length=2_100, width=70, value_width=37)
+    ramp = (torch.rand(70) < 0.1) * step / 100 * torch.arange(2_100.0)[:, None]
+    problem = random_problem(sizes, dtype, ramp=ramp, **(OPTIONS | PACKINGS)[option](sizes))
+    problem.key[0, 0, 700] += 40.0
+    problem.value[0, 0, 900, 3] = math.inf
+    first, *others = in_threads(problem, random_gradients(problem))
+    for other in others:
+        for name, tensor in other.items():
+            torch.testing.assert_close(tensor, first[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
 def test_a_single_key_has_no_gradient():
     """Its weight is 1 whatever it is."""
     for dtype in DTYPES.values():

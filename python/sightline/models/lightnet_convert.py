@@ -61,20 +61,25 @@ _WITHOUT_EFFECT = {
 }
 
 
-def convert_fla_lightnet(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Any:
+def convert_fla_lightnet(
+    source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | PreTrainedConfig | None = None
+) -> Any:
     """`LightNetForCausalLM` with the weights, and the logits, of a LightNet checkpoint of flash-linear-attention.
 
     Args:
-        source: the folder of a checkpoint (config.json with *.safetensors or pytorch_model*.bin), or its state dict.
-        config: the checkpoint's config as a dict; needed with a state dict.
+        source: the folder of a checkpoint, or its state dict. A folder has config.json and model.safetensors or
+            pytorch_model.bin, whole or in the shards that its index (*.index.json) lists; without an index all
+            *.safetensors or pytorch_model*.bin count.
+        config: the checkpoint's config as a dict or a config of transformers; needed with a state dict.
 
     Returns:
-        the model in the dtype of the weights, in evaluation mode; `save_pretrained` keeps it as one of sightline's.
+        the model in the dtype of the embeddings, in evaluation mode; `save_pretrained` keeps it as one of sightline's.
 
     Raises:
-        FileNotFoundError: the folder has no config or no weights.
+        FileNotFoundError: the folder has no config or no weights, or not all that its index lists.
+        TypeError: the config is neither a dict nor one of transformers'.
         NotImplementedError: the checkpoint uses an option that `LightNetForCausalLM` lacks; the message names it.
-        ValueError: an option is unknown, or weights are missing, left over, or of another shape.
+        ValueError: an option is unknown, or weights are missing, left over, of another shape or not floating-point.
 
     Source of the layout: flash-linear-attention 0.6; of the model: arXiv 2405.21022.
 
@@ -90,13 +95,19 @@ def convert_fla_lightnet(source: str | Path | Mapping[str, Tensor], config: Mapp
         if config is None:
             path = folder / "config.json"
             if not path.is_file():
-                raise FileNotFoundError(f"source: expected a folder with config.json, got {folder}")
+                raise FileNotFoundError(
+                    f"source: expected a folder with config.json, got {folder}; download a checkpoint of the hub first"
+                )
             config = json.loads(path.read_text())
         weights = _read_weights(folder)
     else:
         weights = dict(source)
     if config is None:
         raise ValueError("config: expected the checkpoint's config with a state dict, got None")
+    if isinstance(config, PreTrainedConfig):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config: expected a dict or a config of transformers, got {type(config).__name__}")
     converted = _convert_config(config)
     return _load(converted, weights, affine=config.get("elementwise_affine", True) is not False)
 
@@ -155,21 +166,42 @@ def _load(config: LightNetConfig, weights: dict[str, Tensor], affine: bool) -> A
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:
             raise ValueError(f"{name}: expected shape {tuple(tensor.shape)}, got {tuple(weights[name].shape)}")
+        if not weights[name].is_floating_point():
+            raise ValueError(
+                f"{name}: expected floating-point weights, got {weights[name].dtype}; convert before quantising"
+            )
     model = model.to(weights["model.embed_tokens.weight"].dtype)
     model.load_state_dict(weights)
     return model.eval()
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    if safe := sorted(folder.glob("*.safetensors")):
+    for kind, pattern in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
+        if paths := _weight_files(folder, kind, pattern):
+            weights: dict[str, Tensor] = {}
+            for path in paths:
+                weights.update(_read_file(path))
+            return weights
+    raise FileNotFoundError(f"source: expected a folder with *.safetensors or pytorch_model*.bin, got {folder}")
+
+
+def _weight_files(folder: Path, whole: str, pattern: str) -> list[Path]:
+    """One file, or the shards of an index; what else lies in the folder may be the same weights once more."""
+    index = folder / f"{whole}.index.json"
+    if (folder / whole).is_file():
+        return [folder / whole]
+    if not index.is_file():
+        return sorted(folder.glob(pattern))
+    shards = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    missing = [path.name for path in shards if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"source: expected the shards that {index.name} lists, {', '.join(missing)} missing")
+    return shards
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        for path in safe:
-            weights.update(load_file(path))
-    elif pickled := sorted(folder.glob("pytorch_model*.bin")):
-        for path in pickled:
-            weights.update(torch.load(path, map_location="cpu", weights_only=True))
-    else:
-        raise FileNotFoundError(f"source: expected a folder with *.safetensors or pytorch_model*.bin, got {folder}")
-    return weights
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
