@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,19 @@ def test_calls_that_need_a_gradient_are_not_taken(pretended_gpu: None) -> None:
 def test_a_gpu_without_code_for_it_is_named(pretended_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "_runs_on_device", lambda index: False)
     assert ops.decode_refusal(*make_inputs()) == "libsightline_cuda.so was not built for the GPU cuda:0"
+
+
+@pytest.mark.parametrize(("capability", "built"), [((9, 0), True), ((8, 6), True), ((10, 0), False), ((7, 5), False)])
+def test_a_library_for_other_gpus_is_not_launched(
+    capability: tuple[int, int], built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(decode, "_LOADED", True)
+    monkeypatch.setattr(decode, "_ARCHITECTURES", ("80", "90"))
+    with FakeTensorMode():
+        refusal = ops.decode_refusal(*make_inputs())
+    assert refusal == (None if built else "libsightline_cuda.so was not built for the GPU cuda:0")
 
 
 def test_the_native_backend_says_why_there_is_no_kernel(pretended_gpu: None) -> None:

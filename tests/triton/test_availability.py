@@ -77,6 +77,22 @@ def test_gpus_before_ampere_are_refused_by_name(
         assert choose(CudaQuery(), "auto") == "reference"
 
 
+@pytest.mark.parametrize("widths", [(300, 8), (8, 300)])
+def test_a_width_without_kernels_falls_back_by_name_or_is_refused(
+    widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_WHY_NO_TRITON", None)
+    monkeypatch.setattr(backends, "_capabilities", {CudaQuery.device: (9, 0)})
+    monkeypatch.setattr(backends, "_warned_devices", set())
+    query = CudaQuery()
+    query.shape = (1, 1, 3, widths[0])
+    reason = rf"head widths up to 256, got {widths[0]} \(query\) and {widths[1]} \(value\)"
+    with pytest.raises(NotImplementedError, match=reason):
+        backends.choose_backend(query, "triton", widths[1])
+    with pytest.warns(UserWarning, match=reason):
+        assert backends.choose_backend(query, "auto", widths[1]) == "reference"
+
+
 def test_a_missing_triton_leaves_the_other_backends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(backends, "_WHY_NO_TRITON", backends._why_no_triton())

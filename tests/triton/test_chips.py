@@ -91,6 +91,20 @@ def test_on_amd_few_warps_have_all_registers_and_nothing_is_loaded_ahead(
     assert all(launched_as(*case) <= (4, 1) for case in cases)
 
 
+@pytest.mark.parametrize("kernel", ["forward", "queries", "keys"])
+def test_what_tuning_tries_on_amd_is_launched_as_its_defaults_are(
+    kernel: str, compiling_for: Callable[[str], None]
+) -> None:
+    query = torch.empty(1, 2, 100, 128, dtype=torch.bfloat16, device="meta")
+    variant = make_variant(query, query, Options(*[None] * 9, *SCALARS))
+    compiling_for("gfx942")
+    found = tiles.candidates(kernel, variant)
+    assert found
+    assert len(set(found)) == len(found)
+    default = tiles.choose_tile(kernel, variant)
+    assert {(tile.warps, tile.stages, tile.descriptors) for tile in found} == {(default.warps, default.stages, False)}
+
+
 class TooLarge:
     """A kernel that no device has room for."""
 

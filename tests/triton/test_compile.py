@@ -70,12 +70,7 @@ def test_candidates_compile_to_bulk_loads_and_split_loops(target: str, name: str
     ("target", "name", "dtype", "count"),
     # Softmax counts no keys and takes no norms, and re-weighting alone measures a split before it attends to it, and
     # has a forward of its own where nothing is saved.
-    [
-        ("sm_90", "lssar", "fp16", 11),
-        ("sm_80", "lssa", "bf16", 9),
-        ("sm_80", "softmax", "fp32", 7),
-        ("gfx942", "softmax", "bf16", 7),
-    ],
+    [("sm_90", "lssar", "fp16", 11), ("sm_80", "softmax", "fp32", 7), ("gfx942", "softmax", "bf16", 7)],
 )
 def test_kernels_compile_without_spills(target: str, name: str, dtype: str, count: int) -> None:
     report = compiled("defaults", target, name, dtype, 64)
@@ -87,10 +82,7 @@ def test_kernels_compile_without_spills(target: str, name: str, dtype: str, coun
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("target", "order", "dtype"),
-    [("sm_90", "causal", "bf16"), ("sm_80", "unordered", "fp32"), ("gfx90a", "unordered", "bf16")],
-)
+@pytest.mark.parametrize(("target", "order", "dtype"), [("sm_90", "causal", "bf16"), ("gfx90a", "unordered", "bf16")])
 def test_kernels_of_the_recurrence_compile_without_spills(target: str, order: str, dtype: str) -> None:
     # Of eight kernels, the states of backward are computed again, in its own tiles.
     assert compiled("recurrence", target, order, dtype, 64).count("kernel=") == 10

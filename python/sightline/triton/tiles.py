@@ -187,6 +187,10 @@ CANDIDATES: dict[tuple[str, str] | tuple[str, str, int], tuple[Tile, ...]] = {
 }
 
 
+def _on_amd(tile: Tile) -> Tile:
+    return tile._replace(warps=_AMD_WARPS, stages=_AMD_STAGES)
+
+
 def operand_of(variant: Variant) -> str:
     """The kind of operand that tiles are chosen by."""
     return "fp32" if variant.dtype == "fp32" else "half"
@@ -210,6 +214,8 @@ def candidates(kernel: str, variant: Variant) -> tuple[Tile, ...]:
     operand, width = operand_of(variant), _width_of(variant)
     keys = (key for name in names_of(kernel, variant) for key in ((name, operand, width), (name, operand)))
     tiles: tuple[Tile, ...] = next((CANDIDATES[key] for key in keys if key in CANDIDATES), ())
+    if compiles_for_amd():
+        return tuple(dict.fromkeys(_on_amd(tile) for tile in tiles if not tile.descriptors))
     if not (tiles and has_tensor_descriptors()):
         return tuple(tile for tile in tiles if not tile.descriptors)
     specializes = can_be_specialized(variant) and has_warp_specialization()
@@ -242,6 +248,6 @@ def choose_tile(kernel: str, variant: Variant) -> Tile:
     keys = [(name, operand_of(variant), width) for name in names_of(kernel, variant)]
     key = next(key for key in keys if key in _TILES)
     if compiles_for_amd():
-        return _TILES[key]._replace(warps=_AMD_WARPS, stages=_AMD_STAGES)
+        return _on_amd(_TILES[key])
     tile = _HOPPER_TILES.get(key, _TILES[key]) if has_hopper_memory() else _TILES[key]
     return _BLACKWELL_TILES.get(key, tile) if has_tensor_memory() else tile
