@@ -115,6 +115,8 @@ def test_dropout_follows_the_generator_and_keeps_the_mean():
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert abs(one.mean().item() - 1) < 0.05
+    weights = sl.attention(query, key, torch.eye(64).expand(1, 2, 64, 64), dropout_p=0.25)
+    assert abs((weights == 0).float().mean().item() - 0.25) < 0.02  # of 16,384 weights: six standard deviations
 
 
 def test_rows_reproduce_the_output_and_carry_gradients():

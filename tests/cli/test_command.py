@@ -17,11 +17,11 @@ def test_version_is_the_packages_own(sightline):
     assert result.stdout == f"sightline {sl.__version__}\n"
 
 
-def test_help_names_both_commands(sightline_here):
+def test_help_names_every_command(sightline_here):
     result = sightline_here("--help")
     assert result.returncode == 0
-    assert "info" in result.stdout
-    assert "bench" in result.stdout
+    for name in ("info", "bench", "demo"):
+        assert f"\n    {name} " in result.stdout
 
 
 def test_help_of_bench_names_every_argument(sightline_here):

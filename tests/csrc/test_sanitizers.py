@@ -19,6 +19,9 @@ import required
 
 from sightline.cli.environment import instruction_sets
 
+# Whichever test comes first compiles the kernels, on a busy machine for more than the usual limit.
+pytestmark = pytest.mark.timeout(900)
+
 ROOT = Path(__file__).parents[2]
 CASES, SEED = 100, 1
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")

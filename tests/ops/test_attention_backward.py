@@ -46,6 +46,14 @@ def test_every_weighting_at_ragged_sizes(queries: int, keys: int, weighting: Any
         assert_gradients_are_close(random_problem(sizes, dtype, causal=causal), weighting)
 
 
+@main_weightings
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_rows_than_are_gathered_at_once(weighting: Any, dtype: torch.dtype) -> None:
+    """What keys and values receive is gathered over 2,048 rows of a key head, and then added to the totals."""
+    sizes = Sizes(batch=1, heads=4, key_heads=1, queries=600, keys=70, width=16, value_width=16)
+    assert_gradients_are_close(random_problem(sizes, dtype), weighting)
+
+
 @option_pairs
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option(option: str, weighting: Any, dtype: torch.dtype) -> None:

@@ -67,3 +67,37 @@ def test_a_nan_in_a_key_of_a_tile_that_would_be_left_out_reaches_every_row(dtype
     problem.value.nan_to_num_()
     problem.key[:, :, 400, 3] = math.nan
     assert run(problem, EVERY_KEY_WEIGHS, "native")["output"].isnan().all()
+
+
+TAU = {torch.float32: 2.0**-24, torch.float16: 2.0**-14, torch.bfloat16: 2.0**-12}
+
+
+def one_against_many(dtype: torch.dtype, count: int, weight: float) -> Problem:
+    """A first key of value 0 and many of value 1, whose softmax weights are `weight` times that of the first."""
+    query, key, value = torch.zeros(1, 1, 32, 16), torch.zeros(1, 1, count, 16), torch.ones(1, 1, count, 16)
+    query[..., 0] = 1.0
+    key[:, :, 1:, 0] = math.log(weight)
+    value[:, :, 0] = 0.0
+    return Problem(query.to(dtype), key.to(dtype), value.to(dtype), {"scale": 1.0})
+
+
+@every_dtype
+def test_keys_that_hold_little_each_and_much_together_count(dtype: torch.dtype) -> None:
+    """A quarter of tau each: the bound is a share of tau for all keys together."""
+    weighting = sl.Softmax(reweight=sl.Reweight(2.0, offset=0.0))
+    problem = one_against_many(dtype, 2**14, math.sqrt(TAU[dtype] / 4))
+    expected = run(problem.to(torch.float64), weighting, "reference")["output"]
+    assert expected.min() > 100 * TAU[dtype]
+    torch.testing.assert_close(run(problem, weighting, "native")["output"].double(), expected, rtol=2e-2, atol=0)
+
+
+def test_keys_whose_responses_alone_count_have_their_part_in_the_gradient() -> None:
+    """Gradients weigh a key by a power less than outputs do: 2^-19 above the mean, squared, is less than tau / n."""
+    count, offset, excess = 4096, 0.5, 2.0**-19
+    weighting = sl.Softmax(reweight=sl.Reweight(2.0, offset=offset, exempt_rows=0))
+    weight = (excess + offset / count) / (1 - offset * (count - 1) / count)  # mean + excess
+    problem = one_against_many(torch.float32, count, weight)
+    gradient = torch.ones(1, 1, 32, 16)
+    expected = run(problem.to(torch.float64), weighting, "reference", gradient)["key"][:, :, 1:, 0]
+    actual = run(problem, weighting, "native", gradient)["key"][:, :, 1:, 0].double()
+    assert (actual - expected).norm() < 1e-2 * expected.norm()
