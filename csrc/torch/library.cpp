@@ -55,7 +55,8 @@ STABLE_TORCH_LIBRARY(sightline, library) {
   library.def(
       "additive_recurrence_backward(Tensor grad_output, Tensor? grad_log_normalizer, Tensor? "
       "grad_memory, " SIGHTLINE_RECURRENCE_ARGUMENTS
-      ", bool needs_gain_gradient, bool needs_state_gradient) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_gain, "
+      ", bool needs_gain_gradient, bool needs_state_gradient) -> (Tensor grad_query, Tensor grad_key, Tensor "
+      "grad_value, Tensor grad_key_gain, "
       "Tensor grad_initial_log_normalizer, Tensor grad_initial_memory)");
 }
 
