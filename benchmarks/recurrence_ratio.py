@@ -104,12 +104,36 @@ def measure(options: argparse.Namespace, dtype_name: str) -> list[dict[str, Any]
         found += in_turns("backward", passes, case, repetitions, limit)
         passes = {"forward": unordered["recurrence"], "backward": backward_pass(inputs, causal=False)}
         found += in_turns("unordered backward", passes, case, repetitions, limit)
+    found += measure_one_head(options, shape)
     for batch in options.decoding_batches:
         steps, case = decoding_steps(batch, heads, width, dtype), shape | {"batch": batch, "length": 1}
         found += in_turns("decoding", steps, case, 5 * repetitions, limit, DECODING_CALLS)
     for length in options.long_lengths:
         found += measure_long(options, shape | {"length": length})
     return found
+
+
+def measure_one_head(options: argparse.Namespace, shape: dict[str, Any]) -> list[dict[str, Any]]:
+    """One head on two threads against one, every pass; ratios are to the time of two threads."""
+    case = shape | {"heads": 1, "length": options.one_head_length}
+    inputs = random_inputs(1, options.one_head_length, options.width, getattr(torch, shape["dtype"]))
+    found = []
+    for order, functions, causal in (("causal", CAUSAL, True), ("unordered", UNORDERED, False)):
+        passes = {"": forward_pass(functions["recurrence"], inputs), " backward": backward_pass(inputs, causal)}
+        for suffix, call in passes.items():
+            calls = {"two threads": partial(on_threads, 2, call), "one thread": partial(on_threads, 1, call)}
+            found += in_turns(f"one head, {order}{suffix}", calls, case, options.repetitions, options.seconds_per_case)
+    return found
+
+
+def on_threads(threads: int, call: Callable[[], object]) -> object:
+    """The call on so many threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure_long(options: argparse.Namespace, case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -174,6 +198,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sdpa-limit", type=int, default=16384, metavar="N", help="longest repeated one of torch SDPA")
     parser.add_argument("--sdpa-once", type=int, default=65536, metavar="N", help="long context of one pass of SDPA")
     parser.add_argument("--decoding-batches", type=whole_numbers, default=[1, 16], metavar="B,B,...")
+    parser.add_argument("--one-head-length", type=int, default=16384, metavar="N", help="one head, two threads and one")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=128, help="Dk and Dv")
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["float32", "bfloat16"])

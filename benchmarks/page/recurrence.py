@@ -11,6 +11,19 @@ RECURRENCE_TABLES = {
     "unordered": ("Forward pass over the whole sequence", "x the recurrence's time"),
     "backward": ("Causal backward pass", "x the forward pass's time"),
     "unordered backward": ("Backward pass over the whole sequence", "x the forward pass's time"),
+    "one head, causal": ("One head, causal forward pass, two threads against one", "x the time of two threads"),
+    "one head, causal backward": (
+        "One head, causal backward pass, two threads against one",
+        "x the time of two threads",
+    ),
+    "one head, unordered": (
+        "One head, forward pass without order, two threads against one",
+        "x the time of two threads",
+    ),
+    "one head, unordered backward": (
+        "One head, backward pass without order, two threads against one",
+        "x the time of two threads",
+    ),
     "decoding": ("One token, with its state", "x the recurrence's time"),
     "length": ("Causal forward pass by length", "x the recurrence's time"),
 }
@@ -21,6 +34,8 @@ RECURRENCE_LABELS = {
     "products": "its two matrix products",
     "forward": "forward",
     "backward": "backward",
+    "two threads": "two threads",
+    "one thread": "one thread",
     "memory": "reading and writing the state",
     "recurrence call": "additive_recurrence on a state of one number",
     "memory call": "reading and writing one number",

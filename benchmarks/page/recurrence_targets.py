@@ -11,6 +11,12 @@ DTYPES = ("bfloat16", "float32")
 LONG_LENGTHS = (4096, 65536, 1048576)
 SHORTEST_BESIDE_SDPA, SDPA_LENGTH = 1024, 65536
 FORMULA_MICROSECONDS = 40  # per token, on the machine that the targets were set with
+ONE_HEAD = {
+    "one head, causal": "causal forward",
+    "one head, causal backward": "causal backward",
+    "one head, unordered": "forward without order",
+    "one head, unordered backward": "backward without order",
+}
 MOST_MEMORY = 64 * 2**20
 
 Result = dict[str, Any]
@@ -173,6 +179,10 @@ def recurrence_targets() -> Iterator[Target]:
             yield Target(text, 0.8, decoding_share(dtype, batch, beyond_call=False), percent)
             text += ", calls taken off"
             yield Target(text, 0.8, decoding_share(dtype, batch, beyond_call=True), percent)
+    for dtype in DTYPES:
+        for measurement, text in ONE_HEAD.items():
+            found = ratio(measurement, dtype, "one thread")
+            yield Target(f"one head, {text}, {dtype}, two threads against one", 1.7, found, times)
     for dtype in DTYPES:
         for measurement, order in (("backward", "causal"), ("unordered backward", "without order")):
             found = ratio(measurement, dtype, "backward", at_most=True)

@@ -113,7 +113,7 @@ class HeadInWindows {
         parallel_(parallel),
         through_(plan),
         pool_(plan.without_rows(), parallel.threads),
-        window_(head.problem, state_size()),
+        window_(head.problem, state_size(), parallel.threads),
         blocks_(through_.chunk.stride, parallel.threads) {}
 
   // run_causal() with phases in the place of chunks.
@@ -234,7 +234,7 @@ class HeadInWindows {
     const RecurrenceProblem& problem = head_.problem;
     int64_t first = end;
     for (int64_t last = chunks; last > 0; last -= window_.count) {
-      window_.count = static_cast<int>(core::smaller(kWindowChunks, last));
+      window_.count = static_cast<int>(core::smaller(window_.capacity, last));
       for (int position = window_.count - 1; position >= 0; --position) {
         const int64_t index = last - window_.count + position;
         window_.chunks[position].rows = through_.chunk_rows[index];

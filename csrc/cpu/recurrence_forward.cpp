@@ -191,7 +191,7 @@ void run_windows(const Plan& plan, const Unit& unit, const Parallel& parallel) {
   ForwardScratch own(plan);
   ScratchPool<ForwardScratch> pool(plan, parallel.threads);
   start_state(problem, unit, own);
-  Window window(problem, own.chunk.stride * unit.stride);
+  Window window(problem, own.chunk.stride * unit.stride, parallel.threads);
   window.after.copy_from(own.normalizer, problem.key_width);
   const ChannelBlocks blocks(own.chunk.stride, parallel.threads);
   for (int64_t first = unit.sequence.begin; first < unit.sequence.end; first = window.end) {

@@ -63,15 +63,20 @@ class ScratchPool {
 };
 
 struct Window {
-  int count;      // chunks
+  int capacity;   // chunks
+  int count;      // of them in use
   int64_t first;  // row
   int64_t end;    // one past the last row
-  KeyChunk chunks[kWindowChunks];
-  Normalizer starts[kWindowChunks];  // before each chunk, in its unit
-  Normalizer before, after;          // the window
+  KeyChunk chunks[kLargestWindow];
+  Normalizer starts[kLargestWindow];  // before each chunk, in its unit
+  Normalizer before, after;           // the window
 
-  Window(const RecurrenceProblem& problem, int64_t state_size)
-      : width_(problem.key_width), state_size_(state_size), memory_(carve(problem, nullptr)) {
+  Window(const RecurrenceProblem& problem, int64_t state_size, int threads)
+      : capacity(static_cast<int>(
+            core::smaller(kLargestWindow, core::larger(kLeastWindow, 2 * static_cast<int64_t>(threads))))),
+        width_(problem.key_width),
+        state_size_(state_size),
+        memory_(carve(problem, nullptr)) {
     carve(problem, memory_.get());
   }
   // The state before a chunk; on the way back G after it, with r.
@@ -86,14 +91,14 @@ struct Window {
   int64_t carve(const RecurrenceProblem& problem, char* start) {
     Arena arena(start);
     const int64_t stride = padded(problem.key_width);
-    for (int index = 0; index < kWindowChunks; ++index) {
+    for (int index = 0; index < capacity; ++index) {
       chunks[index].carve(arena, problem);
       starts[index] = {arena.take<float>(stride), arena.take<double>(stride)};
     }
     before = {arena.take<float>(stride), arena.take<double>(stride)};
     after = {arena.take<float>(stride), arena.take<double>(stride)};
-    states_ = arena.take<float>(kWindowChunks * state_size_);
-    responses_ = arena.take<double>(kWindowChunks * stride);
+    states_ = arena.take<float>(capacity * state_size_);
+    responses_ = arena.take<double>(capacity * stride);
     return arena.used();
   }
 
@@ -112,7 +117,7 @@ static void weigh_window(const RecurrenceProblem& problem, const Sequence& seque
   normalizer.copy_from(window.before, problem.key_width);
   int64_t first = window.first;
   int count = 0;
-  for (; count < kWindowChunks && first < sequence.end; ++count) {
+  for (; count < window.capacity && first < sequence.end; ++count) {
     // Where keys and factors of all channels go; what is kept of these channels goes to the window.
     KeyChunk chunk = scratch;
     KeyChunk& kept = window.chunks[count];

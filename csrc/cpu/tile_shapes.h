@@ -94,9 +94,11 @@ constexpr int64_t kSegmentRows = 2048;
 // Its backward pass keeps inverse normalisers and q dq products of so many rows between the sweep forward and the sweep
 // back: longer sequences store the state at the start of every segment, and compute the rest of it again.
 constexpr int64_t kKeptRows = 16384;
-// With order, chunks that the threads share while there are fewer heads than threads: enough for a phase to last longer
-// than the threads take to meet, and few enough to stay in the second-level caches.
-constexpr int kWindowChunks = 16;
+// With order, where there are fewer heads than threads, chunks that the threads go through together: enough for a phase
+// to last longer than they take to meet, and few enough to stay in their second-level caches. With 16 on two threads
+// both passes cost a fifth more processor time.
+constexpr int kLeastWindow = 8;
+constexpr int kLargestWindow = 64;
 constexpr int64_t kLeastWindowRows = 8 * kChunkRows;
 // One row after the other, as in decoding: query heads whose outputs stay in registers while the state passes, and the
 // vectors of the state that are under way, twice as many where there is one head, so that a row of 128 columns is one

@@ -214,6 +214,9 @@ void run_recurrence(const Run& run) {
              {choices.batches.draw(run.random), choices.lengths.draw(run.random), choices.widths.draw(run.random),
               choices.value_widths.draw(run.random), choices.heads.draw(run.random), choices.dtypes.draw(run.random)});
   run_case(run, choices, {1, 16500, 3, 2, {1, 1}, DType::kFloat32}, true);  // two segments of the backward pass
+  // Windows of chunks that threads share, where there are several; segments where there is no order.
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+    for (int turn = 0; turn < 4; ++turn) run_case(run, choices, {1, 4200, 70, 37, {2, 1}, dtype}, turn < 2);
 }
 
 }  // namespace sightline::sanitize

@@ -10,6 +10,7 @@ import torch
 
 ARGUMENTS = ["--lengths", "40", "--heads", "2", "--width", "8", "--repetitions", "1", "--dtypes", "float32"]
 ARGUMENTS += ["--long-lengths", "48,64", "--sdpa-once", "64", "--decoding-batches", "1,3", "--peak-length", "0"]
+ARGUMENTS += ["--one-head-length", "40"]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,10 @@ def test_every_measurement_puts_its_peers_beside_the_recurrence(results: list[di
     assert rows(results, "unordered") == [(1, 40, "recurrence"), (1, 40, "products")]
     for measurement in ("backward", "unordered backward"):
         assert rows(results, measurement) == [(1, 40, "forward"), (1, 40, "backward")]
+    for measurement in ("causal", "causal backward", "unordered", "unordered backward"):
+        measured = [result for result in results if result["measurement"] == f"one head, {measurement}"]
+        assert [result["implementation"] for result in measured] == ["two threads", "one thread"]
+        assert {result["heads"] for result in measured} == {1}
     names = ("recurrence", "memory", "recurrence call", "memory call")
     assert rows(results, "decoding") == [(batch, 1, name) for batch in (1, 3) for name in names]
     for result in results:
@@ -44,6 +49,13 @@ def test_every_measurement_puts_its_peers_beside_the_recurrence(results: list[di
 def test_sdpa_runs_once_at_one_long_length(results: list[dict]) -> None:
     assert rows(results, "length") == [(1, 48, "recurrence"), (1, 64, "recurrence"), (1, 64, "sdpa")]
     assert results[-1]["repetitions"] == 1
+
+
+def test_a_call_on_some_threads_has_them_and_gives_them_back() -> None:
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        assert recurrence_ratio.on_threads(threads, torch.get_num_threads) == threads
+    assert torch.get_num_threads() == before
 
 
 def test_defaults_reach_a_million_tokens() -> None:
@@ -107,6 +119,8 @@ def test_page_shows_every_result_and_what_was_left_out(results: list[dict]) -> N
     text = render.render([document])
     assert text.count("| float32, B = 1, H = 2, D = 8, N = 40 |") == 9
     assert "### Backward pass over the whole sequence" in text
+    assert "### One head, causal backward pass, two threads against one" in text
+    assert text.count("| float32, B = 1, H = 1, D = 8, N = 40 |") == 8
     assert "| float32, B = 3, H = 2, D = 8, N = 1 | reading and writing the state |" in text
     assert "N = 4,096 | sightline additive_recurrence | left out: needs 9.0 GiB of memory" in text
     assert "D = 8, N = 4,096: 3.0 MiB." in text

@@ -359,7 +359,7 @@ def test_results_do_not_depend_on_the_number_of_threads(shape, dtype, causal):
 @pytest.mark.parametrize("option", ["plain", "everything", "documents_with_states"])
 @EVERY_DTYPE
 def test_few_heads_shared_by_all_threads_give_what_one_thread_gives(dtype, option, step):
-    """Several windows of 16 chunks, of channels in three blocks of a thread, with keys that cut chunks short."""
+    """Several windows of chunks, of channels in up to three blocks, with keys that cut chunks short."""
     sizes = Sizes(batch=1, heads=2, key_heads=1, length=2_100, width=70, value_width=37)
     ramp = (torch.rand(70) < 0.1) * step / 100 * torch.arange(2_100.0)[:, None]
     problem = random_problem(sizes, dtype, ramp=ramp, **(OPTIONS | PACKINGS)[option](sizes))
@@ -369,6 +369,22 @@ def test_few_heads_shared_by_all_threads_give_what_one_thread_gives(dtype, optio
     for other in others:
         for name, tensor in other.items():
             torch.testing.assert_close(tensor, first[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("step", [0.0, 25.0])
+@pytest.mark.parametrize("option", ["plain", "everything", "documents_with_states"])
+@EVERY_DTYPE
+def test_one_head_on_several_threads(dtype, option, step):
+    """Against the reference, in windows (513 rows of a sequence are enough; documents have fewer)."""
+    sizes = Sizes(batch=1, heads=1, key_heads=1, length=580, width=34, value_width=20)
+    ramp = (torch.rand(34) < 0.1) * step / 100 * torch.arange(580.0)[:, None]
+    problem = random_problem(sizes, dtype, ramp=ramp, **(OPTIONS | PACKINGS)[option](sizes))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(6)
+        assert_results_are_close(problem)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_single_key_has_no_gradient():
