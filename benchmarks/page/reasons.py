@@ -19,6 +19,45 @@ _FLOAT16 = (
     "four products of bfloat16 parts for the scores and three for the values, at twice the rate of multiply-adds in "
     "registers (parts of attention)"
 )
+_BACKWARD_BFLOAT16 = (
+    "five products, whose sums are stored and read again for every tile, take three fifths of the time, and the vector "
+    "units, which wait for them and are waited for, a sixth (Softmax) to a quarter (LSSA); the rest loads and writes "
+    "rows (profile)"
+)
+_BACKWARD_FLOAT16 = (
+    "each of the five products is three or four of bfloat16 parts: 70 % of the time; splitting weights and gradients "
+    "takes most of the rest (profile)"
+)
+_BACKWARD_FLOAT32 = "products take nine tenths of the time (profile), at two thirds of the registers' rate"
+_DECODING = (
+    "keys and values are asked for ahead, and products of what is near take half as long as reading, but a thread has "
+    "too few requests under way while it multiplies: products with memory behind them reach 65 % to 80 % of the read "
+    "rate; weights, for which nothing is read, take 6 % (profile, and products alone)"
+)
+_SHORT = (
+    "with 64 rows and keys products take a fifth of the time; setting up rows, packing keys and values, and writing "
+    "outputs and log normalisers take the rest, once per 64 rows (profile)"
+)
+_AVX2 = (
+    "torch's switch leaves its matrix products (MKL) on AVX-512; beside MKL's own switch too the ratios stand under "
+    "options of attention"
+)
+_ALIBI = (
+    "a bias is made for every score in each of two passes, to find the largest and to weigh, and with D = 64 these "
+    "passes are half of the time"
+)
+_RECURRENCE_SDPA = "torch SDPA is several times as fast here as on the targets' machine (above), the recurrence is not"
+_RECURRENCE_UNORDERED = (
+    "products take half of the time in bfloat16 and three quarters in float32; loading rows, making weights of keys "
+    "and rounding outputs the rest (profile)"
+)
+_RECURRENCE_BACKWARD_BFLOAT16 = (
+    "reading rows and writing gradients take as long as the products (profile), of which there are 2.5 to 3 times as "
+    "many as in the forward pass"
+)
+_RECURRENCE_BACKWARD_FLOAT32 = (
+    "products are three quarters of the time (profile), and there are 2.5 to 3 times as many as in the forward pass"
+)
 _FLOAT32 = "products take 75 % to 90 % of the time at 70 % to 85 % of the registers' rate (parts of attention)"
 _MASK = "a mask as large as the scores is read once per head, and where products are fast that takes as long as they do"
 _PAGES = (
@@ -42,6 +81,32 @@ REASONS: dict[str, dict[str, str]] = {
         _speed("forward", "float16", "LSSA"): _FLOAT16,
         _speed("forward", "float16", "Softmax"): _FLOAT16,
         _speed("forward", "float16", "LSSAR"): _TWO_SWEEPS,
+        **{_speed("backward", "bfloat16", name): _BACKWARD_BFLOAT16 for name in ("LSSA", "Softmax", "LSSAR")},
+        **{_speed("backward", "float32", name): _BACKWARD_FLOAT32 for name in ("LSSA", "Softmax", "LSSAR")},
+        **{_speed("backward", "float16", name): _BACKWARD_FLOAT16 for name in ("LSSA", "Softmax", "LSSAR")},
+        **{
+            f"decoding, bfloat16, sightline {name}, H = 32 on 8, D = 128, N = 32,768, share of the read rate": _DECODING
+            for name in ("LSSA", "Softmax", "LSSAR")
+        },
+        **{f"forward, float32, sightline {name}, B = 1, speed of zentorch": _FLOAT32 for name in ("LSSA", "Softmax")},
+        **{f"forward, float32, sightline {name}, B = 8, speed of zentorch": _SHORT for name in ("LSSA", "Softmax")},
+        "anything, speed of torch SDPA": _SHORT + "; LSSAR has two sweeps beside",
+        **{
+            f"AVX2 alone, sightline {name}, speed of torch SDPA under ATEN_CPU_CAPABILITY=avx2": _AVX2
+            for name in ("LSSA", "Softmax")
+        },
+        "alibi_slopes, share of the plain rate": _ALIBI,
+        **{
+            f"causal forward, {dtype}, speed of torch SDPA at 64K": _RECURRENCE_SDPA
+            for dtype in ("bfloat16", "float32")
+        },
+        **{
+            f"forward without order, {dtype}, time relative to its two matrix products": _RECURRENCE_UNORDERED
+            for dtype in ("bfloat16", "float32")
+        },
+        "backward, causal, bfloat16, time relative to the forward pass": _RECURRENCE_BACKWARD_BFLOAT16,
+        "backward, without order, bfloat16, time relative to the forward pass": _RECURRENCE_BACKWARD_BFLOAT16,
+        "backward, causal, float32, time relative to the forward pass": _RECURRENCE_BACKWARD_FLOAT32,
         **{
             f"causal forward, {dtype}, longest time per token from 4K to 1M relative to the shortest": _PAGES
             for dtype in ("bfloat16", "float32")
