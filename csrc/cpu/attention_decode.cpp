@@ -17,9 +17,6 @@
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
 
-// Beyond this many rows per key head the tiles of attention_forward are full enough.
-constexpr int64_t kMaxDecodeRows = 8;
-
 // Products to scores of one row, in place; returns the largest.
 template <bool kMasked, bool kExtras>
 float finish_row_scores(const AttentionProblem& problem, const DecodeScratch& scratch, const DecodeUnit& unit, int row,

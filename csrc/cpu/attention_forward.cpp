@@ -105,8 +105,7 @@ void weigh_product_tile(const AttentionProblem& problem, const AttentionForwardS
                         const TileVisibility& visible, bool keeps, float* tile, float* tile_largest, RowState& state,
                         PairValues<kParts>& due) {
   if (Weight::kShifted) {
-    find_largest_scores<kMasked, kFactors, kHolds == TileHolds::kSlopedProducts>(state.rows, keys, visible, tile,
-                                                                                 tile_largest);
+    find_largest_scores<kMasked, kFactors>(state.rows, keys, visible, tile, tile_largest);
     track_largest(state, tile_largest);
     raise_shift_of_pairs(state, tile_largest, scratch.padded_width, due);
   }
@@ -129,7 +128,9 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
   pair_products<kParts, false, true>(&factors, 1, tile, core::round_up(keys.count, kPairRows), lanes);
   // A peak is found from the largest score: under a shift, weights must come from scores as it does (find_peak()).
   constexpr bool kFromScores = kReweight && Weight::kShifted;
-  if (kFromScores || has_bias(problem) || problem.softcap > 0.0f) {
+  // The same where ALiBi decides how much a weight is that the backward pass finds again from its score and the shift.
+  const bool slopes_under_shift = Weight::kShifted && problem.alibi_slopes != nullptr;
+  if (kFromScores || slopes_under_shift || has_bias(problem) || problem.softcap > 0.0f) {
     finish_tile(problem, state.rows, keys, scratch.bias, tile, tile_largest);
     if (!kReweight || kFirstSweep) {
       track_largest(state, tile_largest);
@@ -150,11 +151,12 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
       return true;
     };
     constexpr std::integral_constant<TileHolds, TileHolds::kProducts> products;
-    constexpr std::integral_constant<TileHolds, TileHolds::kSlopedProducts> sloped;
-    if (problem.alibi_slopes != nullptr) {
-      if (!weigh_masked(sloped)) weigh(sloped, std::false_type(), std::true_type());
-      return;
-    }
+    [[maybe_unused]] constexpr std::integral_constant<TileHolds, TileHolds::kSlopedProducts> sloped;
+    if constexpr (!Weight::kShifted)
+      if (problem.alibi_slopes != nullptr) {
+        if (!weigh_masked(sloped)) weigh(sloped, std::false_type(), std::true_type());
+        return;
+      }
     if (weigh_masked(products)) return;
     // Where keys are re-weighted, their factors always take part, though they may be 1.
     if (kReweight || problem.normalize_qk) return weigh(products, std::false_type(), std::true_type());

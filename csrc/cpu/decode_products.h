@@ -3,25 +3,13 @@
 // Keys and values are read once, row by row as they lie, as vectors along their width: with one to eight query rows
 // there are not enough lanes for the layout of product.h, whose lanes are rows. Numbers of 16 bits are widened in
 // registers. bfloat16 comes apart into even and odd columns for free, so queries and sums keep that order (see
-// `arrange`).
+// `arranged_place`).
 #pragma once
 
 #include "cpu/row_math.h"
+#include "cpu/tile_shapes.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
-
-// Columns are taken two vectors at a time.
-constexpr int64_t kColumnGroup = 2 * Vec::kWidth;
-// Rows that are computed together: their sums live in registers.
-constexpr int kRowGroup = 4;
-// Registers for the sums of weighted values.
-constexpr int kValueSums = Vec::kWidth == 16 ? 16 : 8;
-// Values of so many keys stay in the first-level cache while all rows use them.
-constexpr int64_t kValueTile = 64;
-// Rows are asked for so far ahead of their use, into the second-level cache: into the first, they would wait for its
-// few line buffers and hold up the loads behind them.
-constexpr int64_t kKeyBytesAhead = 8 << 10;
-constexpr int64_t kValueBytesAhead = 32 << 10;
 
 // Rows of numbers of one dtype whose width is a multiple of kColumnGroup.
 struct WideRows {

@@ -8,9 +8,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// Long enough to hide what a unit costs besides, short enough that one long head keeps all threads busy.
-constexpr int64_t kDecodeChunk = 2048;
-
 // What a row has gathered in one chunk.
 struct ChunkSums {
   float largest;       // score

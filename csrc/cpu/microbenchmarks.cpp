@@ -61,7 +61,7 @@ void time_rows(const AttentionProblem& problem, AttentionForwardScratch& scratch
       uint32_t* pairs = scratch.weight_pairs + slot * kParts * part;
       const auto weigh = [&](auto factors) {
         if (Weight::kShifted) {
-          find_largest_scores<false, factors, false>(state.rows, keys, all_visible, scratch.scores, largest);
+          find_largest_scores<false, factors>(state.rows, keys, all_visible, scratch.scores, largest);
           track_largest(state, largest);
           if (shift_rises(state, largest)) raise_shift(state, largest, width, true);
         }

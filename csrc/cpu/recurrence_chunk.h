@@ -116,8 +116,12 @@ struct Merge {
 SIGHTLINE_INLINE Merge merge_channel(const Normalizer& all, const Normalizer& more, int64_t d) {
   const float before = all.shift[d], other = more.shift[d];
   const float shift = before < other ? other : before;
-  const Merge merge{before == -INFINITY ? 0.0f : change_of_unit(before, shift),
-                    other == -INFINITY ? 0.0f : change_of_unit(other, shift)};
+  // A channel whose only keys are NaN has a sum, and no shift.
+  const auto factor = [shift](double sum, float own) {
+    if (sum == 0.0) return 0.0f;
+    return own == -INFINITY ? NAN : change_of_unit(own, shift);
+  };
+  const Merge merge{factor(all.sum[d], before), factor(more.sum[d], other)};
   all.shift[d] = shift;
   all.sum[d] = merge.kept == 0.0f ? 0.0 : all.sum[d] * merge.kept;
   if (merge.added != 0.0f) all.sum[d] += more.sum[d] * merge.added;

@@ -10,13 +10,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// Whether heads are too few for the threads, and long enough for windows.
-[[maybe_unused]] static bool suits_windows(const RecurrenceProblem& problem, int threads) {
-  const int64_t heads = problem.sequences() * problem.key_heads;
-  if (!problem.causal || heads == 0 || heads >= threads) return false;
-  return problem.length >= kLeastWindowRows * (problem.cuts == nullptr ? 1 : problem.documents);
-}
-
 // Channels in blocks of whole tiles, one for each thread where there are enough.
 struct ChannelBlocks {
   int64_t stride, size, count;
@@ -26,13 +19,25 @@ struct ChannelBlocks {
   Channels channels(int64_t index) const { return {index * size, core::smaller(stride, (index + 1) * size)}; }
 };
 
+// Whether heads are too few for the threads, and long enough for windows. Heads go through windows one after the other,
+// a third of their work by blocks of channels and the rest by chunks: more than a few heads are done sooner each by a
+// thread of its own.
+[[maybe_unused]] static bool suits_windows(const RecurrenceProblem& problem, int threads) {
+  const int64_t heads = problem.sequences() * problem.key_heads;
+  if (!problem.causal || heads == 0 || heads >= threads) return false;
+  const auto blocks = static_cast<double>(ChannelBlocks(padded(problem.key_width), threads).count);
+  const double share = (1.0 / blocks + 2.0 / core::smaller(threads, kLargestWindow)) / 3.0;
+  if (static_cast<double>(heads) * share > 0.65) return false;
+  return problem.length >= kLeastWindowRows * (problem.cuts == nullptr ? 1 : problem.documents);
+}
+
 // Scratch memory of every thread, made once for many short phases. A thread's tile unit is its own in every phase.
 template <class Scratch>
 class ScratchPool {
  public:
+  // Memory first and alone: where a scratch cannot be made, those before it are destroyed.
   template <class Plan>
-  ScratchPool(const Plan& plan, int threads)
-      : wants_tiles_(plan.parts.factors > 0), memory_(static_cast<int64_t>(sizeof(Scratch)) * threads) {
+  ScratchPool(const Plan& plan, int threads) : ScratchPool(plan.parts.factors > 0, static_cast<int64_t>(threads)) {
     for (; made_ < threads; ++made_) new (at(made_)) Scratch(plan);
   }
   ~ScratchPool() {
@@ -48,6 +53,9 @@ class ScratchPool {
   }
 
  private:
+  ScratchPool(bool wants_tiles, int64_t threads)
+      : wants_tiles_(wants_tiles), memory_(static_cast<int64_t>(sizeof(Scratch)) * threads) {}
+
   struct Lease {
     TileUnit tile_unit;
     Scratch* scratch;

@@ -1,7 +1,7 @@
 // C (+)= A B, or the sum of several such products, on the tile unit (AMX): its one micro-kernel. A and B are each one
 // matrix of bfloat16 or the sum of several, which hold 16 and more bits of their numbers. Products of parts whose
-// sizes multiply to less than the last part counts are left out, unless kAll; the smallest are summed first, so that
-// the many small terms round where it does not matter.
+// sizes multiply to less than the last part counts are left out, unless kAll; the smallest of each product are
+// summed first, so that the many small terms round where it does not matter.
 //
 // A is read row after row along the depth; B holds pairs of its depth side by side, lower half first, (depth / 2,
 // lanes) of 32 bits. Rows of A and C come in multiples of kPairRows and the depth in multiples of kPairDepth, both
@@ -123,14 +123,14 @@ struct TileBlock {
     check_tile(next, stride * 4, 16 * kRowTiles, 64 * kLaneTiles);
     tell_memory();
     bool first = true;
-    for (int order = kOrders - 1; order >= 0; --order)
-      for (int part_b = 0; part_b < kPartsB; ++part_b) {
-        const int part_a = order - part_b;
-        if (part_a < 0 || part_a >= kPartsA) continue;
-        for (int factor = 0; factor < count; ++factor) {
-          const SplitRows& a = factors[factor].a;
-          const SplitPairs& b = factors[factor].b;
-          const int64_t depth = factors[factor].depth;
+    for (int factor = 0; factor < count; ++factor) {
+      const SplitRows& a = factors[factor].a;
+      const SplitPairs& b = factors[factor].b;
+      const int64_t depth = factors[factor].depth;
+      for (int order = kOrders - 1; order >= 0; --order)
+        for (int part_b = 0; part_b < kPartsB; ++part_b) {
+          const int part_a = order - part_b;
+          if (part_a < 0 || part_a >= kPartsA) continue;
           const uint16_t* from_a = a.data + part_a * a.part + row * a.stride;
           const uint32_t* from_b = b.data + part_b * b.part + lane / kPanelLanes * b.panel;
           check_tile(from_a, a.stride * 2, 16 * kRowTiles, depth * 2);
@@ -145,7 +145,7 @@ struct TileBlock {
           for (; k < depth; k += kPairDepth)
             step<false>(from_a + k, a.stride, from_b + k / 2 * b.stride, b.stride, b.panel, nullptr, nullptr);
         }
-      }
+    }
   }
 };
 

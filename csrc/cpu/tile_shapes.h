@@ -1,7 +1,6 @@
 // The sizes of all tiles, in one place: what a micro-kernel keeps in registers, what is near in a cache while it is
 // used, how long sums of one precision may grow, and how work is cut into units for threads. The caches meant are those
-// of Sapphire Rapids, 48 KiB and 2 MiB per core. Decoding reads keys and values once: what it has of tiles stands in
-// decode_products.h.
+// of Sapphire Rapids, 48 KiB and 2 MiB per core.
 #pragma once
 
 #include "cpu/vec.h"
@@ -73,6 +72,24 @@ constexpr int64_t kFewTilesPerUnit = 2;
 constexpr int64_t kWantedUnits = 8;
 // dK and dV are summed over this many rows, and these sums added up, as weighted values are.
 constexpr int64_t kGradientRows = 2048;
+
+// Decoding. Beyond so many rows per key head the tiles of attention are full enough.
+constexpr int64_t kMaxDecodeRows = 8;
+// Columns are taken two vectors at a time.
+constexpr int64_t kColumnGroup = 2 * Vec::kWidth;
+// Rows that are computed together: their sums live in registers.
+constexpr int kRowGroup = 4;
+// Registers for the sums of weighted values.
+constexpr int kValueSums = Vec::kWidth == 16 ? 16 : 8;
+// Values of so many keys stay in the first-level cache while all rows use them.
+constexpr int64_t kValueTile = 64;
+// Keys of a unit: long enough to hide what a unit costs besides, short enough that one long head keeps all threads
+// busy.
+constexpr int64_t kDecodeChunk = 2048;
+// Rows are asked for so far ahead of their use, into the second-level cache: into the first, they would wait for its
+// few line buffers and hold up the loads behind them.
+constexpr int64_t kKeyBytesAhead = 8 * 1024;
+constexpr int64_t kValueBytesAhead = 32 * 1024;
 
 // The additive recurrence. Products with the state cost Dk Dv per row whatever the chunk, those within it rows / 2 (Dk
 // + Dv); the state is read from the second-level cache once per chunk.

@@ -7,33 +7,23 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// What ALiBi takes off the scores of a vector of rows: slope |position - key|, in `unit`.
-struct Distances {
+// log2(e) (score - shift) of the product of a row and a key. Every tile of a row takes it from here, whether masked or
+// not: a row's bits must not depend on the tiles in which it is masked.
+// kFactors: keys have factors, which are 1 otherwise. kSloped: ALiBi lowers the score, which has no shift.
+template <class Weight, bool kFactors, bool kSloped>
+struct ExponentOfProduct {
+  static_assert(!kSloped || !Weight::kShifted);
+  Vec row_factor;
+  Vec minus_shift;
   Vec minus_slope;
   IntVec position;
 
-  Distances() = default;
-  Distances(const RowTile& rows, int lane, float unit)
-      : minus_slope(Vec::load(rows.slope + lane) * Vec::broadcast(-unit)),
-        position(IntVec::load(rows.position + lane)) {}
-
-  __attribute__((always_inline)) Vec lower(Vec score, int32_t key) const {
-    return fma(minus_slope, absolute(to_float(position - IntVec::broadcast(key))), score);
-  }
-};
-
-// log2(e) (score - shift) of the product of a row and a key. Every tile of a row takes it from here, whether masked or
-// not: a row's bits must not depend on the tiles in which it is masked.
-// kFactors: keys have factors, which are 1 otherwise.
-template <class Weight, bool kFactors, bool kSloped>
-struct ExponentOfProduct {
-  Vec row_factor;
-  Vec minus_shift;
-  Distances distances;
-
   ExponentOfProduct(const RowState& state, int lane)
       : row_factor(Vec::load(state.rows.factor + lane) * Vec::broadcast(core::kLog2E)) {
-    if (kSloped) distances = Distances(state.rows, lane, core::kLog2E);
+    if (kSloped) {
+      minus_slope = Vec::load(state.rows.slope + lane) * Vec::broadcast(-core::kLog2E);
+      position = IntVec::load(state.rows.position + lane);
+    }
     if (!Weight::kShifted) return;
     const Vec shift = Vec::load(state.shift + lane), zeros = Vec::broadcast(0.0f);
     minus_shift = zeros - select(equal(shift, Vec::broadcast(-INFINITY)), zeros, shift) * Vec::broadcast(core::kLog2E);
@@ -41,8 +31,8 @@ struct ExponentOfProduct {
 
   __attribute__((always_inline)) Vec operator()(Vec product, float key_factor, int32_t key) const {
     const Vec factor = kFactors ? row_factor * Vec::broadcast(key_factor) : row_factor;
-    const Vec exponent = Weight::kShifted ? fma(product, factor, minus_shift) : product * factor;
-    return kSloped ? distances.lower(exponent, key) : exponent;
+    if (kSloped) return fma(minus_slope, absolute(to_float(position - IntVec::broadcast(key))), product * factor);
+    return Weight::kShifted ? fma(product, factor, minus_shift) : product * factor;
   }
 };
 
@@ -106,22 +96,20 @@ SIGHTLINE_INLINE Vec largest_of_keys(int keys, ScoreOf score_of) {
 }
 
 // The largest score of each row of a tile of products, for a shift that must be known before the first weight.
-template <bool kMasked, bool kFactors, bool kSloped>
+template <bool kMasked, bool kFactors>
 static void find_largest_scores(const RowTile& rows, const KeyTile& keys, const TileVisibility& visible,
                                 const float* tile, float* largest) {
   const Vec minus_infinity = Vec::broadcast(-INFINITY);
   for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
     const Vec row_factor = Vec::load(rows.factor + lane);
     const auto product_of = [&](int key) SIGHTLINE_INLINE_LAMBDA { return Vec::load(tile + key * rows.lanes + lane); };
-    const Distances distances = kSloped ? Distances(rows, lane, 1.0f) : Distances();
-    if (!kMasked && !kFactors && !kSloped && !any(less(row_factor, Vec::broadcast(0.0f)))) {
+    if (!kMasked && !kFactors && !any(less(row_factor, Vec::broadcast(0.0f)))) {
       // Rounding keeps the order: the score of the largest product is the largest.
       store(largest + lane, largest_of_keys(keys.count, product_of) * row_factor);
       continue;
     }
     const auto score_of = [&](int key) SIGHTLINE_INLINE_LAMBDA {
-      Vec score = product_of(key) * (row_factor * Vec::broadcast(keys.factor[key]));
-      if (kSloped) score = distances.lower(score, static_cast<int32_t>(keys.first) + key);
+      const Vec score = product_of(key) * (row_factor * Vec::broadcast(keys.factor[key]));
       return kMasked ? select(mask_of_bits(visible.lanes[key], lane), score, minus_infinity) : score;
     };
     store(largest + lane, largest_of_keys(keys.count, score_of));

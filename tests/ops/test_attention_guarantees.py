@@ -126,6 +126,19 @@ def test_rows_of_at_most_three_keys_are_exempt_from_the_offset(weighting: str, d
     assert not torch.equal(output[:, :, 3:], without[:, :, 3:])
 
 
+@every_dtype
+def test_a_row_does_not_change_a_bit_with_the_scores_of_its_neighbours(dtype: torch.dtype) -> None:
+    """The largest score of one row rises within a group of key tiles, and those of all others do not."""
+    query, key, value = torch.randn(1, 16, 64, 64), torch.randn(1, 16, 1024, 64), torch.randn(1, 16, 1024, 64)
+    key[..., 0] = torch.arange(1024.0) // 64
+    query[..., 0] = 0.0
+    risen = query.clone()
+    risen[:, :, 63, 0] = 60.0
+    output, other = (sl.attention(rows.to(dtype), key.to(dtype), value.to(dtype)) for rows in (query, risen))
+    assert torch.equal(output[:, :, :63], other[:, :, :63])
+    assert not torch.equal(output[:, :, 63], other[:, :, 63])
+
+
 @every_pair
 @pytest.mark.parametrize("option", ["causal", "float_mask", "everything"])  # the last with a mask that rows share
 def test_results_are_the_same_bits_every_time_and_on_any_number_of_threads(

@@ -37,11 +37,11 @@ WIDTHS = [(1, 1), (3, 5), (8, 8), (17, 33), (64, 128), (130, 20), (512, 512)]
 
 
 def in_threads(problem, gradients):
-    """The results of one, two and five threads."""
+    """The results of one, two and sixteen threads."""
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 16):
             torch.set_num_threads(threads)
             results.append(run(problem, "native", gradients))
     finally:

@@ -29,6 +29,19 @@ def test_a_non_finite_value_of_a_late_segment_reaches_its_column_alone():
     assert torch.equal(spoilt, clean)
 
 
+@pytest.mark.parametrize("segment", [0, 1])
+def test_a_channel_whose_only_key_of_a_segment_is_nan_stays_nan(segment):
+    """Segments have at least 2,048 rows; the other one has keys of its own in that channel, or none."""
+    problem = random_problem(Sizes(batch=1, heads=1, key_heads=1, length=4_096), causal=False)
+    rows = slice(2_048 * segment, 2_048 * segment + 2_048)
+    problem.key[..., rows, 3] = -math.inf
+    problem.key[..., 2_048 * segment + 5, 3] = math.nan
+    gradients = random_gradients(problem)
+    found, expected = (run(problem, backend, gradients) for backend in ("native", "reference"))
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.isnan(), expected[name].isnan(), msg=name)
+
+
 @pytest.mark.isa
 @EVERY_DTYPE
 @pytest.mark.parametrize("number", [math.nan, math.inf])
