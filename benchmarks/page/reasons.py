@@ -61,8 +61,8 @@ _RECURRENCE_BACKWARD_FLOAT32 = (
 _FLOAT32 = "products take 75 % to 90 % of the time at 70 % to 85 % of the registers' rate (parts of attention)"
 _MASK = "a mask as large as the scores is read once per head, and where products are fast that takes as long as they do"
 _PAGES = (
-    "pages of the output: beside this run, filling as much memory with ones took 0.4 us per token at 65,536 and 0.6 to "
-    "2 us at 524,288"
+    "pages of the output: filling as much memory with ones took 0.4 us per token at 65,536 and 0.6 to 2 us at 524,288 "
+    "(beside an earlier run)"
 )
 
 
@@ -90,7 +90,7 @@ REASONS: dict[str, dict[str, str]] = {
         },
         **{f"forward, float32, sightline {name}, B = 1, speed of zentorch": _FLOAT32 for name in ("LSSA", "Softmax")},
         **{f"forward, float32, sightline {name}, B = 8, speed of zentorch": _SHORT for name in ("LSSA", "Softmax")},
-        "anything, speed of torch SDPA": _SHORT + "; LSSAR has two sweeps beside",
+        "anything, speed of torch SDPA": _SHORT + "; LSSAR has two sweeps; decoding with short caches was not profiled",
         **{
             f"AVX2 alone, sightline {name}, speed of torch SDPA under ATEN_CPU_CAPABILITY=avx2": _AVX2
             for name in ("LSSA", "Softmax")
