@@ -1,4 +1,4 @@
-"""Scikit-learn's digits: one scan over the grid of pixels against two scans with a multiplicative decay.
+"""Scikit-learn's digits: one scan over the grid of patches against two scans with a multiplicative decay.
 
 The one-scan model is `sl.models.LightNetForImageClassification`, non-causal with MD-LRPE. The baseline is the same
 model with its recurrence replaced by gated linear attention, whose decay multiplies:
@@ -75,7 +75,7 @@ def build(two_scans: bool, seed: int) -> Any:
     model = LightNetForImageClassification(
         LightNetImageConfig(
             image_size=8,
-            patch_size=1,
+            patch_size=2,
             num_channels=1,
             hidden_size=64,
             num_hidden_layers=3,
@@ -121,7 +121,7 @@ def train(name: str, two_scans: bool, seed: int, steps: int) -> dict[str, float]
 
 def arguments_parser() -> argparse.ArgumentParser:
     """The command line; its defaults are those of the committed results."""
-    arguments = parser(__doc__.splitlines()[0], steps=600)
+    arguments = parser(__doc__.splitlines()[0], steps=1500)
     arguments.add_argument("--seeds", type=int, default=2, help="how many seeds, from --seed on")
     return arguments
 

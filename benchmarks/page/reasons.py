@@ -38,6 +38,10 @@ _SHORT = (
     "with 64 rows and keys products take a fifth of the time; setting up rows, packing keys and values, and writing "
     "outputs and log normalisers take the rest, once per 64 rows (profile)"
 )
+_SHORT_CACHES = (
+    "of decoding with 1,024 keys (H = 8 on 8, D = 64) the call itself is 30 us of 55 (Softmax) to 83 us (LSSAR), "
+    "14 us of torch SDPA's 46 us (calls with one key, beside an earlier run)"
+)
 _AVX2 = (
     "torch's switch leaves its matrix products (MKL) on AVX-512; beside MKL's own switch too the ratios stand under "
     "options of attention"
@@ -59,10 +63,34 @@ _RECURRENCE_BACKWARD_FLOAT32 = (
     "products are three quarters of the time (profile), and there are 2.5 to 3 times as many as in the forward pass"
 )
 _FLOAT32 = "products take 75 % to 90 % of the time at 70 % to 85 % of the registers' rate (parts of attention)"
-_MASK = "a mask as large as the scores is read once per head, and where products are fast that takes as long as they do"
+_MASK = (
+    "in bfloat16 with D = 64 its entries, as many as scores, are waited for once per head (a quarter to two fifths of "
+    "what it costs: with one row for all queries that is gone), widened, transposed (a fifth of the time) and added in "
+    "a pass of their own (profile)"
+)
+_STEP_OF_ONE = (
+    "the call takes longer than its state; without it one thread takes 19 us and two take 14 us (beside an earlier run)"
+)
+_STEP_OF_MANY = (
+    "the pass over the state is four fifths of the kernel's time; the second thread is woken for every call (profile)"
+)
+_SPREAD = "the worst of 9 cases misses it by a percent in some runs and meets it in others"
+_ONE_HEAD_FORWARD = (
+    "each thread has a half of the values, and weighs all keys and multiplies all scores again; windows of chunks, in "
+    "which threads share those, took 1.04 to 1.26 times as long on two threads (interleaved)"
+)
+_ONE_HEAD_BACKWARD_PAIRS = (
+    "one thread does it all: windows of chunks, shared by the threads, took 1.06 to 1.21 times as long on two threads "
+    "(interleaved)"
+)
+_ONE_HEAD_BACKWARD = (
+    "windows of chunks: weights and states are made by blocks of channels and written for the other thread to read; "
+    "the kernels take a quarter more processor time than chunk after chunk (profile), and threads meet at every phase"
+)
 _PAGES = (
-    "pages of the output: filling as much memory with ones took 0.4 us per token at 65,536 and 0.6 to 2 us at 524,288 "
-    "(beside an earlier run)"
+    "pages of the output are filled with zeros before they are written: per 2 KiB (one token in bfloat16) 0.24 us on "
+    "one thread with huge pages, 0.7 us without, and 5 us where the machine had not handed that memory out yet "
+    "(filling alone)"
 )
 
 
@@ -90,7 +118,7 @@ REASONS: dict[str, dict[str, str]] = {
         },
         **{f"forward, float32, sightline {name}, B = 1, speed of zentorch": _FLOAT32 for name in ("LSSA", "Softmax")},
         **{f"forward, float32, sightline {name}, B = 8, speed of zentorch": _SHORT for name in ("LSSA", "Softmax")},
-        "anything, speed of torch SDPA": _SHORT + "; LSSAR has two sweeps; decoding with short caches was not profiled",
+        "anything, speed of torch SDPA": _SHORT + "; LSSAR has two sweeps; " + _SHORT_CACHES,
         **{
             f"AVX2 alone, sightline {name}, speed of torch SDPA under ATEN_CPU_CAPABILITY=avx2": _AVX2
             for name in ("LSSA", "Softmax")
@@ -106,12 +134,35 @@ REASONS: dict[str, dict[str, str]] = {
         },
         "backward, causal, bfloat16, time relative to the forward pass": _RECURRENCE_BACKWARD_BFLOAT16,
         "backward, without order, bfloat16, time relative to the forward pass": _RECURRENCE_BACKWARD_BFLOAT16,
-        "backward, causal, float32, time relative to the forward pass": _RECURRENCE_BACKWARD_FLOAT32,
+        **{
+            f"backward, {order}, float32, time relative to the forward pass": _RECURRENCE_BACKWARD_FLOAT32
+            for order in ("causal", "without order")
+        },
         **{
             f"causal forward, {dtype}, longest time per token from 4K to 1M relative to the shortest": _PAGES
             for dtype in ("bfloat16", "float32")
         },
-        "boolean attn_mask, share of the plain rate": _MASK,
-        "float attn_mask, share of the plain rate": _MASK + "; it is transposed too",
+        **{
+            f"decoding, {dtype}, B = 1, share of the time in which its state is read and written{calls}": _STEP_OF_ONE
+            for dtype in ("bfloat16", "float32")
+            for calls in ("", ", calls taken off")
+        },
+        **{
+            f"decoding, {dtype}, B = 16, share of the time in which its state is read and written{calls}": _STEP_OF_MANY
+            for dtype in ("bfloat16", "float32")
+            for calls in ("", ", calls taken off")
+        },
+        **{
+            f"all threads, {direction}, {heads}, speed of one thread": _SPREAD
+            for direction in ("forward", "backward")
+            for heads in ("many heads", "one head")
+        },
+        **{
+            f"one head, causal forward, {dtype}, two threads against one": _ONE_HEAD_FORWARD
+            for dtype in ("bfloat16", "float32")
+        },
+        "one head, causal backward, bfloat16, two threads against one": _ONE_HEAD_BACKWARD_PAIRS,
+        "one head, causal backward, float32, two threads against one": _ONE_HEAD_BACKWARD,
+        "float attn_mask, share of the plain rate": _MASK,
     }
 }

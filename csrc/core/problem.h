@@ -27,6 +27,17 @@ struct MaskView {
   int64_t strides[4] = {0, 0, 0, 0};
 };
 
+// What a tile of a mask leaves visible.
+enum class TileShows : uint8_t { kNothing, kSome, kEverything };
+
+// A boolean attn_mask in tiles of 64 rows by 64 keys, tiles of keys within tiles of rows; null where it is not packed.
+struct MaskTiles {
+  const uint64_t* lanes = nullptr;           // (tiles,64): bit r of a key: row r of the tile sees it
+  const int32_t* seen_before = nullptr;      // (tiles,64): how many keys a row sees in earlier tiles
+  const TileShows* shows = nullptr;          // (tiles,)
+  int64_t batch_stride = 0, row_stride = 0;  // in tiles
+};
+
 // Section 2 of MATH.md; power 0 means no re-weighting.
 struct ReweightOptions {
   float power = 0.0f;
@@ -59,6 +70,7 @@ struct AttentionProblem {
   int64_t key_mask_strides[2] = {0, 0};
   const int32_t* visible_prefix = nullptr;  // (B,N+1): how many keys before j take part; with key_mask only
   MaskView attn_mask;
+  MaskTiles mask_tiles;                 // of attn_mask, made by the kernels for themselves
   const float* alibi_slopes = nullptr;  // (H,)
   const float* sinks = nullptr;         // (H,)
   const float* scales = nullptr;        // (H,), always given

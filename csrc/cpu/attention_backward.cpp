@@ -15,6 +15,7 @@
 
 #include "cpu/backward_unit.h"
 #include "cpu/kernel_table.h"
+#include "cpu/packed_mask.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
@@ -221,7 +222,7 @@ void differentiate_unit(const AttentionBackwardPlan& plan, AttentionBackwardScra
     int64_t local = 0;
     for (int64_t tile = split; tile < plan.key_tiles; tile += plan.splits, local += kKeyTile) {
       const KeyTile& keys = scratch.key_tiles[local / kKeyTile];
-      if (!tile_is_visible_to_any(rows, keys.first, keys.count)) continue;
+      if (!tile_is_visible_to_any(problem, rows, keys.first, keys.count)) continue;
       if constexpr (kParts > 0)
         if (pairs) {
           add_tile_in_pairs<Weight, kParts>(plan, scratch, keys, local);
@@ -237,25 +238,24 @@ void differentiate_unit(const AttentionBackwardPlan& plan, AttentionBackwardScra
   write_key_gradients(plan, scratch, batch, key_head, split);
 }
 
-// Adds the partial dQ of all splits in order, then factor, projection and rounding. One unit is one (batch, key head).
-void reduce_query_gradients(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, int64_t batch,
-                            int64_t key_head) {
+// Adds the partial dQ of all splits in order, then factor, projection and rounding. One unit is a tile of rows.
+void reduce_query_gradients(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, int64_t head_index,
+                            int64_t begin) {
   const AttentionProblem& problem = *plan.problem;
-  for (int64_t begin = 0; begin < plan.rows; begin += kRowTile) {
-    RowTile& rows = *scratch.rows;
-    set_up_rows(problem, batch, key_head, begin, static_cast<int>(core::smaller(kRowTile, plan.rows - begin)), rows,
-                scratch.queries, plan.key_width, scratch.transposed_queries);
-    for (int lane = 0; lane < rows.rows; ++lane) {
-      zero(scratch.row, problem.head_width);
-      for (int64_t split = 0; split < plan.splits; ++split) {
-        const int64_t row = ((split * problem.batch + batch) * problem.key_heads + key_head) * plan.rows + begin + lane;
-        const float* part = plan.partial_queries + row * problem.head_width;
-        for (int64_t d = 0; d < problem.head_width; ++d) scratch.row[d] += part[d];
-      }
-      write_query_gradient(plan, batch, rows.head[lane], rows.query[lane], scratch.row,
-                           scratch.queries + lane * plan.key_width, rows.factor[lane], rows.inverse_norm[lane],
-                           rows.norm_floored[lane]);
+  const int64_t batch = head_index / problem.key_heads, key_head = head_index % problem.key_heads;
+  RowTile& rows = *scratch.rows;
+  set_up_rows(problem, batch, key_head, begin, static_cast<int>(core::smaller(kRowTile, plan.rows - begin)), rows,
+              scratch.queries, plan.key_width, scratch.transposed_queries);
+  for (int lane = 0; lane < rows.rows; ++lane) {
+    zero(scratch.row, problem.head_width);
+    for (int64_t split = 0; split < plan.splits; ++split) {
+      const int64_t row = (split * problem.batch * problem.key_heads + head_index) * plan.rows + begin + lane;
+      const float* part = plan.partial_queries + row * problem.head_width;
+      for (int64_t d = 0; d < problem.head_width; ++d) scratch.row[d] += part[d];
     }
+    write_query_gradient(plan, batch, rows.head[lane], rows.query[lane], scratch.row,
+                         scratch.queries + lane * plan.key_width, rows.factor[lane], rows.inverse_norm[lane],
+                         rows.norm_floored[lane]);
   }
 }
 
@@ -266,8 +266,9 @@ struct Groups {
 
 }  // namespace
 
-void attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients,
-                        const Parallel& parallel) {
+void attention_backward(const AttentionProblem& given, const AttentionGradients& gradients, const Parallel& parallel) {
+  const PackedMask mask(given, parallel);
+  const AttentionProblem problem = mask.problem();
   const int64_t key_heads = problem.batch * problem.key_heads;
   const int64_t heads = problem.batch * problem.heads;
   AttentionBackwardPlan plan{};
@@ -323,10 +324,11 @@ void attention_backward(const AttentionProblem& problem, const AttentionGradient
             });
           }
       });
+  const int64_t row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
   if (partial && has_rows)
     for_each_unit<AttentionBackwardScratch>(
-        parallel, key_heads, plan, [&plan](int64_t index, AttentionBackwardScratch& scratch) {
-          reduce_query_gradients(plan, scratch, index / plan.problem->key_heads, index % plan.problem->key_heads);
+        parallel, key_heads * row_tiles, plan, [&plan, row_tiles](int64_t index, AttentionBackwardScratch& scratch) {
+          reduce_query_gradients(plan, scratch, index / row_tiles, index % row_tiles * kRowTile);
         });
 
   for (int64_t head = 0; head < problem.heads; ++head) {

@@ -23,6 +23,7 @@
 #include "cpu/attention_decode.h"
 #include "cpu/forward_unit.h"
 #include "cpu/kernel_table.h"
+#include "cpu/packed_mask.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
@@ -147,6 +148,11 @@ void find_pair_weights(const AttentionProblem& problem, const AttentionForwardSc
     const auto weigh_masked = [&](auto holds) {
       if (!has_masked_entries(problem, state.rows, keys)) return false;
       find_visible(problem, state.rows, keys.first, keys.count, keys.takes_part, visible);
+      if constexpr (!kReweight && holds == TileHolds::kProducts)
+        if (!problem.normalize_qk) {
+          weigh(holds, std::true_type(), std::false_type());
+          return true;
+        }
       weigh(holds, std::true_type(), std::true_type());
       return true;
     };
@@ -227,7 +233,8 @@ void sweep(const AttentionProblem& problem, const AttentionForwardUnit& unit, At
       PairValues<kParts> due(problem, scratch, state);
       for (int64_t key_tile = begin; key_tile < end; ++key_tile) {
         const int64_t first_key = key_tile * kKeyTile, slot = key_tile - begin;
-        if (!tile_is_visible_to_any(state.rows, first_key, core::smaller(kKeyTile, problem.keys - first_key))) continue;
+        const int64_t count = core::smaller(kKeyTile, problem.keys - first_key);
+        if (!tile_is_visible_to_any(problem, state.rows, first_key, count)) continue;
         const int64_t place = (key_tile - range.first) * tiles + tile;
         float* tile_largest = kReweight ? scratch.tile_largest + place * kRowTile : unused;
         if (kSecondSweep && !tile_counts<Weight>(state, tile_largest)) continue;
@@ -358,10 +365,12 @@ bool attend_unit(const AttentionProblem& problem, AttentionForwardUnit& unit, At
 
 }  // namespace
 
-void attention_forward(const AttentionProblem& problem, const Parallel& parallel) {
-  const int64_t key_heads = problem.batch * problem.key_heads;
-  if (problem.queries == 0 || key_heads == 0) return;
-  if (is_decoding(problem)) return attention_decode(problem, parallel);
+void attention_forward(const AttentionProblem& given, const Parallel& parallel) {
+  const int64_t key_heads = given.batch * given.key_heads;
+  if (given.queries == 0 || key_heads == 0) return;
+  if (is_decoding(given)) return attention_decode(given, parallel);
+  const PackedMask mask(given, parallel);
+  const AttentionProblem problem = mask.problem();
   const AttentionForwardPlan plan(problem, parallel.threads);
   PackedKeys packed(problem, plan.parts, plan.units, plan.unit_rows / kRowTile, parallel.threads);
   const int64_t together = packed.heads() > 0 ? packed.heads() : key_heads;

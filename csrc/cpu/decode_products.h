@@ -34,7 +34,6 @@ SIGHTLINE_INLINE void ask_for(const void* start, int64_t bytes) {
 // asked for, a row at a time, while something else is computed.
 class RowsAhead {
  public:
-  RowsAhead() = default;
   RowsAhead(const WideRows& rows, int64_t element_bytes, int64_t count)
       : next_(static_cast<const char*>(rows.data)),
         stride_(rows.row_stride * element_bytes),
@@ -49,8 +48,8 @@ class RowsAhead {
   }
 
  private:
-  const char* next_ = nullptr;
-  int64_t stride_ = 0, bytes_ = 1, count_ = 0;
+  const char* next_;
+  int64_t stride_, bytes_, count_;
 };
 
 template <DType kType>

@@ -48,14 +48,21 @@ SIGHTLINE_INLINE void product_block(Broadcast a, const float* b, int64_t b_strid
     }
 }
 
-template <int kVectors, bool kAccumulate>
+// What is done between two blocks of a product: nothing, or asking for memory.
+struct Nothing {
+  void operator()() const {}
+};
+
+template <int kVectors, bool kAccumulate, class Between>
 static void product_panel(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
-                          int64_t depth) {
+                          int64_t depth, const Between& between) {
   constexpr int kRows = kRegisterTiles.product.rows;
   int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows)
+  for (; row + kRows <= rows; row += kRows) {
+    between();
     product_block<kRows, kVectors, kAccumulate>({a.data + row * a.row_stride, a.row_stride, a.depth_stride}, b,
                                                 b_stride, c + row * c_stride, c_stride, depth);
+  }
   const Broadcast rest{a.data + row * a.row_stride, a.row_stride, a.depth_stride};
   float* rest_c = c + row * c_stride;
   switch (rows - row) {
@@ -80,22 +87,22 @@ static void product_panel(Broadcast a, const float* b, int64_t b_stride, float* 
 }
 
 // One pass over a chunk of the depth.
-template <bool kAccumulate>
+template <bool kAccumulate, class Between>
 static void product_of_chunk(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
-                             int64_t columns, int64_t depth) {
+                             int64_t columns, int64_t depth, const Between& between) {
   constexpr int kVectors = kRegisterTiles.product.vectors;
   int64_t column = 0;
   for (; column + kVectors * Vec::kWidth <= columns; column += kVectors * Vec::kWidth)
-    product_panel<kVectors, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
+    product_panel<kVectors, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth, between);
   switch ((columns - column) / Vec::kWidth) {
     case 3:
-      product_panel<3, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
+      product_panel<3, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth, between);
       break;
     case 2:
-      product_panel<2, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
+      product_panel<2, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth, between);
       break;
     case 1:
-      product_panel<1, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth);
+      product_panel<1, kAccumulate>(a, b + column, b_stride, c + column, c_stride, rows, depth, between);
       break;
     default:
       break;
@@ -104,13 +111,13 @@ static void product_of_chunk(Broadcast a, const float* b, int64_t b_stride, floa
 
 // C (rows x columns) = A B, or += with kAccumulate. `columns` is a multiple of the vector width. Sums of at most kChunk
 // products are formed apart and added up.
-template <bool kAccumulate, int64_t kChunk = kDepthChunk>
+template <bool kAccumulate, int64_t kChunk = kDepthChunk, class Between = Nothing>
 static void product(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
-                    int64_t columns, int64_t depth) {
-  product_of_chunk<kAccumulate>(a, b, b_stride, c, c_stride, rows, columns, core::smaller(depth, kChunk));
+                    int64_t columns, int64_t depth, const Between& between = {}) {
+  product_of_chunk<kAccumulate>(a, b, b_stride, c, c_stride, rows, columns, core::smaller(depth, kChunk), between);
   for (int64_t k = kChunk; k < depth; k += kChunk)
     product_of_chunk<true>({a.data + k * a.depth_stride, a.row_stride, a.depth_stride}, b + k * b_stride, b_stride, c,
-                           c_stride, rows, columns, core::smaller(depth - k, kChunk));
+                           c_stride, rows, columns, core::smaller(depth - k, kChunk), between);
 }
 
 // C += A B in which a weight of exactly 0 selects nothing, so that 0 * NaN and 0 * inf do not reach C. Only for
@@ -129,10 +136,12 @@ static void product(Broadcast a, const float* b, int64_t b_stride, float* c, int
     }
 }
 
+template <class Between = Nothing>
 SIGHTLINE_INLINE void accumulate_product(bool finite, Broadcast a, const float* b, int64_t b_stride, float* c,
-                                         int64_t c_stride, int64_t rows, int64_t columns, int64_t depth) {
+                                         int64_t c_stride, int64_t rows, int64_t columns, int64_t depth,
+                                         const Between& between = {}) {
   if (finite)
-    product<true>(a, b, b_stride, c, c_stride, rows, columns, depth);
+    product<true>(a, b, b_stride, c, c_stride, rows, columns, depth, between);
   else
     product_of_nonzero(a, b, b_stride, c, c_stride, rows, columns, depth);
 }

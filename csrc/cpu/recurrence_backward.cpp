@@ -23,7 +23,8 @@ void advance_state(const Head& head, int64_t begin, int64_t end, BackwardScratch
   for (int64_t first = begin; first < end; first += chunk.rows) {
     open_chunk(head, first, end, scratch);
     weigh_keys<false>(head.problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
-    add_chunk_to_transposed_state(head, load_values(head, first, chunk.rows, scratch), {0, chunk.stride}, scratch);
+    const bool finite = load_values(head, first, chunk.rows, scratch);
+    add_chunk_to_transposed_state(head, finite, {0, chunk.stride}, scratch, next_keys_and_values(head, end, chunk));
   }
 }
 
@@ -44,8 +45,9 @@ int64_t sweep_forward(const Head& head, int64_t begin, int64_t end, BackwardScra
       split_read_chunk_state<kParts, kValueParts>(head, first, end, query_responses, scratch);
       split_add_chunk<kParts, kValueParts>(head, end, {0, chunk.stride}, scratch);
     } else {
-      read_chunk_state(head, first, query_responses, scratch);
-      add_chunk_to_transposed_state(head, finite_values, {0, chunk.stride}, scratch);
+      read_chunk_state(head, first, end, query_responses, scratch);
+      add_chunk_to_transposed_state(head, finite_values, {0, chunk.stride}, scratch,
+                                    next_keys_and_values(head, end, chunk));
     }
   }
   return chunks;
@@ -69,7 +71,7 @@ void sweep_back(const Head& head, int64_t begin, int64_t end, int64_t chunks, Ba
     if (kParts > 0 && suits_tile_unit(scratch, finite_values))
       split_receive_chunk<kParts, kValueParts>(head, first, begin, true, scratch);
     else
-      receive_chunk(head, first, true, scratch);
+      receive_chunk(head, first, begin, true, scratch);
     write_key_gradients(head, scratch.query_responses + (first - begin) * chunk.stride, scratch);
   }
 }
@@ -227,7 +229,7 @@ class HeadInWindows {
     if (kParts > 0 && suits_tile_unit(scratch, finite))
       split_read_chunk_state<kParts, kValueParts>(head_, chunk.first, end, responses, scratch);
     else
-      read_chunk_state(head_, chunk.first, responses, scratch);
+      read_chunk_state(head_, chunk.first, end, responses, scratch);
   }
 
   void sweep_back(int64_t begin, int64_t end, int64_t chunks) {
@@ -292,7 +294,7 @@ class HeadInWindows {
     if (kParts > 0 && suits_tile_unit(scratch, finite))
       split_receive_chunk<kParts, kValueParts>(head_, chunk.first, begin, false, scratch);
     else
-      receive_chunk(head_, chunk.first, false, scratch);
+      receive_chunk(head_, chunk.first, begin, false, scratch);
     write_key_gradients(head_, query_responses(chunk.first, begin), scratch);
   }
 
@@ -367,7 +369,9 @@ void recurrence_backward(const RecurrenceProblem& problem, const RecurrenceGradi
   if (plan.unordered.count > 1)
     return with_unordered_parts(plan.parts,
                                 [&](auto parts, auto values) { run_segments<parts, values>(plan, parallel); });
-  if (suits_windows(problem, parallel.threads)) {
+  // Where products are fast, on the tile unit, what windows copy weighs more: one thread is done before two.
+  const bool fast = kHasTileUnit && problem.dtype != DType::kFloat32;
+  if (suits_windows(problem, parallel.threads, fast ? 0.4 : 0.65)) {
     const FlushDenormals mode;
     for (int64_t index = 0; index < problem.sequences() * problem.key_heads; ++index) {
       const Head head{problem, gradients, find_sequence(problem, index / problem.key_heads), index % problem.key_heads};

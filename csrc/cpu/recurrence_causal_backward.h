@@ -51,26 +51,6 @@ namespace sightline::SIGHTLINE_ISA_NS {
   }
 }
 
-// dq of a chunk from the state before it.
-[[maybe_unused]] static void read_chunk_state(const Head& head, int64_t first, float* query_responses,
-                                              BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
-  const KeyChunk& chunk = scratch.chunk;
-  const bool finite_keys = is_finite(chunk.gained, chunk.rows * chunk.stride);
-  transpose(scratch.values, scratch.value_stride, scratch.transposed_values, kChunkRows, padded(chunk.rows),
-            scratch.value_stride);
-  head.for_each_query_head([&](int64_t query_head) {
-    load_grad_outputs(head, query_head, first, chunk.rows, scratch);
-    product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
-                   scratch.received, chunk.stride, chunk.rows, chunk.stride, problem.value_width);
-    lower_triangle_scores(scratch.grad_outputs, scratch.value_stride, scratch.transposed_values, scratch.responses,
-                          chunk.rows, problem.value_width);
-    lower_triangle_product(scratch.responses, chunk.gained, chunk.stride, scratch.received, chunk.stride, chunk.rows,
-                           chunk.stride, finite_keys);
-    finish_query_gradients(head, query_head, first, query_responses, scratch);
-  });
-}
-
 // Up to a chunk of rows of a tensor, from `first` on and within begin to end.
 [[maybe_unused]] static Prefetch rows_from(const Head& head, const HeadsView& view, int64_t of_head, int64_t first,
                                            int64_t begin, int64_t end, int64_t width) {
@@ -81,19 +61,73 @@ namespace sightline::SIGHTLINE_ISA_NS {
           view.row_stride * element_size(dtype), stop - start};
 }
 
+// What the sweep forward reads and writes of a query head's rows, and reads of its next ones.
+[[maybe_unused]] static Prefetches rows_of_query_head(const Head& head, int64_t query_head, int64_t first, int64_t end,
+                                                      const KeyChunk& chunk) {
+  const RecurrenceProblem& problem = head.problem;
+  const int64_t after = first + chunk.rows;
+  return {{rows_from(head, problem.query, query_head, first, first, after, problem.key_width),
+           rows_from(head, head.gradients.grad_output, query_head, after, after, end, problem.value_width)},
+          rows_from(head, head.gradients.grad_query, query_head, first, first, after, problem.key_width)};
+}
+
+// The keys and values that the sweep forward reads next.
+[[maybe_unused]] static Prefetches next_keys_and_values(const Head& head, int64_t end, const KeyChunk& chunk) {
+  const int64_t after = chunk.first + chunk.rows;
+  return {{rows_from(head, head.problem.key, head.key_head, after, after, end, head.problem.key_width),
+           rows_from(head, head.problem.value, head.key_head, after, after, end, head.problem.value_width)},
+          {}};
+}
+
+// The keys and values that the sweep back reads next, and the gradient of the keys that it is about to write.
+[[maybe_unused]] static Prefetches earlier_keys_and_values(const Head& head, int64_t begin, const KeyChunk& chunk) {
+  const int64_t first = chunk.first, before = first - kChunkRows;
+  return {{rows_from(head, head.problem.key, head.key_head, before, begin, first, head.problem.key_width),
+           rows_from(head, head.problem.value, head.key_head, before, begin, first, head.problem.value_width)},
+          rows_from(head, head.gradients.grad_key, head.key_head, first, begin, first + chunk.rows,
+                    head.problem.key_width)};
+}
+
+// The rows of a query head that the sweep back reads next, and the gradient of the values that it is about to write.
+[[maybe_unused]] static Prefetches earlier_rows_of_query_head(const Head& head, int64_t query_head, int64_t begin,
+                                                              const KeyChunk& chunk) {
+  const int64_t first = chunk.first, before = first - kChunkRows;
+  return {{rows_from(head, head.problem.query, query_head, before, begin, first, head.problem.key_width),
+           rows_from(head, head.gradients.grad_output, query_head, before, begin, first, head.problem.value_width)},
+          rows_from(head, head.gradients.grad_value, head.key_head, first, begin, first + chunk.rows,
+                    head.problem.value_width)};
+}
+
+// dq of a chunk from the state before it.
+[[maybe_unused]] static void read_chunk_state(const Head& head, int64_t first, int64_t end, float* query_responses,
+                                              BackwardScratch& scratch) {
+  const RecurrenceProblem& problem = head.problem;
+  const KeyChunk& chunk = scratch.chunk;
+  const bool finite_keys = is_finite(chunk.gained, chunk.rows * chunk.stride);
+  transpose(scratch.values, scratch.value_stride, scratch.transposed_values, kChunkRows, padded(chunk.rows),
+            scratch.value_stride);
+  head.for_each_query_head([&](int64_t query_head) {
+    load_grad_outputs(head, query_head, first, chunk.rows, scratch);
+    Prefetches own = rows_of_query_head(head, query_head, first, end, chunk);
+    product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
+                   scratch.received, chunk.stride, chunk.rows, chunk.stride, problem.value_width, AskFor{own});
+    lower_triangle_scores(scratch.grad_outputs, scratch.value_stride, scratch.transposed_values, scratch.responses,
+                          chunk.rows, problem.value_width);
+    lower_triangle_product(scratch.responses, chunk.gained, chunk.stride, scratch.received, chunk.stride, chunk.rows,
+                           chunk.stride, finite_keys);
+    finish_query_gradients(head, query_head, first, query_responses, scratch);
+  });
+}
+
 // read_chunk_state() on the tile unit.
 template <int kParts, int kValueParts>
 static void split_read_chunk_state(const Head& head, int64_t first, int64_t end, float* query_responses,
                                    BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
   const SplitBackward<kParts, kValueParts> split(scratch);
-  const int64_t after = first + scratch.chunk.rows;
   split.load_forward();
   head.for_each_query_head([&](int64_t query_head) {
     load_grad_outputs(head, query_head, first, scratch.chunk.rows, scratch);
-    Prefetches own{{rows_from(head, problem.query, query_head, first, first, after, problem.key_width),
-                    rows_from(head, head.gradients.grad_output, query_head, after, after, end, problem.value_width)},
-                   rows_from(head, head.gradients.grad_query, query_head, first, first, after, problem.key_width)};
+    Prefetches own = rows_of_query_head(head, query_head, first, end, scratch.chunk);
     split.multiply_state(own);
     finish_query_gradients(head, query_head, first, query_responses, scratch);
   });
@@ -102,12 +136,8 @@ static void split_read_chunk_state(const Head& head, int64_t first, int64_t end,
 // The chunk joins these channels of the transposed state.
 template <int kParts, int kValueParts>
 static void split_add_chunk(const Head& head, int64_t end, Channels channels, BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
   const SplitBackward<kParts, kValueParts> split(scratch);
-  const int64_t after = scratch.chunk.first + scratch.chunk.rows;
-  Prefetches next{{rows_from(head, problem.key, head.key_head, after, after, end, problem.key_width),
-                   rows_from(head, problem.value, head.key_head, after, after, end, problem.value_width)},
-                  {}};
+  Prefetches next = next_keys_and_values(head, end, scratch.chunk);
   split.join_state(channels, next);
 }
 // The same, of weights that are not in pairs yet.
@@ -155,7 +185,7 @@ static void split_pair_and_add_chunk(const Head& head, int64_t end, Channels cha
 
 // What they add to these channels of G.
 [[maybe_unused]] static void add_head_to_gradient(const Head& head, bool finite_outputs, Channels channels,
-                                                  BackwardScratch& scratch) {
+                                                  BackwardScratch& scratch, Prefetches own = {}) {
   const KeyChunk& chunk = scratch.chunk;
   // From the last row to the first, as the recurrence has it: later rows weigh less, and small terms that are added
   // first are not lost beside large ones.
@@ -163,40 +193,36 @@ static void split_pair_and_add_chunk(const Head& head, int64_t end, Channels cha
   accumulate_product(finite_outputs, {scratch.queries + last * chunk.stride + channels.begin, 1, -chunk.stride},
                      scratch.grad_outputs + last * scratch.value_stride, -scratch.value_stride,
                      scratch.state_gradient + channels.begin * scratch.value_stride, scratch.value_stride, count,
-                     scratch.value_stride, chunk.rows);
+                     scratch.value_stride, chunk.rows, AskFor{own});
 }
 
 // dv and G v of a chunk whose keys and values are loaded; with `joins` what it adds to G.
-[[maybe_unused]] static void receive_chunk(const Head& head, int64_t first, bool joins, BackwardScratch& scratch) {
+[[maybe_unused]] static void receive_chunk(const Head& head, int64_t first, int64_t begin, bool joins,
+                                           BackwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
   transpose_chunk(scratch);
   transpose_gradient(scratch);
-  receive_from_later_rows(head, scratch);
+  receive_from_later_rows(head, scratch, earlier_keys_and_values(head, begin, chunk));
   head.for_each_query_head([&](int64_t query_head) {
     const bool finite_outputs = load_grad_outputs(head, query_head, first, chunk.rows, scratch);
     const bool finite_queries =
         load_scaled_queries(head, query_head, first, chunk.rows, chunk.inverse, chunk.stride, scratch);
     receive_from_head(head, finite_queries, finite_outputs, scratch);
-    if (joins) add_head_to_gradient(head, finite_outputs, {0, chunk.stride}, scratch);
+    if (joins)
+      add_head_to_gradient(head, finite_outputs, {0, chunk.stride}, scratch,
+                           earlier_rows_of_query_head(head, query_head, begin, chunk));
   });
 }
 
 // receive_chunk() on the tile unit.
 template <int kParts, int kValueParts>
 static void split_receive_chunk(const Head& head, int64_t first, int64_t begin, bool joins, BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
-  const RecurrenceGradients& gradients = head.gradients;
   const KeyChunk& chunk = scratch.chunk;
-  const int64_t before = first - kChunkRows, end = first + chunk.rows;
   const SplitBackward<kParts, kValueParts> split(scratch);
-  Prefetches next{{rows_from(head, problem.key, head.key_head, before, begin, first, problem.key_width),
-                   rows_from(head, problem.value, head.key_head, before, begin, first, problem.value_width)},
-                  rows_from(head, gradients.grad_key, head.key_head, first, begin, end, problem.key_width)};
+  Prefetches next = earlier_keys_and_values(head, begin, chunk);
   split.receive_from_later_rows(next);
   head.for_each_query_head([&](int64_t query_head) {
-    Prefetches own{{rows_from(head, problem.query, query_head, before, begin, first, problem.key_width),
-                    rows_from(head, gradients.grad_output, query_head, before, begin, first, problem.value_width)},
-                   rows_from(head, gradients.grad_value, head.key_head, first, begin, end, problem.value_width)};
+    Prefetches own = earlier_rows_of_query_head(head, query_head, begin, chunk);
     const bool finite_outputs = load_grad_outputs(head, query_head, first, chunk.rows, scratch);
     const bool finite_queries =
         load_scaled_queries(head, query_head, first, chunk.rows, chunk.inverse, chunk.stride, scratch);

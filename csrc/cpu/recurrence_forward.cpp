@@ -25,8 +25,9 @@ bool read_chunk_rows(const RecurrenceProblem& problem, const Unit& unit, Forward
   transpose(chunk.gained, chunk.stride, scratch.transposed_keys, kChunkRows, padded(chunk.rows), chunk.stride);
   for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
     load_queries(problem, unit, head, chunk.first, chunk.rows, chunk.inverse, chunk.stride, scratch);
+    Prefetches prefetches = next_queries_and_outputs(problem, unit, head, chunk.first, chunk.rows);
     product<false>({scratch.queries, chunk.stride, 1}, scratch.state, unit.stride, scratch.outputs, unit.stride,
-                   chunk.rows, unit.width, problem.key_width);
+                   chunk.rows, unit.width, problem.key_width, AskFor{prefetches});
     lower_triangle_scores(scratch.queries, chunk.stride, scratch.transposed_keys, scratch.scores, chunk.rows,
                           problem.key_width);
     lower_triangle_product(scratch.scores, scratch.values, unit.stride, scratch.outputs, unit.stride, chunk.rows,
@@ -97,8 +98,9 @@ void read_out(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch
           continue;
         }
       load_queries(problem, unit, head, first, rows, chunk.inverse, 0, scratch);
+      Prefetches prefetches = next_queries_and_outputs(problem, unit, head, first, rows);
       product<false>({scratch.queries, chunk.stride, 1}, scratch.state, unit.stride, scratch.outputs, unit.stride, rows,
-                     unit.width, problem.key_width);
+                     unit.width, problem.key_width, AskFor{prefetches});
       write_outputs(problem, unit, head, first, rows, scratch);
     }
   }
@@ -237,7 +239,8 @@ void recurrence_forward(const RecurrenceProblem& problem, const Parallel& parall
                                });
     return;
   }
-  if (suits_windows(problem, parallel.threads)) {
+  // With two threads, blocks of a head's values, each with all weights of its own, are done sooner.
+  if (suits_windows(problem, parallel.threads, 0.4)) {
     const Plan plan(problem, 1);
     for (int64_t index = 0; index < problem.sequences() * problem.key_heads * plan.blocks; ++index) {
       const Unit unit = unit_of(plan, index / plan.blocks, index % plan.blocks);

@@ -2,6 +2,7 @@
 // loading its rows, and turning what a key and a value receive into gradients (MATH.md section 4, "Backward").
 #pragma once
 
+#include "cpu/prefetch.h"
 #include "cpu/recurrence_chunk.h"
 #include "cpu/recurrence_split.h"
 
@@ -237,22 +238,22 @@ struct BackwardScratch {
 }
 
 // dv and G v of the rows from what comes after the chunk, in the scratch.
-[[maybe_unused]] static void receive_from_later_rows(const Head& head, BackwardScratch& scratch) {
+[[maybe_unused]] static void receive_from_later_rows(const Head& head, BackwardScratch& scratch, Prefetches next = {}) {
   const KeyChunk& chunk = scratch.chunk;
   product<false>({chunk.gained, chunk.stride, 1}, scratch.state_gradient, scratch.value_stride, scratch.grad_values,
-                 scratch.value_stride, chunk.rows, scratch.value_stride, head.problem.key_width);
+                 scratch.value_stride, chunk.rows, scratch.value_stride, head.problem.key_width, AskFor{next});
   product<false>({scratch.values, scratch.value_stride, 1}, scratch.transposed_gradient, chunk.stride, scratch.received,
-                 chunk.stride, chunk.rows, chunk.stride, head.problem.value_width);
+                 chunk.stride, chunk.rows, chunk.stride, head.problem.value_width, AskFor{next});
 }
 
 // The chunk joins these channels of the transposed state.
 [[maybe_unused]] static void add_chunk_to_transposed_state(const Head& head, bool finite, Channels channels,
-                                                           BackwardScratch& scratch) {
+                                                           BackwardScratch& scratch, Prefetches next = {}) {
   const KeyChunk& chunk = scratch.chunk;
   accumulate_product(finite && is_finite(chunk.gained, chunk.rows * chunk.stride),
                      {scratch.values, 1, scratch.value_stride}, chunk.gained + channels.begin, chunk.stride,
                      scratch.transposed_state + channels.begin, chunk.stride, head.problem.value_width,
-                     channels.end - channels.begin, chunk.rows);
+                     channels.end - channels.begin, chunk.rows, AskFor{next});
 }
 
 // r = the gradient of the log normaliser - <G, S> with G as it is; in the unit of the last normaliser. The sum is taken

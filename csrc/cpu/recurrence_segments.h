@@ -7,10 +7,6 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-struct NoScratch {
-  explicit NoScratch(const Plan&) {}
-};
-
 class SegmentStates {
  public:
   SegmentStates(const Plan& plan, int64_t columns)

@@ -20,24 +20,12 @@ static bool load_split_values(const RecurrenceProblem& problem, const Unit& unit
   return split_values<kValueParts>(scratch.values, unit.stride, chunk.rows, unit.width, scratch.split);
 }
 
-// Up to a chunk of rows from `first` on.
-[[maybe_unused]] static Prefetch rows_from(const RecurrenceProblem& problem, const Unit& unit, const HeadsView& view,
-                                           int64_t head, int64_t first, int64_t column, int64_t columns) {
-  const int64_t size = element_size(problem.dtype);
-  return {advance(row_of(view, problem.dtype, unit.sequence.batch, head, first), column, problem.dtype), columns * size,
-          view.row_stride * size, core::smaller(kChunkRows, unit.sequence.end - first)};
-}
-
 // add_chunk_to_state() on the tile unit, of values that load_split_values() has loaded.
 template <int kParts, int kValueParts>
 static void split_add_chunk_to_state(const RecurrenceProblem& problem, const Unit& unit, bool finite, Channels channels,
                                      ForwardScratch& scratch) {
-  const int64_t next = scratch.chunk.first + scratch.chunk.rows;
-  join_state<kParts, kValueParts>(
-      scratch.chunk, scratch.split, channels, unit.width, scratch.state, unit.stride,
-      {{rows_from(problem, unit, problem.key, unit.key_head, next, 0, problem.key_width),
-        rows_from(problem, unit, problem.value, unit.key_head, next, unit.column, unit.columns)},
-       {}});
+  join_state<kParts, kValueParts>(scratch.chunk, scratch.split, channels, unit.width, scratch.state, unit.stride,
+                                  next_keys_and_values(problem, unit, scratch.chunk));
   if (!finite) add_chunk_to_state(problem, unit, false, channels, scratch);
 }
 
@@ -73,8 +61,7 @@ template <int kParts>
 static void split_read_out(const RecurrenceProblem& problem, const Unit& unit, int64_t head, int64_t first, int rows,
                            ForwardScratch& scratch) {
   SplitChunk split = scratch.split;
-  Prefetches prefetches{{rows_from(problem, unit, problem.query, head, first + rows, 0, problem.key_width), {}},
-                        rows_from(problem, unit, problem.output, head, first, unit.column, unit.columns)};
+  Prefetches prefetches = next_queries_and_outputs(problem, unit, head, first, rows);
   const void* from = row_of(problem.query, problem.dtype, unit.sequence.batch, head, first);
   if (kParts == 1 && split.key_depth == problem.key_width && rows % kPairRows == 0) {
     split.queries = static_cast<uint16_t*>(const_cast<void*>(from));

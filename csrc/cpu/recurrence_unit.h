@@ -2,6 +2,7 @@
 // with its part of the state, and how it goes between the tensors and the scratch memory of a thread.
 #pragma once
 
+#include "cpu/prefetch.h"
 #include "cpu/recurrence_chunk.h"
 #include "cpu/recurrence_split.h"
 
@@ -127,6 +128,21 @@ struct Unit {
            problem.dtype, unit.columns);
 }
 
+// Up to a chunk of rows from `first` on.
+[[maybe_unused]] static Prefetch rows_from(const RecurrenceProblem& problem, const Unit& unit, const HeadsView& view,
+                                           int64_t head, int64_t first, int64_t column, int64_t columns) {
+  const int64_t size = element_size(problem.dtype);
+  return {advance(row_of(view, problem.dtype, unit.sequence.batch, head, first), column, problem.dtype), columns * size,
+          view.row_stride * size, core::smaller(kChunkRows, unit.sequence.end - first)};
+}
+
+// What is read of a head's next rows, and written of these.
+[[maybe_unused]] static Prefetches next_queries_and_outputs(const RecurrenceProblem& problem, const Unit& unit,
+                                                            int64_t head, int64_t first, int64_t rows) {
+  return {{rows_from(problem, unit, problem.query, head, first + rows, 0, problem.key_width), {}},
+          rows_from(problem, unit, problem.output, head, first, unit.column, unit.columns)};
+}
+
 // Loads the next chunk: its keys' weights, and the state in the chunk's unit.
 template <bool kRows, bool kRounded = false>
 static void begin_chunk(const RecurrenceProblem& problem, const Unit& unit, int64_t first, ForwardScratch& scratch) {
@@ -140,6 +156,15 @@ static void begin_chunk(const RecurrenceProblem& problem, const Unit& unit, int6
   weigh_keys<kRows, kRounded>(problem, batch, unit.key_head, chunk, scratch.normalizer);
 }
 
+// What the next chunk will load.
+[[maybe_unused]] static Prefetches next_keys_and_values(const RecurrenceProblem& problem, const Unit& unit,
+                                                        const KeyChunk& chunk) {
+  const int64_t next = chunk.first + chunk.rows;
+  return {{rows_from(problem, unit, problem.key, unit.key_head, next, 0, problem.key_width),
+           rows_from(problem, unit, problem.value, unit.key_head, next, unit.column, unit.columns)},
+          {}};
+}
+
 // Whether all values of the chunk are finite.
 [[maybe_unused]] static bool load_values(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   load_rows(problem.value, problem.dtype, unit.sequence.batch, unit.key_head, scratch.chunk.first, unit.column,
@@ -151,9 +176,10 @@ static void begin_chunk(const RecurrenceProblem& problem, const Unit& unit, int6
 [[maybe_unused]] static void add_chunk_to_state(const RecurrenceProblem& problem, const Unit& unit, bool finite,
                                                 Channels channels, ForwardScratch& scratch) {
   const int64_t count = core::smaller(channels.end, problem.key_width) - channels.begin;
+  Prefetches prefetches = next_keys_and_values(problem, unit, scratch.chunk);
   accumulate_product(finite, {scratch.chunk.gained + channels.begin, 1, scratch.chunk.stride}, scratch.values,
                      unit.stride, scratch.state + channels.begin * unit.stride, unit.stride, count, unit.width,
-                     scratch.chunk.rows);
+                     scratch.chunk.rows, AskFor{prefetches});
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -20,14 +20,14 @@ struct ChannelBlocks {
 };
 
 // Whether heads are too few for the threads, and long enough for windows. Heads go through windows one after the other,
-// a third of their work by blocks of channels and the rest by chunks: more than a few heads are done sooner each by a
-// thread of its own.
-[[maybe_unused]] static bool suits_windows(const RecurrenceProblem& problem, int threads) {
+// a third of their work by blocks of channels and the rest by chunks; `most` is the share of the time of one thread up
+// to which that pays.
+[[maybe_unused]] static bool suits_windows(const RecurrenceProblem& problem, int threads, double most) {
   const int64_t heads = problem.sequences() * problem.key_heads;
   if (!problem.causal || heads == 0 || heads >= threads) return false;
   const auto blocks = static_cast<double>(ChannelBlocks(padded(problem.key_width), threads).count);
   const double share = (1.0 / blocks + 2.0 / core::smaller(threads, kLargestWindow)) / 3.0;
-  if (static_cast<double>(heads) * share > 0.65) return false;
+  if (static_cast<double>(heads) * share > most) return false;
   return problem.length >= kLeastWindowRows * (problem.cuts == nullptr ? 1 : problem.documents);
 }
 

@@ -90,6 +90,11 @@ SIGHTLINE_INLINE bool masks_with_bytes(const AttentionProblem& problem) {
   return problem.attn_mask.kind == MaskKind::kBool && problem.attn_mask.strides[3] == 1;
 }
 
+// The tile of the packed mask with this query and key.
+SIGHTLINE_INLINE int64_t mask_tile(const MaskTiles& tiles, int64_t batch, int64_t query, int64_t key) {
+  return batch * tiles.batch_stride + query / kRowTile * tiles.row_stride + key / kKeyTile;
+}
+
 // Entries [first, first + count) of a row of attn_mask, count <= 64, as bits.
 SIGHTLINE_INLINE uint64_t mask_bits(const AttentionProblem& problem, int64_t batch, int64_t head, int64_t query,
                                     int64_t first, int64_t count) {
@@ -100,9 +105,20 @@ SIGHTLINE_INLINE uint64_t mask_bits(const AttentionProblem& problem, int64_t bat
   return nonzero_bits(padded);
 }
 
+// How many of the keys before `key` the packed mask leaves visible to a row, counted from the first packed tile.
+SIGHTLINE_INLINE int64_t count_in_tiles(const AttentionProblem& problem, int64_t batch, int64_t head, int64_t query,
+                                        int64_t key) {
+  const int64_t tile = mask_tile(problem.mask_tiles, batch, query, key), first = key / kKeyTile * kKeyTile;
+  return problem.mask_tiles.seen_before[tile * kRowTile + query % kRowTile] +
+         __builtin_popcountll(mask_bits(problem, batch, head, query, first, key - first));
+}
+
 [[maybe_unused]] static int64_t count_visible(const AttentionProblem& problem, int64_t batch, int64_t head,
                                               int64_t query, int64_t first, int64_t last) {
   if (last < first) return 0;
+  if (problem.mask_tiles.lanes != nullptr && problem.key_mask == nullptr)
+    return count_in_tiles(problem, batch, head, query, last) - count_in_tiles(problem, batch, head, query, first) +
+           static_cast<int64_t>(mask_bits(problem, batch, head, query, last, 1));
   if (masks_with_bytes(problem) && problem.key_mask == nullptr) {
     int64_t visible = 0;
     for (int64_t start = first; start <= last; start += 64)

@@ -69,10 +69,6 @@ SIGHTLINE_INLINE void set_up_key_factors(const AttentionProblem& problem, int64_
   }
 }
 
-SIGHTLINE_INLINE bool tile_is_visible_to_any(const RowTile& rows, int64_t first_key, int64_t count) {
-  return first_key <= rows.max_last && first_key + count > rows.min_first;
-}
-
 template <bool kMasked, bool kExtras>
 static void finish_scores(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys,
                           const TileVisibility& visible, const float* bias, float* tile, float* largest) {
@@ -110,7 +106,7 @@ static void finish_scores(const AttentionProblem& problem, const RowTile& rows, 
 
 SIGHTLINE_INLINE bool has_masked_entries(const AttentionProblem& problem, const RowTile& rows, const KeyTile& keys) {
   return !keys.all_take_part || keys.first < rows.max_first || keys.first + keys.count - 1 > rows.min_last ||
-         masks_with_bytes(problem);
+         tile_is_masked_with_bytes(problem, rows, keys.first);
 }
 
 // Whether attn_mask adds to scores, or hides keys in another way than masks_with_bytes().

@@ -12,6 +12,7 @@
 // begun since the last that added to it. It does not run beside the vector units, which wait while it multiplies.
 #pragma once
 
+#include "cpu/prefetch.h"
 #include "cpu/sanitizer.h"
 #include "cpu/tile_shapes.h"
 #include "cpu/vec_tile.h"
@@ -37,36 +38,6 @@ struct TileFactors {
   SplitRows a;
   SplitPairs b;
   int64_t depth;
-};
-
-// Rows of memory that are asked for while the tile unit computes, so that their bytes need not be waited for.
-class Prefetch {
- public:
-  Prefetch() = default;
-  Prefetch(const void* start, int64_t row_bytes, int64_t bytes_between, int64_t rows)
-      : next_(static_cast<const char*>(start)), row_bytes_(row_bytes), bytes_between_(bytes_between), rows_(rows) {}
-
-  template <bool kWrite>
-  __attribute__((always_inline)) inline void ask(int64_t rows) {
-    for (; rows > 0 && rows_ > 0; --rows, --rows_, next_ += bytes_between_)
-      for (int64_t offset = 0; offset < row_bytes_; offset += 64) __builtin_prefetch(next_ + offset, kWrite, 2);
-  }
-
- private:
-  const char* next_ = nullptr;
-  int64_t row_bytes_ = 0, bytes_between_ = 0, rows_ = 0;
-};
-
-// What is read and what is written next.
-struct Prefetches {
-  Prefetch reads[2];
-  Prefetch writes;
-
-  __attribute__((always_inline)) inline void ask(int64_t rows) {
-    reads[0].ask<false>(rows);
-    reads[1].ask<false>(rows);
-    writes.ask<true>(rows);
-  }
 };
 
 // A block of C: one or two tiles of 16 rows by one or two of 16 lanes.

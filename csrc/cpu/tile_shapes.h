@@ -68,6 +68,11 @@ constexpr int64_t kPackedBytes = 32 * 1024 * 1024;
 constexpr int64_t kPackedBlock = 8;
 constexpr int64_t kFewTilesPerUnit = 2;
 
+// A boolean mask packed once for all heads takes a fifth of its own size, at most this much: one that repeats itself
+// may be far larger in tiles. Rows of it are asked for so many tiles before they are packed.
+constexpr int64_t kPackedMaskBytes = 64 * 1024 * 1024;
+constexpr int64_t kPackedMaskTilesAhead = 4;
+
 // Attention, backward. Enough units for this many threads when there are few heads; more would cost a partial dQ each.
 constexpr int64_t kWantedUnits = 8;
 // dK and dV are summed over this many rows, and these sums added up, as weighted values are.
@@ -102,6 +107,9 @@ static_assert(kChunkRows % kTriangleRows == 0 && kTriangleRows % Vec::kWidth == 
 constexpr int64_t kScoreDepth = 16;
 // A chunk of fewer rows, as steep keys make it, costs less in fp32 than its state costs to be split for the tile unit.
 constexpr int kLeastSplitRows = 16;
+// Rows of the next chunk that are asked for with every block of a product: of 6 by 4 vectors, so that a product of a
+// chunk and a state of 128 by 128 asks for all.
+constexpr int64_t kRowsAskedForPerBlock = 3;
 // Columns of a state that stay in the second-level cache at Dk = 512.
 constexpr int64_t kLargestBlock = 256;
 // Without order a long sequence is cut into segments, at most so many of all heads together, of at least so many rows:

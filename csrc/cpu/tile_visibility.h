@@ -75,15 +75,37 @@ SIGHTLINE_INLINE void find_visible_in_intervals(const RowTile& rows, int64_t fir
   }
 }
 
+// What the packed mask leaves visible of a tile.
+SIGHTLINE_INLINE TileShows tile_shows(const AttentionProblem& problem, const RowTile& rows, int64_t first) {
+  return problem.mask_tiles.shows[mask_tile(problem.mask_tiles, rows.batch, rows.query[0], first)];
+}
+
+// Whether attn_mask hides keys of a tile, in bytes that lie side by side.
+SIGHTLINE_INLINE bool tile_is_masked_with_bytes(const AttentionProblem& problem, const RowTile& rows, int64_t first) {
+  if (problem.mask_tiles.lanes != nullptr) return tile_shows(problem, rows, first) != TileShows::kEverything;
+  return masks_with_bytes(problem);
+}
+
+SIGHTLINE_INLINE bool tile_is_visible_to_any(const AttentionProblem& problem, const RowTile& rows, int64_t first,
+                                             int64_t count) {
+  if (first > rows.max_last || first + count <= rows.min_first) return false;
+  return problem.mask_tiles.lanes == nullptr || tile_shows(problem, rows, first) != TileShows::kNothing;
+}
+
 // Of keys [first, first + count); `takes_part` says for each whether key_mask lets it take part.
 [[maybe_unused]] static void find_visible(const AttentionProblem& problem, const RowTile& rows, int64_t first,
                                           int count, const bool* takes_part, TileVisibility& visible) {
-  if (masks_with_bytes(problem))
+  const bool packed = problem.mask_tiles.lanes != nullptr;
+  if (masks_with_bytes(problem) && !packed)
     find_visible_in_mask(problem, rows, first, count, visible);
   else if (first < rows.max_first || first + count - 1 > rows.min_last)
     find_visible_in_intervals(rows, first, count, visible);
   else
     for (int key = 0; key < count; ++key) visible.lanes[key] = ~uint64_t{0};
+  if (packed) {
+    const int64_t tile = mask_tile(problem.mask_tiles, rows.batch, rows.query[0], first);
+    for (int key = 0; key < count; ++key) visible.lanes[key] &= problem.mask_tiles.lanes[tile * kKeyTile + key];
+  }
   for (int key = 0; key < count; ++key)
     if (!takes_part[key]) visible.lanes[key] = 0;
 }

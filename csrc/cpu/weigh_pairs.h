@@ -102,15 +102,20 @@ static void find_largest_scores(const RowTile& rows, const KeyTile& keys, const 
   const Vec minus_infinity = Vec::broadcast(-INFINITY);
   for (int lane = 0; lane < rows.lanes; lane += Vec::kWidth) {
     const Vec row_factor = Vec::load(rows.factor + lane);
+    const auto among_visible = [&](Vec entry, int key) SIGHTLINE_INLINE_LAMBDA {
+      return kMasked ? select(mask_of_bits(visible.lanes[key], lane), entry, minus_infinity) : entry;
+    };
     const auto product_of = [&](int key) SIGHTLINE_INLINE_LAMBDA { return Vec::load(tile + key * rows.lanes + lane); };
-    if (!kMasked && !kFactors && !any(less(row_factor, Vec::broadcast(0.0f)))) {
+    // A factor of 0 or NaN would make NaN of what is not visible.
+    const Mask keeps_order = less(Vec::broadcast(0.0f), row_factor);
+    if (!kFactors && bits_of(keeps_order) == bits_of(equal(minus_infinity, minus_infinity))) {
       // Rounding keeps the order: the score of the largest product is the largest.
-      store(largest + lane, largest_of_keys(keys.count, product_of) * row_factor);
+      const auto entry_of = [&](int key) SIGHTLINE_INLINE_LAMBDA { return among_visible(product_of(key), key); };
+      store(largest + lane, largest_of_keys(keys.count, entry_of) * row_factor);
       continue;
     }
     const auto score_of = [&](int key) SIGHTLINE_INLINE_LAMBDA {
-      const Vec score = product_of(key) * (row_factor * Vec::broadcast(keys.factor[key]));
-      return kMasked ? select(mask_of_bits(visible.lanes[key], lane), score, minus_infinity) : score;
+      return among_visible(product_of(key) * (row_factor * Vec::broadcast(keys.factor[key])), key);
     };
     store(largest + lane, largest_of_keys(keys.count, score_of));
   }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "core/huge_pages.h"
 #include "core/visibility.h"
 #include "cpu/sanitizer.h"
 #include "cpu/vec.h"
@@ -40,6 +41,7 @@ class Allocation {
       : memory_(static_cast<char*>(
             std::aligned_alloc(kCacheLine, static_cast<size_t>(core::round_up(bytes + 1, kCacheLine))))) {
     if (memory_ == nullptr) throw std::bad_alloc();
+    core::ask_for_huge_pages(memory_, bytes);
     forbid(memory_ + bytes, core::round_up(bytes + 1, kCacheLine) - bytes);
   }
   ~Allocation() { std::free(memory_); }
@@ -49,6 +51,12 @@ class Allocation {
 
  private:
   char* memory_;
+};
+
+// The State of units that need no memory.
+struct NoScratch {
+  template <class Shared>
+  explicit NoScratch(const Shared&) {}
 };
 
 // Calls unit(index, state) for every index in [0, count), on all threads; each thread makes its own State first.

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <optional>
 #include <sstream>
+#include <vector>
 
 #include "sanitize/buffers.h"
 #include "sanitize/run.h"
@@ -256,8 +257,13 @@ class AttentionCase {
     const int64_t bytes = kind == MaskKind::kBool ? 1 : kind == MaskKind::kFloat32 ? 4 : 2;
     mask_ = std::make_unique<GuardedMemory>(mask_count_ * bytes);
     problem_.attn_mask.data = mask_->get();
+    // Some tiles of keys hide everything, or nothing: kernels leave these out and take those for unmasked.
+    std::vector<double> shares(static_cast<size_t>(sizes_.keys / 64 + 1));
+    for (double& share : shares) share = run_.chance(0.5) ? 0.8 : run_.chance(0.5) ? 0.0 : 1.0;
+    const int64_t key_stride = problem_.attn_mask.strides[3];
     for (int64_t index = 0; index < mask_count_; ++index) {
-      const bool visible = run_.chance(0.8);
+      const int64_t key = key_stride == 0 ? 0 : index / key_stride % sizes_.keys;
+      const bool visible = run_.chance(shares[static_cast<size_t>(key / 64)]);
       // Of 16 bits: 0, and minus infinity in either format.
       if (kind == MaskKind::kBool)
         reinterpret_cast<uint8_t*>(mask_->get())[index] = visible;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/half.h"
+#include "core/huge_pages.h"
 #include "core/problem.h"
 
 namespace sightline::binding {
@@ -43,7 +44,9 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  core::ask_for_huge_pages(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  return tensor;
 }
 
 inline Tensor empty_contiguous(const std::vector<int64_t>& sizes, ScalarType dtype) {

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import required
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,7 +61,7 @@ def test_the_library_is_built_where_nvcc_is() -> None:
 
 def test_the_library_has_code_for_the_promised_gpus_and_spills_nowhere(library: Path) -> None:
     if check_cuda_code.find_cuobjdump() is None:
-        pytest.skip("there is no cuobjdump")
+        required.missing("there is no cuobjdump (Triton's wheel has one)")
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "check_cuda_code.py", library], capture_output=True, text=True, check=False
     )
@@ -121,7 +122,7 @@ print(torch._C._dispatch_has_kernel_for_dispatch_key("sightline::attention_decod
 def test_the_library_registers_its_operator_even_with_a_torch_without_cuda(library: Path) -> None:
     stub = ROOT / "build" / "cmake" / "stub" / "libtorch_cuda.so"
     if not stub.exists():
-        pytest.skip("the stub of libtorch_cuda.so, left by the build, is not there")
+        required.missing("the stub of libtorch_cuda.so, which the build leaves beside the library, is not there")
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
     command = [sys.executable, "-c", LOADING, str(stub), str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -37,7 +37,7 @@ def test_a_short_run_writes_its_results(name, tmp_path):
 @pytest.mark.parametrize("name", SHORT)
 def test_committed_results_are_those_of_the_plain_command(name, monkeypatch):
     """So that README's command, which has no arguments, gives what is committed."""
-    pytest.importorskip("sklearn")
+    required.module("sklearn")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     before = set(sys.modules)
     try:

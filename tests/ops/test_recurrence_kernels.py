@@ -35,6 +35,10 @@ LENGTHS = [1, 2, 15, 17, 63, ON_EVERY_ISA(64), 65, ON_EVERY_ISA(203), 513]
 # (Dk, Dv) around the vectors of every instruction set, and the largest.
 WIDTHS = [(1, 1), (3, 5), (8, 8), (17, 33), (64, 128), (130, 20), (512, 512)]
 
+CLIMBING = pytest.mark.parametrize(
+    ("option", "step"), itertools.product(["plain", "everything", "documents_with_states"], [0.0, 25.0])
+)
+
 
 def in_threads(problem, gradients):
     """The results of one, two and sixteen threads."""
@@ -354,15 +358,19 @@ def test_results_do_not_depend_on_the_number_of_threads(shape, dtype, causal):
             torch.testing.assert_close(tensor, results[0][name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
+def climbing_problem(sizes, dtype, option, step):
+    """A tenth of the channels climbs by `step` in 100 rows."""
+    ramp = (torch.rand(sizes.width) < 0.1) * step / 100 * torch.arange(float(sizes.length))[:, None]
+    return random_problem(sizes, dtype, ramp=ramp, **(OPTIONS | PACKINGS)[option](sizes))
+
+
 @pytest.mark.isa
-@pytest.mark.parametrize("step", [0.0, 25.0])
-@pytest.mark.parametrize("option", ["plain", "everything", "documents_with_states"])
+@CLIMBING
 @EVERY_DTYPE
 def test_few_heads_shared_by_all_threads_give_what_one_thread_gives(dtype, option, step):
     """Several windows of chunks, of channels in up to three blocks, with keys that cut chunks short."""
     sizes = Sizes(batch=1, heads=2, key_heads=1, length=2_100, width=70, value_width=37)
-    ramp = (torch.rand(70) < 0.1) * step / 100 * torch.arange(2_100.0)[:, None]
-    problem = random_problem(sizes, dtype, ramp=ramp, **(OPTIONS | PACKINGS)[option](sizes))
+    problem = climbing_problem(sizes, dtype, option, step)
     problem.key[0, 0, 700] += 40.0
     problem.value[0, 0, 900, 3] = math.inf
     first, *others = in_threads(problem, random_gradients(problem))
@@ -371,14 +379,12 @@ def test_few_heads_shared_by_all_threads_give_what_one_thread_gives(dtype, optio
             torch.testing.assert_close(tensor, first[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-@pytest.mark.parametrize("step", [0.0, 25.0])
-@pytest.mark.parametrize("option", ["plain", "everything", "documents_with_states"])
+@CLIMBING
 @EVERY_DTYPE
 def test_one_head_on_several_threads(dtype, option, step):
     """Against the reference, in windows (513 rows of a sequence are enough; documents have fewer)."""
     sizes = Sizes(batch=1, heads=1, key_heads=1, length=580, width=34, value_width=20)
-    ramp = (torch.rand(34) < 0.1) * step / 100 * torch.arange(580.0)[:, None]
-    problem = random_problem(sizes, dtype, ramp=ramp, **(OPTIONS | PACKINGS)[option](sizes))
+    problem = climbing_problem(sizes, dtype, option, step)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(6)

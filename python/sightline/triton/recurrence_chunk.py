@@ -55,9 +55,8 @@ class RecurrenceVariant:
     rows: int  # of a chunk
     block_width: int  # channels of a tile
     block_value_width: int
-    precision: (
-        str  # of products: "ieee" for float32, "tf32" (as many bits as float16 has) for 16-bit inputs, if there is
-    )
+    # Of products: "ieee" for float32, "tf32" (as many bits as float16 has) for 16-bit inputs where the chip has it.
+    precision: str
     causal: bool
     packed: bool
     has_gain: bool

@@ -84,7 +84,11 @@ def test_options(option, causal):
 @EVERY_DTYPE
 @CAUSAL
 def test_steep_keys_lose_no_accuracy(step, dtype, causal):
-    """Keys that climb or fall by `step` every eight rows, in a few channels or all of them."""
+    """Keys that climb or fall by `step` every eight rows, in a few channels or all of them.
+
+    Known to fail for one draw of some hundreds: where all channels climb, under causality, a key's gradient is what
+    cancels, and of float16's factors in tf32 up to three times what the rule allows is left.
+    """
     sizes = Sizes(batch=1, heads=2, key_heads=1, length=40, width=8, value_width=8)
     ramp = (torch.rand(8) < 0.5) * step / 8 * torch.arange(40.0)[:, None]
     problem = random_problem(sizes, dtype, causal=causal, key_gain=torch.randn(sizes.key_shape()), ramp=ramp)
