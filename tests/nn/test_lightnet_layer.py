@@ -115,13 +115,18 @@ def test_compile_checkpoint_and_state_dict():
 
 
 def test_half_precision_and_autocast():
-    layer, hidden = LightNetAttention(32, 4, position_axes=1), torch.randn(2, 9, 32)
+    """Of the rows the middle one, because the norm enlarges what rounding the inputs does to rows near zero."""
+
+    def relative_error(actual):
+        return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
+
+    layer, hidden = LightNetAttention(32, 4, position_axes=1), torch.randn(16, 9, 32)
     expected = layer(hidden)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (layer(hidden) - expected).norm() < 0.05 * expected.norm()
+        assert relative_error(layer(hidden)) < 0.01
     low = layer.bfloat16()(hidden.bfloat16())
     assert low.dtype == torch.bfloat16
-    assert (low.float() - expected).norm() < 0.05 * expected.norm()
+    assert relative_error(low.float()) < 0.01
 
 
 def test_toeplitz_positions_are_a_causal_filter():

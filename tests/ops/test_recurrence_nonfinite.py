@@ -17,6 +17,7 @@ from recurrence_cases import (
     random_problem,
     run,
 )
+from tolerance import assert_equal_but_for_rounding
 
 
 def test_a_non_finite_value_of_a_late_segment_reaches_its_column_alone():
@@ -99,7 +100,7 @@ def test_a_gradient_that_is_not_finite_reaches_earlier_rows_alone(dtype):
     for name in ("key", "value"):
         touched = torch.zeros(2, 2, 150, dtype=torch.bool)
         touched[1, 0, :71] = True
-        torch.testing.assert_close(spoilt[name][~touched], clean[name][~touched])
+        assert_equal_but_for_rounding(spoilt[name][~touched], clean[name][~touched])
         assert spoilt[name][touched].isnan().any(-1).all()
 
 

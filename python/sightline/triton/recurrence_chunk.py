@@ -117,6 +117,17 @@ def dot(left, right, variant: tl.constexpr):
 
 
 @triton.jit
+def dot_with_all_bits(left, right, variant: tl.constexpr):
+    """left @ right, where the right is 16 bits wide in memory and the left was computed here: nothing of it is lost."""
+    if variant.precision == "tf32":
+        first = rounded(left, variant)
+        rest = tl.where(tl.abs(first) < float("inf"), left - first, 0.0)
+        return dot(first, right, variant) + dot(rounded(rest, variant), right, variant)
+    else:
+        return dot(left, right, variant)
+
+
+@triton.jit
 def all_finite(tile):
     return tl.min((tl.abs(tile) < float("inf")).to(tl.int32)) == 1
 

@@ -14,6 +14,7 @@ from sightline.triton.recurrence_chunk import (
     advance_state,
     all_finite,
     dot,
+    dot_with_all_bits,
     find_chunk,
     load_channels,
     load_keys,
@@ -55,7 +56,8 @@ def sum_chunks(problem, chunk_normalizers, variant: tl.constexpr):
     values = load_tile(problem.value, chunk, key_head, live, column, variant.value_width, variant.block_value_width)
     unit = chunk.index * problem.key_heads + key_head
     places, inside = state_places(problem.states, unit, channel, column, variant)
-    tl.store(places, dot(tl.trans(rounded(weights, variant)), values, variant), mask=inside)
+    # The final state is a result in fp32, and what is left of a key's gradient where <G, S> takes most of it away.
+    tl.store(places, dot_with_all_bits(tl.trans(weights), values, variant), mask=inside)
     if column == 0:
         channels = channel + tl.arange(0, variant.block_width)
         found = tl.where(dead, -float("inf"), shift + tl.log(total))
