@@ -352,7 +352,7 @@ void run_segments(const BackwardPlan& plan, const Parallel& parallel) {
     between.get_state(first, scratch);
     zero(scratch.state_gradient, scratch.chunk.stride * scratch.value_stride);
     for (int64_t index = first; index < first + segments; ++index) between.add_gradient(index, scratch);
-    finish_state_gradient(head_of(head), scratch);
+    finish_state_gradient<kParts>(head_of(head), scratch);
     between.put_gradient(first, scratch);
   });
   for_each_unit<BackwardScratch>(parallel, heads * segments, plan, [&](int64_t index, BackwardScratch& scratch) {

@@ -235,14 +235,30 @@ static void read_rows(const Head& head, BackwardScratch& scratch) {
   }
 }
 
-// G and r from the sum of q do^T over all rows; with them what the initial state receives.
-[[maybe_unused]] static void finish_state_gradient(const Head& head, BackwardScratch& scratch) {
+// x as tile_split_gradient() splits it.
+template <int kParts>
+static Vec sum_of_parts(Vec x) {
+  const Vec first = rounded_to_bfloat16(x);
+  if (kParts == 1) return first;
+  const Mask finite = less(absolute(first), Vec::broadcast(INFINITY));
+  return first + select(finite, rounded_to_bfloat16(x - first), Vec::broadcast(0.0f));
+}
+
+// G and r from the sum of q do^T over all rows; with them what the initial state receives. On the tile unit rows then
+// receive both from a G of the parts that its products have: where <G, S> takes most of G v away, what is left of the
+// two is not what rounding took of one.
+template <int kParts>
+static void finish_state_gradient(const Head& head, BackwardScratch& scratch) {
   for (int64_t d = 0; d < scratch.chunk.stride; ++d) {
     const float inverse = d < head.problem.key_width ? scratch.normalizer.inverse(d) : 0.0f;
     scale_row(scratch.state_gradient + d * scratch.value_stride, inverse * head.problem.scale, scratch.value_stride);
   }
   start_gradient(head, scratch);
   write_initial_gradients(head, scratch);
+  if (kParts == 0) return;
+  for (int64_t entry = 0; entry < scratch.chunk.stride * scratch.value_stride; entry += Vec::kWidth)
+    store(scratch.state_gradient + entry, sum_of_parts<kParts>(Vec::load(scratch.state_gradient + entry)));
+  set_response_to_state(head, scratch);
 }
 
 // dx, dv and the gain's gradient of the rows of `head` from G and r.
@@ -271,7 +287,7 @@ static void run_without_order(const Head& head, BackwardScratch& scratch) {
   start_transposed_state(head, true, scratch);
   gather_state<kParts, kValueParts>(head, scratch);
   read_rows<kParts, kValueParts>(head, scratch);
-  finish_state_gradient(head, scratch);
+  finish_state_gradient<kParts>(head, scratch);
   give_to_rows<kParts, kValueParts>(head, scratch);
 }
 

@@ -89,6 +89,15 @@ def test_options(option, dtype, causal):
 
 @pytest.mark.isa
 @CAUSAL
+@EVERY_DTYPE
+def test_the_only_key_of_a_padded_entry_has_no_gradient(dtype, causal):
+    """What its value gives to it, <G, S> takes away: both must come from the same G."""
+    mask = torch.arange(150) >= torch.tensor([[149], [0]])
+    assert_results_are_close(random_problem(Sizes(), dtype, causal=causal, key_mask=mask))
+
+
+@pytest.mark.isa
+@CAUSAL
 def test_everything_at_once(causal):
     sizes = Sizes(length=300)
     assert_results_are_close(random_problem(sizes, causal=causal, **OPTIONS["everything"](sizes)))

@@ -117,14 +117,10 @@ def dot(left, right, variant: tl.constexpr):
 
 
 @triton.jit
-def dot_with_all_bits(left, right, variant: tl.constexpr):
-    """left @ right, where the right is 16 bits wide in memory and the left was computed here: nothing of it is lost."""
-    if variant.precision == "tf32":
-        first = rounded(left, variant)
-        rest = tl.where(tl.abs(first) < float("inf"), left - first, 0.0)
-        return dot(first, right, variant) + dot(rounded(rest, variant), right, variant)
-    else:
-        return dot(left, right, variant)
+def remainder(x, variant: tl.constexpr):
+    """What rounded() takes away, rounded: with a product of its own, nothing of x is lost."""
+    first = rounded(x, variant)
+    return rounded(tl.where(tl.abs(first) < float("inf"), x - first, 0.0), variant)
 
 
 @triton.jit

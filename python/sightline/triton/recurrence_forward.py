@@ -14,13 +14,13 @@ from sightline.triton.recurrence_chunk import (
     advance_state,
     all_finite,
     dot,
-    dot_with_all_bits,
     find_chunk,
     load_channels,
     load_keys,
     load_row,
     load_state,
     load_tile,
+    remainder,
     rounded,
     state_places,
     store_tile,
@@ -56,8 +56,11 @@ def sum_chunks(problem, chunk_normalizers, variant: tl.constexpr):
     values = load_tile(problem.value, chunk, key_head, live, column, variant.value_width, variant.block_value_width)
     unit = chunk.index * problem.key_heads + key_head
     places, inside = state_places(problem.states, unit, channel, column, variant)
-    # The final state is a result in fp32, and what is left of a key's gradient where <G, S> takes most of it away.
-    tl.store(places, dot_with_all_bits(tl.trans(weights), values, variant), mask=inside)
+    state = dot(tl.trans(rounded(weights, variant)), values, variant)
+    if variant.precision == "tf32":
+        # The final state is a result in fp32, and a key's gradient what <G, S> leaves of it.
+        state += dot(tl.trans(remainder(weights, variant)), values, variant)
+    tl.store(places, state, mask=inside)
     if column == 0:
         channels = channel + tl.arange(0, variant.block_width)
         found = tl.where(dead, -float("inf"), shift + tl.log(total))

@@ -20,6 +20,7 @@ from sightline.triton.recurrence_chunk import (
     load_row,
     load_state,
     load_tile,
+    remainder,
     rounded,
     row_of,
     store_tile,
@@ -163,6 +164,9 @@ def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr
             )
             state_gradient = load_state(gradients.first_state_gradient, own, channel, column, variant)
             received += dot(values, tl.trans(rounded(state_gradient, variant)), variant)
+            if variant.precision == "tf32":
+                # Where one key has all the weight, <G, S> takes all of this away.
+                received += dot(values, tl.trans(remainder(state_gradient, variant)), variant)
         received = received * weights
         responses = weights * load_channels(gradients.first_response, own, channel, variant, 0.0)[None, :]
     gain = load_gain(problem, variant, chunk, key_head, live, channel)

@@ -98,6 +98,13 @@ def test_what_is_left_of_a_gradient_where_all_keys_climb():
     assert_results_are_close(problem, backend="triton")
 
 
+@CAUSAL
+def test_the_only_key_of_a_padded_entry_has_no_gradient(causal):
+    sizes = Sizes(batch=2, heads=2, key_heads=1, length=40, width=8, value_width=12)
+    mask = torch.arange(40) >= torch.tensor([[39], [0]])
+    assert_results_are_close(random_problem(sizes, torch.float16, causal=causal, key_mask=mask), backend="triton")
+
+
 @pytest.mark.parametrize("piece", [1, 7])
 def test_light_keys_are_not_lost_beside_a_heavy_state(piece):
     assert_light_keys_add_up(piece, "triton")
