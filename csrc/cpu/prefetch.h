@@ -26,12 +26,13 @@ class Prefetch {
 // What is read and what is written next.
 struct Prefetches {
   Prefetch reads[2];
-  Prefetch writes;
+  Prefetch writes[2];
 
   __attribute__((always_inline)) inline void ask(int64_t rows) {
     reads[0].ask<false>(rows);
     reads[1].ask<false>(rows);
-    writes.ask<true>(rows);
+    writes[0].ask<true>(rows);
+    writes[1].ask<true>(rows);
   }
 };
 

@@ -369,9 +369,8 @@ void recurrence_backward(const RecurrenceProblem& problem, const RecurrenceGradi
   if (plan.unordered.count > 1)
     return with_unordered_parts(plan.parts,
                                 [&](auto parts, auto values) { run_segments<parts, values>(plan, parallel); });
-  // Where products are fast, on the tile unit, what windows copy weighs more: one thread is done before two.
   const bool fast = kHasTileUnit && problem.dtype != DType::kFloat32;
-  if (suits_windows(problem, parallel.threads, fast ? 0.4 : 0.65)) {
+  if (suits_windows(problem, parallel.threads, fast ? kMostWindowShare : kMostSlowWindowShare)) {
     const FlushDenormals mode;
     for (int64_t index = 0; index < problem.sequences() * problem.key_heads; ++index) {
       const Head head{problem, gradients, find_sequence(problem, index / problem.key_heads), index % problem.key_heads};

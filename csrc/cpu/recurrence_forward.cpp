@@ -239,8 +239,7 @@ void recurrence_forward(const RecurrenceProblem& problem, const Parallel& parall
                                });
     return;
   }
-  // With two threads, blocks of a head's values, each with all weights of its own, are done sooner.
-  if (suits_windows(problem, parallel.threads, 0.4)) {
+  if (suits_windows(problem, parallel.threads, kMostWindowShare)) {
     const Plan plan(problem, 1);
     for (int64_t index = 0; index < problem.sequences() * problem.key_heads * plan.blocks; ++index) {
       const Unit unit = unit_of(plan, index / plan.blocks, index % plan.blocks);

@@ -10,7 +10,7 @@
 // all take part with sixteen bits.
 #pragma once
 
-#include "cpu/recurrence_gradients.h"
+#include "cpu/recurrence_backward_rows.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
@@ -27,13 +27,13 @@ static void with_unordered_parts(Parts parts, Run run) {
 
 // Adds the rows' q do^T to their sum, and leaves both loaded.
 [[maybe_unused]] static void add_query_products(const Head& head, int64_t query_head, int64_t first, int rows,
-                                                BackwardScratch& scratch) {
+                                                BackwardScratch& scratch, Prefetches& next) {
   const int64_t keys = scratch.chunk.stride, values = scratch.value_stride;
   const bool finite = load_grad_outputs(head, query_head, first, rows, scratch);
   load_rows(head.problem.query, head.problem.dtype, head.sequence.batch, query_head, first, 0, rows,
             head.problem.key_width, scratch.queries, keys);
   accumulate_product(finite, {scratch.queries, 1, keys}, scratch.grad_outputs, values, scratch.state_gradient, values,
-                     head.problem.key_width, values, rows);
+                     head.problem.key_width, values, rows, AskFor{next});
 }
 
 [[maybe_unused]] static bool are_finite_bfloat16(const uint16_t* from, int64_t row_stride, int rows, int64_t width) {
@@ -108,7 +108,8 @@ static bool tile_add_chunk(const Head& head, BackwardScratch& scratch) {
   split_to_pairs<kParts>(chunk.gained, chunk.stride, nullptr, chunk.rows, chunk.stride, split.gained_pairs, kValuePanel,
                          kChunkRows / 2 * chunk.stride);
   tile_product<kValueParts, kParts, true>(values, {split.gained_pairs, kValuePanel, kChunkRows / 2 * chunk.stride},
-                                          scratch.transposed_state, chunk.stride, stride, chunk.stride, depth);
+                                          scratch.transposed_state, chunk.stride, stride, chunk.stride, depth,
+                                          next_keys_and_values(head, head.sequence.end, chunk));
   return true;
 }
 
@@ -133,20 +134,21 @@ static void tile_read_rows(const Head& head, int64_t query_head, int64_t first, 
   const HeadsView& grad_output = head.gradients.grad_output;
   const SplitGradients& split = scratch.split;
   const int64_t keys = scratch.chunk.stride, values = scratch.value_stride;
+  Prefetches next = next_rows_of_query_head(head, query_head, first, rows);
   const SplitRows rows_of_gradient =
       tile_rows<kValueParts>(head, grad_output, query_head, first, rows, problem.value_width, split.value_depth,
                              scratch.grad_outputs, values, split.grad_rows);
   tile_product<kValueParts, kParts, false>(
       rows_of_gradient, {split.state, split.value_depth / 2 * kPanelLanes, split.value_depth / 2 * keys},
-      scratch.received, keys, core::round_up(rows, kPairRows), keys, split.value_depth);
+      scratch.received, keys, core::round_up(rows, kPairRows), keys, split.value_depth, next);
   if (!tile_pairs<kValueParts>(head, grad_output, query_head, first, rows, problem.value_width, scratch.grad_outputs,
                                values, split.grad_pairs))
-    return add_query_products(head, query_head, first, rows, scratch);
+    return add_query_products(head, query_head, first, rows, scratch, next);
   const SplitRows queries = tile_columns<kValueParts>(head, problem.query, query_head, first, rows, problem.key_width,
                                                       scratch.queries, keys, split.query_columns);
   tile_product<kValueParts, kValueParts, true>(queries, {split.grad_pairs, kValuePanel, kChunkRows / 2 * values},
                                                scratch.state_gradient, values, keys, values,
-                                               core::round_up(rows, kPairDepth));
+                                               core::round_up(rows, kPairDepth), next);
 }
 
 // G, either way round, as tile_receive() multiplies with it.
@@ -167,17 +169,18 @@ static void tile_receive(const Head& head, BackwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
   const SplitGradients& split = scratch.split;
   const int64_t keys = chunk.stride, values = scratch.value_stride, rows = core::round_up(chunk.rows, kPairRows);
+  Prefetches next = next_keys_and_gradients(head, chunk);
   split_rows<kParts>(chunk.gained, keys, chunk.rows, keys, core::round_up(chunk.rows, kPairRows), split.key_rows,
                      split.key_depth, kChunkRows * split.key_depth);
   tile_product<kParts, kParts, false>({split.key_rows, split.key_depth, kChunkRows * split.key_depth},
                                       {split.state, split.key_depth / 2 * kPanelLanes, split.key_depth / 2 * values},
-                                      scratch.grad_values, values, rows, values, split.key_depth);
+                                      scratch.grad_values, values, rows, values, split.key_depth, next);
   const SplitRows values_of_rows =
       tile_rows<kValueParts>(head, problem.value, head.key_head, chunk.first, chunk.rows, problem.value_width,
                              split.value_depth, scratch.values, values, split.value_rows);
   tile_product<kValueParts, kParts, false>(
       values_of_rows, {split.transposed_gradient, split.value_depth / 2 * kPanelLanes, split.value_depth / 2 * keys},
-      scratch.received, keys, rows, keys, split.value_depth);
+      scratch.received, keys, rows, keys, split.value_depth, next);
 }
 
 // The state after the rows of `head`, on top of what is there.
@@ -190,7 +193,8 @@ static void gather_state(const Head& head, BackwardScratch& scratch) {
     weigh_keys<false, kParts == 1>(problem, head.sequence.batch, head.key_head, chunk, scratch.normalizer);
     if constexpr (kParts > 0)
       if (chunk.rows >= kLeastSplitRows && tile_add_chunk<kParts, kValueParts>(head, scratch)) continue;
-    add_chunk_to_transposed_state(head, load_values(head, first, chunk.rows, scratch), {0, chunk.stride}, scratch);
+    add_chunk_to_transposed_state(head, load_values(head, first, chunk.rows, scratch), {0, chunk.stride}, scratch,
+                                  next_keys_and_values(head, head.sequence.end, chunk));
   }
 }
 
@@ -216,9 +220,10 @@ static void read_rows(const Head& head, BackwardScratch& scratch) {
       if (on_tiles) {
         tile_read_rows<kParts, kValueParts>(head, query_head, first, rows, scratch);
       } else {
-        add_query_products(head, query_head, first, rows, scratch);
+        Prefetches next = next_rows_of_query_head(head, query_head, first, rows);
+        add_query_products(head, query_head, first, rows, scratch, next);
         product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
-                       scratch.received, chunk.stride, rows, chunk.stride, problem.value_width);
+                       scratch.received, chunk.stride, rows, chunk.stride, problem.value_width, AskFor{next});
       }
       for (int row = 0; row < rows; ++row) {
         float* gradient = scratch.received + row * chunk.stride;
@@ -276,7 +281,7 @@ static void give_to_rows(const Head& head, BackwardScratch& scratch) {
       tile_receive<kParts, kValueParts>(head, scratch);
     } else {
       load_values(head, first, chunk.rows, scratch);
-      receive_from_later_rows(head, scratch);
+      receive_from_later_rows(head, scratch, next_keys_and_gradients(head, chunk));
     }
     write_key_gradients(head, nullptr, scratch);
   }

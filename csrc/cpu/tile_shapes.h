@@ -125,6 +125,11 @@ constexpr int64_t kKeptRows = 16384;
 constexpr int kLeastWindow = 8;
 constexpr int kLargestWindow = 64;
 constexpr int64_t kLeastWindowRows = 8 * kChunkRows;
+// The share of one thread's time up to which windows pay (suits_windows()). A forward pass of two threads goes by
+// blocks of a head's values instead, each with all weights of its own, and where products are fast, on the tile unit,
+// what windows copy weighs more than a second thread brings.
+constexpr double kMostWindowShare = 0.4;
+constexpr double kMostSlowWindowShare = 0.65;
 // One row after the other, as in decoding: query heads whose outputs stay in registers while the state passes, and the
 // vectors of the state that are under way, twice as many where there is one head, so that a row of 128 columns is one
 // run of memory under AVX-512.

@@ -57,6 +57,8 @@ class RecurrenceVariant:
     block_value_width: int
     # Of products: "ieee" for float32, "tf32" (as many bits as float16 has) for 16-bit inputs where the chip has it.
     precision: str
+    # float16 has as many bits as tf32: where <G, S> takes most of a gradient away, its products need those of fp32.
+    keeps_remainders: bool
     causal: bool
     packed: bool
     has_gain: bool

@@ -57,8 +57,7 @@ def sum_chunks(problem, chunk_normalizers, variant: tl.constexpr):
     unit = chunk.index * problem.key_heads + key_head
     places, inside = state_places(problem.states, unit, channel, column, variant)
     state = dot(tl.trans(rounded(weights, variant)), values, variant)
-    if variant.precision == "tf32":
-        # The final state is a result in fp32, and a key's gradient what <G, S> leaves of it.
+    if variant.keeps_remainders:
         state += dot(tl.trans(remainder(weights, variant)), values, variant)
     tl.store(places, state, mask=inside)
     if column == 0:

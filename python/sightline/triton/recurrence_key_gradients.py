@@ -164,8 +164,7 @@ def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr
             )
             state_gradient = load_state(gradients.first_state_gradient, own, channel, column, variant)
             received += dot(values, tl.trans(rounded(state_gradient, variant)), variant)
-            if variant.precision == "tf32":
-                # Where one key has all the weight, <G, S> takes all of this away.
+            if variant.keeps_remainders:
                 received += dot(values, tl.trans(remainder(state_gradient, variant)), variant)
         received = received * weights
         responses = weights * load_channels(gradients.first_response, own, channel, variant, 0.0)[None, :]

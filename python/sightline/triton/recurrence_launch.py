@@ -65,13 +65,15 @@ class _Call:
         batch, heads, self.length, self.width = query.shape
         self.key_heads, self.value_width = key.shape[1], value.shape[3]
         tile = _TILES[operator, query.dtype == torch.float32]
+        precision = "ieee" if query.dtype == torch.float32 else sixteen_bit_precision()
         self.variant = RecurrenceVariant(
             self.width,
             self.value_width,
             tile.rows,
             _block(self.width, tile.channels),
             _block(self.value_width, tile.columns),
-            "ieee" if query.dtype == torch.float32 else sixteen_bit_precision(),
+            precision,
+            precision == "tf32" and query.dtype == torch.float16,
             causal,
             cu_seqlens is not None,
             key_gain is not None,
