@@ -264,17 +264,27 @@ static void weigh_keys(const RecurrenceProblem& problem, int64_t batch, int64_t 
   }
 }
 
-// Queries times `factors`, one row for all (stride 0) or one for each, times the scale.
-[[maybe_unused]] static void scale_queries(float* queries, int64_t stride, int rows, const float* factors,
-                                           int64_t factor_stride, float scale) {
-  const Vec broadcast = Vec::broadcast(scale), nothing = Vec::broadcast(0.0f);
-  for (int row = 0; row < rows; ++row)
+// Queries (rows, padded Dk) times `factors`, one row for all (stride 0) or one for each, times the scale.
+[[maybe_unused]] static void load_scaled_queries(const RecurrenceProblem& problem, int64_t batch, int64_t head,
+                                                 int64_t first, int rows, const float* factors, int64_t factor_stride,
+                                                 float* queries) {
+  const int64_t width = problem.key_width, stride = padded(width);
+  const Vec scale = Vec::broadcast(problem.scale), nothing = Vec::broadcast(0.0f);
+  for (int row = 0; row < rows; ++row) {
+    const void* source = row_of(problem.query, problem.dtype, batch, head, first + row);
+    float* target = queries + row * stride;
+    const float* from = static_cast<const float*>(source);
+    if (problem.dtype != DType::kFloat32 || width != stride) {
+      widen(source, problem.dtype, target, width);
+      zero(target + width, stride - width);
+      from = target;
+    }
     for (int64_t d = 0; d < stride; d += Vec::kWidth) {
-      float* entry = queries + row * stride + d;
       // Before the first key the output is 0, whatever the query.
       const Vec factor = Vec::load(factors + row * factor_stride + d);
-      store(entry, select(equal(factor, nothing), factor, Vec::load(entry) * factor * broadcast));
+      store(target + d, select(equal(factor, nothing), factor, Vec::load(from + d) * factor * scale));
     }
+  }
 }
 
 // scores (row, column) = <a_row, b_column> for column <= row, `b_transposed` is (depth, kChunkRows). What stands to

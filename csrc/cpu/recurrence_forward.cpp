@@ -17,22 +17,35 @@
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
 
+// Whether products go into the tensor of the outputs, which has no padding: not a function of the blocks of values.
+bool writes_in_place(const RecurrenceProblem& problem) {
+  return problem.dtype == DType::kFloat32 && problem.value_width % Vec::kWidth == 0;
+}
+
+float* output_rows(const RecurrenceProblem& problem, const Unit& unit, int64_t head, int64_t first) {
+  return static_cast<float*>(writable_row_of(problem.output, problem.dtype, unit.sequence.batch, head, first)) +
+         unit.column;
+}
+
 // The outputs of the chunk begun. Whether all of its values, which stay loaded, are finite.
 bool read_chunk_rows(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   const int64_t group = problem.heads / problem.key_heads;
   const KeyChunk& chunk = scratch.chunk;
-  const bool finite = load_values(problem, unit, scratch);
+  const bool finite = load_values(problem, unit, scratch), in_place = writes_in_place(problem);
   transpose(chunk.gained, chunk.stride, scratch.transposed_keys, kChunkRows, padded(chunk.rows), chunk.stride);
   for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
-    load_queries(problem, unit, head, chunk.first, chunk.rows, chunk.inverse, chunk.stride, scratch);
+    load_scaled_queries(problem, unit.sequence.batch, head, chunk.first, chunk.rows, chunk.inverse, chunk.stride,
+                        scratch.queries);
     Prefetches prefetches = next_queries_and_outputs(problem, unit, head, chunk.first, chunk.rows);
-    product<false>({scratch.queries, chunk.stride, 1}, scratch.state, unit.stride, scratch.outputs, unit.stride,
-                   chunk.rows, unit.width, problem.key_width, AskFor{prefetches});
+    float* outputs = in_place ? output_rows(problem, unit, head, chunk.first) : scratch.outputs;
+    const int64_t stride = in_place ? problem.output.row_stride : unit.stride;
+    product<false>({scratch.queries, chunk.stride, 1}, scratch.state, unit.stride, outputs, stride, chunk.rows,
+                   unit.width, problem.key_width, AskFor{prefetches});
     lower_triangle_scores(scratch.queries, chunk.stride, scratch.transposed_keys, scratch.scores, chunk.rows,
                           problem.key_width);
-    lower_triangle_product(scratch.scores, scratch.values, unit.stride, scratch.outputs, unit.stride, chunk.rows,
-                           unit.width, finite);
-    write_outputs(problem, unit, head, chunk.first, chunk.rows, scratch);
+    lower_triangle_product(scratch.scores, scratch.values, unit.stride, outputs, stride, chunk.rows, unit.width,
+                           finite);
+    if (!in_place) write_outputs(problem, unit, head, chunk.first, chunk.rows, scratch);
   }
   return finite;
 }
@@ -77,18 +90,36 @@ void gather(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& 
     gather_rows<kParts, kValueParts, false>(problem, unit, scratch);
 }
 
-// The outputs of the unit's rows from the state of the whole sequence.
+// read_out() where the state, not every query, is divided by the normaliser: queries and outputs stay where they are.
+void read_out_in_place(const RecurrenceProblem& problem, const Unit& unit, int64_t head, int64_t first, int rows,
+                       ForwardScratch& scratch) {
+  const auto* queries =
+      static_cast<const float*>(row_of(problem.query, problem.dtype, unit.sequence.batch, head, first));
+  Prefetches prefetches = next_queries_and_outputs(problem, unit, head, first, rows);
+  product<false>({queries, problem.query.row_stride, 1}, scratch.state, unit.stride,
+                 output_rows(problem, unit, head, first), problem.output.row_stride, rows, unit.width,
+                 problem.key_width, AskFor{prefetches});
+}
+
+// The outputs of the unit's rows from the state of the whole sequence, which is used up.
 template <int kParts, int kValueParts>
 void read_out(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   const int64_t group = problem.heads / problem.key_heads;
   KeyChunk& chunk = scratch.chunk;
-  bool split = kParts > 0;
+  bool live = true;
   for (int64_t d = 0; d < chunk.stride; ++d) {
     chunk.inverse[d] = scratch.normalizer.inverse(d);
-    split &= d >= problem.key_width || chunk.inverse[d] != 0.0f;
+    live &= d >= problem.key_width || chunk.inverse[d] != 0.0f;
   }
+  const bool split = kParts > 0 && live, in_place = live && writes_in_place(problem);
   if constexpr (kParts > 0)
     if (split) split_whole_state<kValueParts>(problem, unit, scratch);
+  for (int64_t d = 0; in_place && d < problem.key_width; ++d) {
+    const Vec factor = Vec::broadcast(chunk.inverse[d] * problem.scale);
+    float* row = scratch.state + d * unit.stride;
+    for (int64_t column = 0; column < unit.width; column += Vec::kWidth)
+      store(row + column, Vec::load(row + column) * factor);
+  }
   for (int64_t first = unit.sequence.begin; first < unit.sequence.end; first += kChunkRows) {
     const int rows = static_cast<int>(core::smaller(kChunkRows, unit.sequence.end - first));
     for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
@@ -97,7 +128,11 @@ void read_out(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch
           split_read_out<kValueParts>(problem, unit, head, first, rows, scratch);
           continue;
         }
-      load_queries(problem, unit, head, first, rows, chunk.inverse, 0, scratch);
+      if (in_place) {
+        read_out_in_place(problem, unit, head, first, rows, scratch);
+        continue;
+      }
+      load_scaled_queries(problem, unit.sequence.batch, head, first, rows, chunk.inverse, 0, scratch.queries);
       Prefetches prefetches = next_queries_and_outputs(problem, unit, head, first, rows);
       product<false>({scratch.queries, chunk.stride, 1}, scratch.state, unit.stride, scratch.outputs, unit.stride, rows,
                      unit.width, problem.key_width, AskFor{prefetches});
@@ -126,11 +161,13 @@ void run_unit(const Plan& plan, int64_t index, ForwardScratch& scratch) {
   if (unit.sequence.begin == unit.sequence.end) return pass_state_on(problem, unit);
   start_state(problem, unit, scratch);
   with_parts(plan.parts, [&](auto parts, auto value_parts) {
-    if (problem.causal) return run_causal<parts, value_parts>(problem, unit, scratch);
-    gather<parts, value_parts>(problem, unit, scratch);
-    read_out<parts, value_parts>(problem, unit, scratch);
+    if (problem.causal)
+      run_causal<parts, value_parts>(problem, unit, scratch);
+    else
+      gather<parts, value_parts>(problem, unit, scratch);
+    write_state(problem, unit, scratch);
+    if (!problem.causal) read_out<parts, value_parts>(problem, unit, scratch);
   });
-  write_state(problem, unit, scratch);
 }
 
 // A long sequence without order: every segment's state, those merged in order, every segment's outputs.
@@ -162,9 +199,9 @@ void run_segments(const Plan& plan, const Parallel& parallel) {
       parallel, columns * plan.segments.count, plan, [&](int64_t index, ForwardScratch& scratch) {
         const Unit unit = segment_of(index);
         states.get(index / plan.segments.count * plan.segments.count, unit.stride, scratch);
+        if (unit.sequence.begin == 0) write_state(problem, unit, scratch);
         with_parts(plan.parts,
                    [&](auto parts, auto value_parts) { read_out<parts, value_parts>(problem, unit, scratch); });
-        if (unit.sequence.begin == 0) write_state(problem, unit, scratch);
       });
 }
 

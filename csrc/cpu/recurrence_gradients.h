@@ -223,12 +223,9 @@ struct BackwardScratch {
 [[maybe_unused]] static bool load_scaled_queries(const Head& head, int64_t query_head, int64_t first, int rows,
                                                  const float* factors, int64_t factor_stride,
                                                  BackwardScratch& scratch) {
-  const RecurrenceProblem& problem = head.problem;
-  const int64_t stride = scratch.chunk.stride;
-  load_rows(problem.query, problem.dtype, head.sequence.batch, query_head, first, 0, rows, problem.key_width,
-            scratch.queries, stride);
-  scale_queries(scratch.queries, stride, rows, factors, factor_stride, problem.scale);
-  return is_finite(scratch.queries, rows * stride);
+  load_scaled_queries(head.problem, head.sequence.batch, query_head, first, rows, factors, factor_stride,
+                      scratch.queries);
+  return is_finite(scratch.queries, rows * scratch.chunk.stride);
 }
 
 // G transposed, as G v is multiplied.

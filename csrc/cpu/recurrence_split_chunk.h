@@ -40,7 +40,8 @@ static bool split_read_chunk_rows(const RecurrenceProblem& problem, const Unit& 
                              split.key_depth / 2 * kChunkRows, chunk.rows);
   split_state<kParts>(scratch.state, unit.stride, nullptr, problem.key_width, unit.width, split);
   for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
-    load_queries(problem, unit, head, chunk.first, chunk.rows, chunk.inverse, chunk.stride, scratch);
+    load_scaled_queries(problem, unit.sequence.batch, head, chunk.first, chunk.rows, chunk.inverse, chunk.stride,
+                        scratch.queries);
     split_rows<kParts>(scratch.queries, chunk.stride, chunk.rows, chunk.stride, core::round_up(chunk.rows, kPairRows),
                        split.queries, split.key_depth, kChunkRows * split.key_depth);
     read_state<kParts>(split, split.key_depth, chunk.rows, unit.width, scratch.outputs, unit.stride,

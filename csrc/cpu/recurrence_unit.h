@@ -109,16 +109,6 @@ struct Unit {
   }
 }
 
-// Queries of the chunk times `factors`, one row for all (stride 0) or one for each, times the scale.
-[[maybe_unused]] static void load_queries(const RecurrenceProblem& problem, const Unit& unit, int64_t head,
-                                          int64_t first, int rows, const float* factors, int64_t factor_stride,
-                                          ForwardScratch& scratch) {
-  const int64_t stride = scratch.chunk.stride;
-  load_rows(problem.query, problem.dtype, unit.sequence.batch, head, first, 0, rows, problem.key_width, scratch.queries,
-            stride);
-  scale_queries(scratch.queries, stride, rows, factors, factor_stride, problem.scale);
-}
-
 [[maybe_unused]] static void write_outputs(const RecurrenceProblem& problem, const Unit& unit, int64_t head,
                                            int64_t first, int rows, const ForwardScratch& scratch) {
   for (int row = 0; row < rows; ++row)

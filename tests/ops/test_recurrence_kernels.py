@@ -89,6 +89,24 @@ def test_options(option, dtype, causal):
 
 @pytest.mark.isa
 @CAUSAL
+@pytest.mark.parametrize("option", [*OPTIONS, *PACKINGS])
+def test_options_where_outputs_are_written_in_place(option, causal):
+    """In float32 products go into the tensor where its rows are whole vectors."""
+    packed = option in PACKINGS
+    sizes = Sizes(batch=1 if packed else 2, value_width=32)
+    options = (PACKINGS if packed else OPTIONS)[option](sizes)
+    problem = random_problem(sizes, causal=causal, **options)
+    problem.query[0, 1, 70, 3] = math.inf
+    infinite = outputs(problem, "native")["output"]
+    assert not infinite[0, 1, 70].isfinite().any() or (infinite[0, 1, 70] == 0).all()
+    problem.query[0, 1, 70, 3] = 0.5
+    finite = assert_results_are_close(problem)["output"]
+    infinite[0, 1, 70] = finite[0, 1, 70]
+    assert torch.equal(infinite, finite)
+
+
+@pytest.mark.isa
+@CAUSAL
 @EVERY_DTYPE
 def test_the_only_key_of_a_padded_entry_has_no_gradient(dtype, causal):
     """What its value gives to it, <G, S> takes away: both must come from the same G."""
@@ -354,10 +372,11 @@ def test_a_state_in_any_layout(causal):
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 2), (1, 1, 1), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("value_width", [96, 100])
 @CAUSAL
 @EVERY_DTYPE
-def test_results_do_not_depend_on_the_number_of_threads(shape, dtype, causal):
-    sizes = Sizes(*shape, length=600, width=32, value_width=100)
+def test_results_do_not_depend_on_the_number_of_threads(shape, value_width, dtype, causal):
+    sizes = Sizes(*shape, length=600, width=32, value_width=value_width)
     problem = random_problem(sizes, dtype, causal=causal)
     problem.value[0, 0, 40, 70] = math.inf  # in one block of columns alone
     gradients = random_gradients(problem)
