@@ -36,7 +36,7 @@ LENGTHS = [1, 2, 15, 17, 63, ON_EVERY_ISA(64), 65, ON_EVERY_ISA(203), 513]
 WIDTHS = [(1, 1), (3, 5), (8, 8), (17, 33), (64, 128), (130, 20), (512, 512)]
 
 CLIMBING = pytest.mark.parametrize(
-    ("option", "step"), itertools.product(["plain", "everything", "documents_with_states"], [0.0, 25.0])
+    ("option", "step"), list(itertools.product(["plain", "everything", "documents_with_states"], [0.0, 25.0]))
 )
 
 
