@@ -128,6 +128,10 @@ PACKINGS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
         "key_mask": torch.rand(1, s.length) < 0.8,
         "key_gain": torch.randn(s.key_shape()),
     },
+    "two_documents": lambda s: {
+        "cu_seqlens": torch.tensor([0, s.length // 3, s.length], dtype=torch.int32),
+        "initial_state": random_state(s, 2),
+    },
 }
 
 

@@ -7,8 +7,8 @@
 // each from a state stored on a first walk, so that memory does not grow with the sequence but for one state per
 // segment. With order, chunks of 16-bit inputs go through the tile unit where there is one
 // (recurrence_split_backward.h). Without order there are three walks over the rows (recurrence_unordered_backward.h),
-// each over all segments of a long sequence at once. A long sequence of fewer heads than threads goes through all of
-// them, window by window, where there is an order (recurrence_windows.h).
+// each over all segments of a long sequence at once. With order a long sequence of fewer heads than threads goes
+// through all of them, window by window, where that pays (recurrence_windows.h).
 #include "cpu/kernel_table.h"
 #include "cpu/recurrence_causal_backward.h"
 #include "cpu/recurrence_gradient_segments.h"

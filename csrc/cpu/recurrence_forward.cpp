@@ -3,11 +3,11 @@
 // A unit of work is one key head of one sequence and a block of value columns: it walks the chunks of keys
 // (recurrence_chunk.h) with its columns of the state in the second-level cache. The columns of a state do not know of
 // each other, so however many blocks there are, the bits are the same; a head is cut into blocks only where there are
-// fewer heads than threads, because every block computes the keys' weights and scores for itself. A long sequence of
-// fewer heads than threads goes through all of them window by window instead (recurrence_windows.h), and without order
-// its segments are units of their own (recurrence_segments.h). Per chunk, for every
-// query head of the group: outputs from the state, scores within the chunk, outputs from those; then the chunk joins
-// the state. A sequence of one row is one pass over the state instead (recurrence_step.h).
+// fewer heads than threads, because every block computes the keys' weights and scores for itself. Where that pays, a
+// long sequence of fewer heads than threads goes through all of them window by window (recurrence_windows.h), and
+// without order its segments are units of their own (recurrence_segments.h). Per chunk, for every query head of the
+// group: outputs from the state, scores within the chunk, outputs from those; then the chunk joins the state. A
+// sequence of one row is one pass over the state instead (recurrence_step.h).
 #include "cpu/kernel_table.h"
 #include "cpu/recurrence_segments.h"
 #include "cpu/recurrence_split_chunk.h"
@@ -276,18 +276,19 @@ void recurrence_forward(const RecurrenceProblem& problem, const Parallel& parall
                                });
     return;
   }
-  if (suits_windows(problem, parallel.threads, kMostWindowShare)) {
-    const Plan plan(problem, 1);
-    for (int64_t index = 0; index < problem.sequences() * problem.key_heads * plan.blocks; ++index) {
-      const Unit unit = unit_of(plan, index / plan.blocks, index % plan.blocks);
+  const Plan plan(problem, parallel.threads);
+  const bool fast = plan.parts.factors > 0;
+  if (suits_windows(problem, parallel.threads, fast || plan.blocks > 1 ? kMostWindowShare : kMostSlowWindowShare)) {
+    const Plan whole(problem, 1);
+    for (int64_t index = 0; index < problem.sequences() * problem.key_heads * whole.blocks; ++index) {
+      const Unit unit = unit_of(whole, index / whole.blocks, index % whole.blocks);
       if (unit.sequence.begin == unit.sequence.end)
         pass_state_on(problem, unit);
       else
-        with_parts(plan.parts, [&](auto parts, auto values) { run_windows<parts, values>(plan, unit, parallel); });
+        with_parts(whole.parts, [&](auto parts, auto values) { run_windows<parts, values>(whole, unit, parallel); });
     }
     return;
   }
-  const Plan plan(problem, parallel.threads);
   if (plan.segments.count > 1) return run_segments(plan, parallel);
   for_each_unit<ForwardScratch>(parallel, problem.sequences() * problem.key_heads * plan.blocks, plan,
                                 [&plan](int64_t index, ForwardScratch& scratch) { run_unit(plan, index, scratch); });

@@ -240,7 +240,7 @@ static void read_rows(const Head& head, BackwardScratch& scratch) {
   }
 }
 
-// x as tile_split_gradient() splits it.
+// x as tile_split_gradient() splits it, where it is finite.
 template <int kParts>
 static Vec sum_of_parts(Vec x) {
   const Vec first = rounded_to_bfloat16(x);

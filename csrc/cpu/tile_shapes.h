@@ -108,7 +108,7 @@ constexpr int64_t kScoreDepth = 16;
 // A chunk of fewer rows, as steep keys make it, costs less in fp32 than its state costs to be split for the tile unit.
 constexpr int kLeastSplitRows = 16;
 // Rows of the next chunk that are asked for with every block of a product: of 6 by 4 vectors, so that a product of a
-// chunk and a state of 128 by 128 asks for all.
+// chunk and a state of 128 by 128 asks for 60 of 64.
 constexpr int64_t kRowsAskedForPerBlock = 3;
 // Columns of a state that stay in the second-level cache at Dk = 512.
 constexpr int64_t kLargestBlock = 256;
@@ -125,8 +125,8 @@ constexpr int64_t kKeptRows = 16384;
 constexpr int kLeastWindow = 8;
 constexpr int kLargestWindow = 64;
 constexpr int64_t kLeastWindowRows = 8 * kChunkRows;
-// The share of one thread's time up to which windows pay (suits_windows()). A forward pass of two threads goes by
-// blocks of a head's values instead, each with all weights of its own, and where products are fast, on the tile unit,
+// The share of one thread's time up to which windows pay (suits_windows()). Less where a forward pass can go by blocks
+// of a head's values instead, each with all weights of its own, and where products are fast, on the tile unit: there
 // what windows copy weighs more than a second thread brings.
 constexpr double kMostWindowShare = 0.4;
 constexpr double kMostSlowWindowShare = 0.65;

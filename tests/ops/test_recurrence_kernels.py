@@ -36,7 +36,8 @@ LENGTHS = [1, 2, 15, 17, 63, ON_EVERY_ISA(64), 65, ON_EVERY_ISA(203), 513]
 WIDTHS = [(1, 1), (3, 5), (8, 8), (17, 33), (64, 128), (130, 20), (512, 512)]
 
 CLIMBING = pytest.mark.parametrize(
-    ("option", "step"), list(itertools.product(["plain", "everything", "documents_with_states"], [0.0, 25.0]))
+    ("option", "step"),
+    list(itertools.product(["plain", "everything", "documents_with_states", "two_documents"], [0.0, 25.0])),
 )
 
 
@@ -108,10 +109,11 @@ def test_options_where_outputs_are_written_in_place(option, causal):
 @pytest.mark.isa
 @CAUSAL
 @EVERY_DTYPE
-def test_the_only_key_of_a_padded_entry_has_no_gradient(dtype, causal):
-    """What its value gives to it, <G, S> takes away: both must come from the same G."""
+@pytest.mark.parametrize("option", ["plain", "gain"])
+def test_the_only_key_of_a_padded_entry_has_no_gradient(option, dtype, causal):
+    """What its value gives to it, <G, S> takes away: both must come from the same G and the same weight."""
     mask = torch.arange(150) >= torch.tensor([[149], [0]])
-    assert_results_are_close(random_problem(Sizes(), dtype, causal=causal, key_mask=mask))
+    assert_results_are_close(random_problem(Sizes(), dtype, causal=causal, key_mask=mask, **OPTIONS[option](Sizes())))
 
 
 @pytest.mark.isa

@@ -120,7 +120,10 @@ def dot(left, right, variant: tl.constexpr):
 
 @triton.jit
 def remainder(x, variant: tl.constexpr):
-    """What rounded() takes away, rounded: with a product of its own, nothing of x is lost."""
+    """What rounded() takes away, rounded: with a product of its own, x has 22 bits.
+
+    It may be negative or 0 where x is not: it must not meet what is not finite.
+    """
     first = rounded(x, variant)
     return rounded(tl.where(tl.abs(first) < float("inf"), x - first, 0.0), variant)
 

@@ -57,8 +57,9 @@ def sum_chunks(problem, chunk_normalizers, variant: tl.constexpr):
     unit = chunk.index * problem.key_heads + key_head
     places, inside = state_places(problem.states, unit, channel, column, variant)
     state = dot(tl.trans(rounded(weights, variant)), values, variant)
-    if variant.keeps_remainders:
-        state += dot(tl.trans(remainder(weights, variant)), values, variant)
+    if variant.keeps_remainders:  # noqa: SIM102 - the compiler leaves out what follows a constant alone
+        if all_finite(values):
+            state += dot(tl.trans(remainder(weights, variant)), values, variant)
     tl.store(places, state, mask=inside)
     if column == 0:
         channels = channel + tl.arange(0, variant.block_width)

@@ -164,8 +164,9 @@ def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr
             )
             state_gradient = load_state(gradients.first_state_gradient, own, channel, column, variant)
             received += dot(values, tl.trans(rounded(state_gradient, variant)), variant)
-            if variant.keeps_remainders:
-                received += dot(values, tl.trans(remainder(state_gradient, variant)), variant)
+            if variant.keeps_remainders:  # noqa: SIM102 - the compiler leaves out what follows a constant alone
+                if all_finite(values):
+                    received += dot(values, tl.trans(remainder(state_gradient, variant)), variant)
         received = received * weights
         responses = weights * load_channels(gradients.first_response, own, channel, variant, 0.0)[None, :]
     gain = load_gain(problem, variant, chunk, key_head, live, channel)

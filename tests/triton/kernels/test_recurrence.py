@@ -124,6 +124,18 @@ def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(number,
 
 
 @CAUSAL
+def test_a_state_with_an_infinite_value_is_infinite_in_float16(causal):
+    """What is left of a weight's bits may be negative, and must not meet it."""
+    problem = random_problem(
+        Sizes(batch=1, heads=1, key_heads=1, length=20, width=8, value_width=8), torch.float16, causal=causal
+    )
+    problem.value[0, 0, 3, 2] = math.inf
+    memory = outputs(problem, "triton")["memory"]
+    assert (memory[..., 2] == math.inf).all()
+    assert memory[..., [0, 1, *range(3, 8)]].isfinite().all()
+
+
+@CAUSAL
 @pytest.mark.parametrize("number", [-math.inf, math.nan, math.inf])
 @pytest.mark.parametrize(("length", "option"), [(1, "plain"), (1, "state"), (20, "state")])
 def test_non_finite_keys_forward_and_backward(length, option, number, causal):
