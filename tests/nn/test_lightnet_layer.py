@@ -115,18 +115,20 @@ def test_compile_checkpoint_and_state_dict():
 
 
 def test_half_precision_and_autocast():
-    """Of the rows the middle one, because the norm enlarges what rounding the inputs does to rows near zero."""
+    """Row by row: what rounding the inputs does to the few that are near zero before the norm, that enlarges."""
 
-    def relative_error(actual):
-        return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
+    def assert_close(actual):
+        errors = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert errors.median() < 0.01
+        assert errors.quantile(0.97) < 0.05
 
     layer, hidden = LightNetAttention(32, 4, position_axes=1), torch.randn(16, 9, 32)
     expected = layer(hidden)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert relative_error(layer(hidden)) < 0.01
+        assert_close(layer(hidden))
     low = layer.bfloat16()(hidden.bfloat16())
     assert low.dtype == torch.bfloat16
-    assert relative_error(low.float()) < 0.01
+    assert_close(low.float())
 
 
 def test_toeplitz_positions_are_a_causal_filter():
