@@ -23,7 +23,7 @@ namespace sightline::SIGHTLINE_ISA_NS {
   const int64_t after = first + chunk.rows;
   return {{rows_from(head, problem.query, query_head, first, first, after, problem.key_width),
            rows_from(head, head.gradients.grad_output, query_head, after, after, end, problem.value_width)},
-          rows_from(head, head.gradients.grad_query, query_head, first, first, after, problem.key_width)};
+          head.grad_queries().prefetch(head.sequence.batch, query_head, first, after - first)};
 }
 
 // The keys and values that the sweep forward reads next.
@@ -39,8 +39,7 @@ namespace sightline::SIGHTLINE_ISA_NS {
   const int64_t first = chunk.first, before = first - kChunkRows;
   return {{rows_from(head, head.problem.key, head.key_head, before, begin, first, head.problem.key_width),
            rows_from(head, head.problem.value, head.key_head, before, begin, first, head.problem.value_width)},
-          rows_from(head, head.gradients.grad_key, head.key_head, first, begin, first + chunk.rows,
-                    head.problem.key_width)};
+          head.grad_keys().prefetch(head.sequence.batch, head.key_head, first, chunk.rows)};
 }
 
 // The rows of a query head that the sweep back reads next, and the gradient of the values that it is about to write.
@@ -49,8 +48,7 @@ namespace sightline::SIGHTLINE_ISA_NS {
   const int64_t first = chunk.first, before = first - kChunkRows;
   return {{rows_from(head, head.problem.query, query_head, before, begin, first, head.problem.key_width),
            rows_from(head, head.gradients.grad_output, query_head, before, begin, first, head.problem.value_width)},
-          rows_from(head, head.gradients.grad_value, head.key_head, first, begin, first + chunk.rows,
-                    head.problem.value_width)};
+          head.grad_values().prefetch(head.sequence.batch, head.key_head, first, chunk.rows)};
 }
 
 // What the walks without order read of a query head's next rows, and write of these.
@@ -60,16 +58,14 @@ namespace sightline::SIGHTLINE_ISA_NS {
   const int64_t after = first + rows, end = head.sequence.end;
   return {{rows_from(head, problem.query, query_head, after, after, end, problem.key_width),
            rows_from(head, head.gradients.grad_output, query_head, after, after, end, problem.value_width)},
-          rows_from(head, head.gradients.grad_query, query_head, first, first, after, problem.key_width)};
+          head.grad_queries().prefetch(head.sequence.batch, query_head, first, after - first)};
 }
 
 // What the last walk without order reads of the next keys and values, and writes of these.
 [[maybe_unused]] static Prefetches next_keys_and_gradients(const Head& head, const KeyChunk& chunk) {
-  const int64_t first = chunk.first, after = first + chunk.rows;
   Prefetches next = next_keys_and_values(head, head.sequence.end, chunk);
-  next.writes[0] = rows_from(head, head.gradients.grad_key, head.key_head, first, first, after, head.problem.key_width);
-  next.writes[1] =
-      rows_from(head, head.gradients.grad_value, head.key_head, first, first, after, head.problem.value_width);
+  next.writes[0] = head.grad_keys().prefetch(head.sequence.batch, head.key_head, chunk.first, chunk.rows);
+  next.writes[1] = head.grad_values().prefetch(head.sequence.batch, head.key_head, chunk.first, chunk.rows);
   return next;
 }
 

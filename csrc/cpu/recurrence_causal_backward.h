@@ -46,10 +46,8 @@ namespace sightline::SIGHTLINE_ISA_NS {
       const Vec product = query * normalized;
       store(response + d, first_of_group ? product : product + Vec::load(response + d));
     }
-    narrow(gradient,
-           writable_row_of(head.gradients.grad_query, problem.dtype, head.sequence.batch, query_head, first + row),
-           problem.dtype, problem.key_width);
   }
+  head.grad_queries().write(scratch.received, chunk.stride, head.sequence.batch, query_head, first, chunk.rows);
 }
 
 // dq of a chunk from the state before it.

@@ -17,9 +17,14 @@
 namespace sightline::SIGHTLINE_ISA_NS {
 namespace {
 
-// Whether products go into the tensor of the outputs, which has no padding: not a function of the blocks of values.
-bool writes_in_place(const RecurrenceProblem& problem) {
+// Whether products can go into the tensor of the outputs, which has no padding: not a function of the blocks of values.
+bool fits_products(const RecurrenceProblem& problem) {
   return problem.dtype == DType::kFloat32 && problem.value_width % Vec::kWidth == 0;
+}
+
+// Whether they do.
+bool writes_in_place(const RecurrenceProblem& problem, const Unit& unit) {
+  return fits_products(problem) && !outputs_of(problem, unit).past_caches;
 }
 
 float* output_rows(const RecurrenceProblem& problem, const Unit& unit, int64_t head, int64_t first) {
@@ -31,7 +36,7 @@ float* output_rows(const RecurrenceProblem& problem, const Unit& unit, int64_t h
 bool read_chunk_rows(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   const int64_t group = problem.heads / problem.key_heads;
   const KeyChunk& chunk = scratch.chunk;
-  const bool finite = load_values(problem, unit, scratch), in_place = writes_in_place(problem);
+  const bool finite = load_values(problem, unit, scratch), in_place = writes_in_place(problem, unit);
   transpose(chunk.gained, chunk.stride, scratch.transposed_keys, kChunkRows, padded(chunk.rows), chunk.stride);
   for (int64_t head = unit.key_head * group; head < (unit.key_head + 1) * group; ++head) {
     load_scaled_queries(problem, unit.sequence.batch, head, chunk.first, chunk.rows, chunk.inverse, chunk.stride,
@@ -90,15 +95,18 @@ void gather(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& 
     gather_rows<kParts, kValueParts, false>(problem, unit, scratch);
 }
 
-// read_out() where the state, not every query, is divided by the normaliser: queries and outputs stay where they are.
+// read_out() where the state, not every query, is divided by the normaliser: queries stay where they are.
 void read_out_in_place(const RecurrenceProblem& problem, const Unit& unit, int64_t head, int64_t first, int rows,
                        ForwardScratch& scratch) {
   const auto* queries =
       static_cast<const float*>(row_of(problem.query, problem.dtype, unit.sequence.batch, head, first));
   Prefetches prefetches = next_queries_and_outputs(problem, unit, head, first, rows);
+  const bool in_place = writes_in_place(problem, unit);
   product<false>({queries, problem.query.row_stride, 1}, scratch.state, unit.stride,
-                 output_rows(problem, unit, head, first), problem.output.row_stride, rows, unit.width,
-                 problem.key_width, AskFor{prefetches});
+                 in_place ? output_rows(problem, unit, head, first) : scratch.outputs,
+                 in_place ? problem.output.row_stride : unit.stride, rows, unit.width, problem.key_width,
+                 AskFor{prefetches});
+  if (!in_place) write_outputs(problem, unit, head, first, rows, scratch);
 }
 
 // The outputs of the unit's rows from the state of the whole sequence, which is used up.
@@ -111,10 +119,10 @@ void read_out(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch
     chunk.inverse[d] = scratch.normalizer.inverse(d);
     live &= d >= problem.key_width || chunk.inverse[d] != 0.0f;
   }
-  const bool split = kParts > 0 && live, in_place = live && writes_in_place(problem);
+  const bool split = kParts > 0 && live, divides_state = live && fits_products(problem);
   if constexpr (kParts > 0)
     if (split) split_whole_state<kValueParts>(problem, unit, scratch);
-  for (int64_t d = 0; in_place && d < problem.key_width; ++d) {
+  for (int64_t d = 0; divides_state && d < problem.key_width; ++d) {
     const Vec factor = Vec::broadcast(chunk.inverse[d] * problem.scale);
     float* row = scratch.state + d * unit.stride;
     for (int64_t column = 0; column < unit.width; column += Vec::kWidth)
@@ -128,7 +136,7 @@ void read_out(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch
           split_read_out<kValueParts>(problem, unit, head, first, rows, scratch);
           continue;
         }
-      if (in_place) {
+      if (divides_state) {
         read_out_in_place(problem, unit, head, first, rows, scratch);
         continue;
       }

@@ -2,9 +2,9 @@
 // loading its rows, and turning what a key and a value receive into gradients (MATH.md section 4, "Backward").
 #pragma once
 
-#include "cpu/prefetch.h"
 #include "cpu/recurrence_chunk.h"
 #include "cpu/recurrence_split.h"
+#include "cpu/result_rows.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
@@ -50,12 +50,20 @@ struct Head {
   void for_each_query_head(Run run) const {
     for (int64_t query_head = key_head * group(); query_head < (key_head + 1) * group(); ++query_head) run(query_head);
   }
+  ResultRows grad_queries() const { return rows_of(gradients.grad_query, problem.heads, problem.key_width); }
+  ResultRows grad_keys() const { return rows_of(gradients.grad_key, problem.key_heads, problem.key_width); }
+  ResultRows grad_values() const { return rows_of(gradients.grad_value, problem.key_heads, problem.value_width); }
   const float* initial_log_normalizer() const {
     return problem.initial_log_normalizer == nullptr ? nullptr : problem.initial_log_normalizer + state_row(0);
   }
   // Row d of a state tensor (sequences, Hk, Dk, Dv), null where there is none.
   const float* memory_row(const float* memory, int64_t d) const {
     return memory == nullptr ? nullptr : memory + state_row(d) * problem.value_width;
+  }
+
+ private:
+  ResultRows rows_of(const HeadsView& view, int64_t heads, int64_t width) const {
+    return {view, problem.dtype, 0, width, problem.batch * heads * problem.length};
   }
 };
 
@@ -355,15 +363,13 @@ struct BackwardScratch {
       zero(grad_values, scratch.value_stride);
       zero(grad_keys, stride);
     }
-    const int64_t index = chunk.first + row;
-    narrow(grad_keys, writable_row_of(gradients.grad_key, problem.dtype, batch, head.key_head, index), problem.dtype,
-           problem.key_width);
-    narrow(grad_values, writable_row_of(gradients.grad_value, problem.dtype, batch, head.key_head, index),
-           problem.dtype, problem.value_width);
     if (gradients.grad_gain.data != nullptr)
-      narrow(received, writable_row_of(gradients.grad_gain, problem.gain_dtype, batch, head.key_head, index),
+      narrow(received,
+             writable_row_of(gradients.grad_gain, problem.gain_dtype, batch, head.key_head, chunk.first + row),
              problem.gain_dtype, problem.key_width);
   }
+  head.grad_keys().write(scratch.queries, stride, batch, head.key_head, chunk.first, chunk.rows);
+  head.grad_values().write(scratch.grad_values, scratch.value_stride, batch, head.key_head, chunk.first, chunk.rows);
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -45,7 +45,7 @@ static bool split_read_chunk_rows(const RecurrenceProblem& problem, const Unit& 
     split_rows<kParts>(scratch.queries, chunk.stride, chunk.rows, chunk.stride, core::round_up(chunk.rows, kPairRows),
                        split.queries, split.key_depth, kChunkRows * split.key_depth);
     read_state<kParts>(split, split.key_depth, chunk.rows, unit.width, scratch.outputs, unit.stride,
-                       {{}, rows_from(problem, unit, problem.output, head, chunk.first, unit.column, unit.columns)});
+                       {{}, outputs_of(problem, unit).prefetch(unit.sequence.batch, head, chunk.first, chunk.rows)});
     read_chunk<kParts, kValueParts>(
         split, chunk.rows, unit.width, scratch.scores, scratch.outputs, unit.stride,
         {{rows_from(problem, unit, problem.query, head, chunk.first + chunk.rows, 0, problem.key_width), {}}, {}});

@@ -2,9 +2,9 @@
 // with its part of the state, and how it goes between the tensors and the scratch memory of a thread.
 #pragma once
 
-#include "cpu/prefetch.h"
 #include "cpu/recurrence_chunk.h"
 #include "cpu/recurrence_split.h"
+#include "cpu/result_rows.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
@@ -109,13 +109,13 @@ struct Unit {
   }
 }
 
+SIGHTLINE_INLINE ResultRows outputs_of(const RecurrenceProblem& problem, const Unit& unit) {
+  return {problem.output, problem.dtype, unit.column, unit.columns, problem.batch * problem.heads * problem.length};
+}
+
 [[maybe_unused]] static void write_outputs(const RecurrenceProblem& problem, const Unit& unit, int64_t head,
                                            int64_t first, int rows, const ForwardScratch& scratch) {
-  for (int row = 0; row < rows; ++row)
-    narrow(scratch.outputs + row * unit.stride,
-           advance(writable_row_of(problem.output, problem.dtype, unit.sequence.batch, head, first + row), unit.column,
-                   problem.dtype),
-           problem.dtype, unit.columns);
+  outputs_of(problem, unit).write(scratch.outputs, unit.stride, unit.sequence.batch, head, first, rows);
 }
 
 // Up to a chunk of rows from `first` on.
@@ -130,7 +130,7 @@ struct Unit {
 [[maybe_unused]] static Prefetches next_queries_and_outputs(const RecurrenceProblem& problem, const Unit& unit,
                                                             int64_t head, int64_t first, int64_t rows) {
   return {{rows_from(problem, unit, problem.query, head, first + rows, 0, problem.key_width), {}},
-          rows_from(problem, unit, problem.output, head, first, unit.column, unit.columns)};
+          outputs_of(problem, unit).prefetch(unit.sequence.batch, head, first, rows)};
 }
 
 // Loads the next chunk: its keys' weights, and the state in the chunk's unit.

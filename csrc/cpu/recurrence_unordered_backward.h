@@ -225,17 +225,14 @@ static void read_rows(const Head& head, BackwardScratch& scratch) {
         product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
                        scratch.received, chunk.stride, rows, chunk.stride, problem.value_width, AskFor{next});
       }
-      for (int row = 0; row < rows; ++row) {
+      for (int row = 0; row < rows && !on_tiles; ++row) {
         float* gradient = scratch.received + row * chunk.stride;
-        if (!on_tiles)
-          for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth) {
-            const Vec inverse = Vec::load(chunk.inverse + d);
-            store(gradient + d, select(equal(inverse, nothing), nothing, Vec::load(gradient + d) * inverse * scale));
-          }
-        narrow(gradient,
-               writable_row_of(head.gradients.grad_query, problem.dtype, head.sequence.batch, query_head, first + row),
-               problem.dtype, problem.key_width);
+        for (int64_t d = 0; d < chunk.stride; d += Vec::kWidth) {
+          const Vec inverse = Vec::load(chunk.inverse + d);
+          store(gradient + d, select(equal(inverse, nothing), nothing, Vec::load(gradient + d) * inverse * scale));
+        }
       }
+      head.grad_queries().write(scratch.received, chunk.stride, head.sequence.batch, query_head, first, rows);
     });
   }
 }

@@ -40,6 +40,11 @@ static_assert(kPairRows % kAvx512Tiles.pairs.rows == 0);
 // its length.
 constexpr int64_t kDepthChunk = 128;
 
+// Results of at least so much are written past the caches where the kernel has nothing to wait for but memory
+// (result_rows.h): a second-level cache of them.
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kStreamedBytes = 2 * 1024 * 1024;
+
 // Attention, both ways. 64 x 64: a score tile (16 KiB) and a tile of V at D = 64 share the 48 KiB first-level cache.
 constexpr int kRowTile = 64;
 constexpr int kKeyTile = 64;

@@ -68,10 +68,16 @@ SIGHTLINE_INLINE void widen(const void* from, DType dtype, float* to, int64_t co
     to[index] = half ? core::float16_to_float(bits[index]) : core::bfloat16_to_float(bits[index]);
 }
 
-// Round `count` fp32 numbers to the dtype, to nearest even.
+// Round `count` fp32 numbers to the dtype, to nearest even; with kPastCaches to whole aligned lines.
+template <bool kPastCaches = false>
 SIGHTLINE_INLINE void narrow(const float* from, void* to, DType dtype, int64_t count) {
   if (dtype == DType::kFloat32) {
-    __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+    if (!kPastCaches) {
+      __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+      return;
+    }
+    for (int64_t index = 0; index < count; index += Vec::kWidth)
+      stream(static_cast<float*>(to) + index, Vec::load(from + index));
     return;
   }
   auto* bits = static_cast<uint16_t*>(to);
@@ -80,9 +86,9 @@ SIGHTLINE_INLINE void narrow(const float* from, void* to, DType dtype, int64_t c
   for (; index + Vec::kWidth <= count; index += Vec::kWidth) {
     const Vec value = Vec::load(from + index);
     if (half)
-      store_float16(bits + index, value);
+      kPastCaches ? stream_float16(bits + index, value) : store_float16(bits + index, value);
     else
-      store_bfloat16(bits + index, value);
+      kPastCaches ? stream_bfloat16(bits + index, value) : store_bfloat16(bits + index, value);
   }
   for (; index < count; ++index)
     bits[index] = half ? core::float_to_float16(from[index]) : core::float_to_bfloat16(from[index]);

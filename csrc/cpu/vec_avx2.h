@@ -167,4 +167,19 @@ SIGHTLINE_INLINE void store_bfloat16(uint16_t* to, Vec x) {
   for (int lane = 0; lane < 8; ++lane) to[lane] = core::float_to_bfloat16(lanes[lane]);
 }
 
+// Stores past the caches, as one after the other fills a line; `to` is aligned to what is stored.
+constexpr bool kHasStreams = true;
+SIGHTLINE_INLINE void stream(float* to, Vec x) { _mm256_stream_ps(to, x.value); }
+SIGHTLINE_INLINE void stream_float16(uint16_t* to, Vec x) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph(x.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+SIGHTLINE_INLINE void stream_bfloat16(uint16_t* to, Vec x) {
+  alignas(16) uint16_t rounded[8];
+  store_bfloat16(rounded, x);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_load_si128(reinterpret_cast<const __m128i*>(rounded)));
+}
+// Other threads see what was streamed before this.
+SIGHTLINE_INLINE void finish_streams() { _mm_sfence(); }
+
 }  // namespace sightline::SIGHTLINE_ISA_NS

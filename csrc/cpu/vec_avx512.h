@@ -165,14 +165,12 @@ SIGHTLINE_INLINE void load_bfloat16_pairs(const uint16_t* from, Vec& even, Vec& 
   even = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
   odd = {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))))};
 }
-SIGHTLINE_INLINE void store_float16(uint16_t* to, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_cvtps_ph(x.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+SIGHTLINE_INLINE __m256i float16_bits(Vec x) {
+  return _mm512_cvtps_ph(x.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-SIGHTLINE_INLINE void store_bfloat16(uint16_t* to, Vec x) {
+SIGHTLINE_INLINE __m256i bfloat16_bits(Vec x) {
 #if defined(__AVX512BF16__)
-  const __m256bh rounded = _mm512_cvtneps_pbh(x.value);
-  __builtin_memcpy(to, &rounded, sizeof rounded);
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.value));
 #else
   const __m512i bits = _mm512_castps_si512(x.value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -180,8 +178,26 @@ SIGHTLINE_INLINE void store_bfloat16(uint16_t* to, Vec x) {
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x.value, x.value, _CMP_UNORD_Q);
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
   const __m512i result = _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, rounded, quiet), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(result));
+  return _mm512_cvtepi32_epi16(result);
 #endif
 }
+SIGHTLINE_INLINE void store_float16(uint16_t* to, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), float16_bits(x));
+}
+SIGHTLINE_INLINE void store_bfloat16(uint16_t* to, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bfloat16_bits(x));
+}
+
+// Stores past the caches, as one after the other fills a line; `to` is aligned to what is stored.
+constexpr bool kHasStreams = true;
+SIGHTLINE_INLINE void stream(float* to, Vec x) { _mm512_stream_ps(to, x.value); }
+SIGHTLINE_INLINE void stream_float16(uint16_t* to, Vec x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), float16_bits(x));
+}
+SIGHTLINE_INLINE void stream_bfloat16(uint16_t* to, Vec x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bfloat16_bits(x));
+}
+// Other threads see what was streamed before this.
+SIGHTLINE_INLINE void finish_streams() { _mm_sfence(); }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

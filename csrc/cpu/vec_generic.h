@@ -160,4 +160,10 @@ SIGHTLINE_INLINE void store_bfloat16(uint16_t* to, Vec x) {
   for (int lane = 0; lane < 4; ++lane) to[lane] = core::float_to_bfloat16(x.value[lane]);
 }
 
+constexpr bool kHasStreams = false;
+SIGHTLINE_INLINE void stream(float* to, Vec x) { store(to, x); }
+SIGHTLINE_INLINE void stream_float16(uint16_t* to, Vec x) { store_float16(to, x); }
+SIGHTLINE_INLINE void stream_bfloat16(uint16_t* to, Vec x) { store_bfloat16(to, x); }
+SIGHTLINE_INLINE void finish_streams() {}
+
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -78,6 +78,7 @@ static void for_each_unit(const Parallel& parallel, int64_t count, const Shared&
     try {
       State state(work.shared);
       for (; index < work.count; index = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED)) work.unit(index, state);
+      finish_streams();
     } catch (const std::bad_alloc&) {
       __atomic_store_n(&work.out_of_memory, 1, __ATOMIC_RELAXED);
     }
