@@ -76,6 +76,8 @@ template <int kParts, int kValueParts, bool kRounded>
 void gather_rows(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
   for (int64_t first = unit.sequence.begin; first < unit.sequence.end; first += chunk.rows) {
+    if constexpr (kRounded)
+      if (split_gather_plain_chunk(problem, unit, first, scratch)) continue;
     begin_chunk<false, kRounded>(problem, unit, first, scratch);
     if constexpr (kParts > 0)
       if (chunk.rows >= kLeastSplitRows) {

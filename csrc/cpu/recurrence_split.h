@@ -146,16 +146,54 @@ static void read_chunk(const SplitChunk& split, int rows, int64_t width, float* 
                                           padded_rows, width, core::round_up(rows, kPairDepth), {});
 }
 
-// state (padded Dk, width) += weights^T values, the rows of these channels.
+// Weights of bfloat16 as the state meets them, from the keys as they lie, their sums in `sums`: weigh_keys() and
+// transpose_to_rows() at once. False where a key exceeds the shift by more than kLift; `sums` then hold nothing.
+[[maybe_unused]] static bool weigh_transposed(const uint16_t* keys, int64_t key_stride, int rows, int64_t width,
+                                              const float* shifts, float* sums, uint16_t* to) {
+  const Vec none = Vec::broadcast(-INFINITY), log2e = Vec::broadcast(core::kLog2E);
+  const int64_t depth = core::round_up(rows, kPairDepth);
+  for (int64_t d = 0; d < width; d += Vec::kWidth) {
+    const Vec own = Vec::load(shifts + d), limit = own + Vec::broadcast(kLift);
+    const Vec shift = select(equal(own, none), Vec::broadcast(0.0f), own);
+    Mask above = first_lanes(0);
+    Vec sum = Vec::broadcast(0.0f);
+    for (int64_t row = 0; row < depth; row += kPairDepth) {
+      Pairs block[16];
+      for (int pair = 0; pair < 16; ++pair) {
+        const int64_t at = row + 2 * pair;
+        const uint16_t* source = keys + at * key_stride + d;
+        const Vec low = at < rows ? load_bfloat16(source) : none;
+        const Vec high = at + 1 < rows ? load_bfloat16(source + key_stride) : none;
+        above = above | less(limit, low) | less(limit, high);
+        block[pair] = round_to_pairs(core::exp2((low - shift) * log2e), core::exp2((high - shift) * log2e));
+        sum = add_pairs(sum, block[pair]);
+      }
+      transpose_block(block);
+      for (int lane = 0; lane < 16; ++lane) store(to + (d + lane) * kChunkRows + row, block[lane]);
+    }
+    if (any(above)) return false;
+    store(sums + d, sum);
+  }
+  return true;
+}
+
+// state (padded Dk, width) += weights^T values, the rows of these channels, of weights that are transposed.
 template <int kParts, int kValueParts>
-static void join_state(const KeyChunk& chunk, const SplitChunk& split, Channels channels, int64_t width, float* state,
-                       int64_t stride, Prefetches prefetches) {
+static void join_state_transposed(const KeyChunk& chunk, const SplitChunk& split, Channels channels, int64_t width,
+                                  float* state, int64_t stride, Prefetches prefetches) {
   const int64_t count = channels.end - channels.begin;
-  transpose_to_rows<kParts>(chunk.gained + channels.begin, chunk.stride, chunk.rows, count, split.weights, kChunkRows,
-                            chunk.stride * kChunkRows);
   tile_product<kParts, kValueParts, true>(
       {split.weights, kChunkRows, chunk.stride * kChunkRows}, {split.values, kValuePanel, kChunkRows / 2 * width},
       state + channels.begin * stride, stride, count, width, core::round_up(chunk.rows, kPairDepth), prefetches);
+}
+
+// The same of the weights of the chunk.
+template <int kParts, int kValueParts>
+static void join_state(const KeyChunk& chunk, const SplitChunk& split, Channels channels, int64_t width, float* state,
+                       int64_t stride, Prefetches prefetches) {
+  transpose_to_rows<kParts>(chunk.gained + channels.begin, chunk.stride, chunk.rows, channels.end - channels.begin,
+                            split.weights, kChunkRows, chunk.stride * kChunkRows);
+  join_state_transposed<kParts, kValueParts>(chunk, split, channels, width, state, stride, prefetches);
 }
 
 template <int kParts>

@@ -84,6 +84,31 @@ static void split_gather_chunk(const RecurrenceProblem& problem, const Unit& uni
   split_add_chunk_to_state<kParts, kValueParts>(problem, unit, finite, {0, scratch.chunk.stride}, scratch);
 }
 
+// A chunk of keys that are all within reach of the shift, of whole vectors and with neither gain nor mask, joins the
+// state, its weights in one part. False where it is not that, or where a value is not finite, and nothing was done.
+[[maybe_unused]] static bool split_gather_plain_chunk(const RecurrenceProblem& problem, const Unit& unit, int64_t first,
+                                                      ForwardScratch& scratch) {
+  KeyChunk& chunk = scratch.chunk;
+  const int rows = static_cast<int>(core::smaller(kChunkRows, unit.sequence.end - first));
+  if (rows < kLeastSplitRows || chunk.has_gain || problem.key_mask != nullptr || chunk.stride != problem.key_width)
+    return false;
+  const int64_t batch = unit.sequence.batch;
+  const auto* keys = static_cast<const uint16_t*>(row_of(problem.key, problem.dtype, batch, unit.key_head, first));
+  if (!weigh_transposed(keys, problem.key.row_stride, rows, problem.key_width, scratch.normalizer.shift, chunk.factors,
+                        scratch.split.weights))
+    return false;
+  const void* values = row_of(problem.value, problem.dtype, batch, unit.key_head, first);
+  if (!pair_up_rows(static_cast<const uint16_t*>(advance(values, unit.column, problem.dtype)), problem.value.row_stride,
+                    rows, unit.columns, unit.width, scratch.split.values))
+    return false;
+  chunk.first = first;
+  chunk.rows = rows;
+  for (int64_t d = 0; d < chunk.stride; ++d) scratch.normalizer.sum[d] += static_cast<double>(chunk.factors[d]);
+  join_state_transposed<1, 1>(chunk, scratch.split, {0, chunk.stride}, unit.width, scratch.state, unit.stride,
+                              next_keys_and_values(problem, unit, chunk));
+  return true;
+}
+
 // The state of a whole sequence, times scale / Delta, as split_read_out() reads it.
 template <int kParts>
 static void split_whole_state(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
