@@ -25,12 +25,13 @@ class Prefetch {
 
 // What is read and what is written next.
 struct Prefetches {
-  Prefetch reads[2];
+  Prefetch reads[3];
   Prefetch writes[2];
 
   __attribute__((always_inline)) inline void ask(int64_t rows) {
     reads[0].ask<false>(rows);
     reads[1].ask<false>(rows);
+    reads[2].ask<false>(rows);
     writes[0].ask<true>(rows);
     writes[1].ask<true>(rows);
   }

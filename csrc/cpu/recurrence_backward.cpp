@@ -68,11 +68,12 @@ void sweep_back(const Head& head, int64_t begin, int64_t end, int64_t chunks, Ba
     weigh_keys<true>(problem, head.sequence.batch, head.key_head, chunk, start);
     const bool finite_values = load_values(head, first, rows, scratch);
     zero(scratch.received_within, rows * chunk.stride);
+    const float* query_responses = scratch.query_responses + (first - begin) * chunk.stride;
     if (kParts > 0 && suits_tile_unit(scratch, finite_values))
-      split_receive_chunk<kParts, kValueParts>(head, first, begin, true, scratch);
+      split_receive_chunk<kParts, kValueParts>(head, first, begin, query_responses, true, scratch);
     else
-      receive_chunk(head, first, begin, true, scratch);
-    write_key_gradients(head, scratch.query_responses + (first - begin) * chunk.stride, scratch);
+      receive_chunk(head, first, begin, query_responses, true, scratch);
+    write_key_gradients(head, query_responses, scratch);
   }
 }
 
@@ -292,9 +293,9 @@ class HeadInWindows {
     const bool finite = load_values(head_, chunk.first, chunk.rows, scratch);
     zero(scratch.received_within, chunk.rows * chunk.stride);
     if (kParts > 0 && suits_tile_unit(scratch, finite))
-      split_receive_chunk<kParts, kValueParts>(head_, chunk.first, begin, false, scratch);
+      split_receive_chunk<kParts, kValueParts>(head_, chunk.first, begin, nullptr, false, scratch);
     else
-      receive_chunk(head_, chunk.first, begin, false, scratch);
+      receive_chunk(head_, chunk.first, begin, nullptr, false, scratch);
     write_key_gradients(head_, query_responses(chunk.first, begin), scratch);
   }
 

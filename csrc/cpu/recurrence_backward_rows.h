@@ -34,11 +34,15 @@ namespace sightline::SIGHTLINE_ISA_NS {
           {}};
 }
 
-// The keys and values that the sweep back reads next, and the gradient of the keys that it is about to write.
-[[maybe_unused]] static Prefetches earlier_keys_and_values(const Head& head, int64_t begin, const KeyChunk& chunk) {
+// The keys and values that the sweep back reads next, what the sweep forward has kept of the rows at hand, where it is
+// not null, and the gradient of the keys that is about to be written.
+[[maybe_unused]] static Prefetches earlier_keys_and_values(const Head& head, int64_t begin, const KeyChunk& chunk,
+                                                           const float* kept) {
   const int64_t first = chunk.first, before = first - kChunkRows;
+  const int64_t row_bytes = chunk.stride * static_cast<int64_t>(sizeof(float));
   return {{rows_from(head, head.problem.key, head.key_head, before, begin, first, head.problem.key_width),
-           rows_from(head, head.problem.value, head.key_head, before, begin, first, head.problem.value_width)},
+           rows_from(head, head.problem.value, head.key_head, before, begin, first, head.problem.value_width),
+           kept == nullptr ? Prefetch() : Prefetch(kept, row_bytes, row_bytes, chunk.rows)},
           head.grad_keys().prefetch(head.sequence.batch, head.key_head, first, chunk.rows)};
 }
 

@@ -30,6 +30,7 @@ namespace sightline::SIGHTLINE_ISA_NS {
   const RecurrenceProblem& problem = head.problem;
   const KeyChunk& chunk = scratch.chunk;
   const bool first_of_group = query_head % head.group() == 0;
+  const bool past_caches = head.group() == 1 && head.kept_bytes() >= kStreamedBytes;
   const Vec scale = Vec::broadcast(problem.scale), nothing = Vec::broadcast(0.0f);
   load_rows(problem.query, problem.dtype, head.sequence.batch, query_head, first, 0, chunk.rows, problem.key_width,
             scratch.queries, chunk.stride);
@@ -44,7 +45,10 @@ namespace sightline::SIGHTLINE_ISA_NS {
       store(gradient + d, normalized * scale);
       // The factors in the order in which the sweep back multiplies them: what cancels there cancels to 0.
       const Vec product = query * normalized;
-      store(response + d, first_of_group ? product : product + Vec::load(response + d));
+      if (past_caches)
+        stream(response + d, product);
+      else
+        store(response + d, first_of_group ? product : product + Vec::load(response + d));
     }
   }
   head.grad_queries().write(scratch.received, chunk.stride, head.sequence.batch, query_head, first, chunk.rows);
@@ -148,13 +152,13 @@ static void split_pair_and_add_chunk(const Head& head, int64_t end, Channels cha
                      scratch.value_stride, chunk.rows, AskFor{own});
 }
 
-// dv and G v of a chunk whose keys and values are loaded; with `joins` what it adds to G.
-[[maybe_unused]] static void receive_chunk(const Head& head, int64_t first, int64_t begin, bool joins,
-                                           BackwardScratch& scratch) {
+// dv and G v of a chunk whose keys and values are loaded; with `joins` what it adds to G. `kept` is asked for.
+[[maybe_unused]] static void receive_chunk(const Head& head, int64_t first, int64_t begin, const float* kept,
+                                           bool joins, BackwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
   transpose_chunk(scratch);
   transpose_gradient(scratch);
-  receive_from_later_rows(head, scratch, earlier_keys_and_values(head, begin, chunk));
+  receive_from_later_rows(head, scratch, earlier_keys_and_values(head, begin, chunk, kept));
   head.for_each_query_head([&](int64_t query_head) {
     const bool finite_outputs = load_grad_outputs(head, query_head, first, chunk.rows, scratch);
     const bool finite_queries =
@@ -168,10 +172,11 @@ static void split_pair_and_add_chunk(const Head& head, int64_t end, Channels cha
 
 // receive_chunk() on the tile unit.
 template <int kParts, int kValueParts>
-static void split_receive_chunk(const Head& head, int64_t first, int64_t begin, bool joins, BackwardScratch& scratch) {
+static void split_receive_chunk(const Head& head, int64_t first, int64_t begin, const float* kept, bool joins,
+                                BackwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
   const SplitBackward<kParts, kValueParts> split(scratch);
-  Prefetches next = earlier_keys_and_values(head, begin, chunk);
+  Prefetches next = earlier_keys_and_values(head, begin, chunk, kept);
   split.receive_from_later_rows(next);
   head.for_each_query_head([&](int64_t query_head) {
     Prefetches own = earlier_rows_of_query_head(head, query_head, begin, chunk);

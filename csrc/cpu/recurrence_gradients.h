@@ -46,6 +46,11 @@ struct Head {
 
   int64_t state_row(int64_t d) const { return (sequence.index * problem.key_heads + key_head) * problem.key_width + d; }
   int64_t group() const { return problem.heads / problem.key_heads; }
+  // What the sweep forward keeps for the sweep back.
+  int64_t kept_bytes() const {
+    return core::smaller(sequence.end - sequence.begin, kKeptRows) * padded(problem.key_width) *
+           element_size(DType::kFloat32);
+  }
   template <class Run>
   void for_each_query_head(Run run) const {
     for (int64_t query_head = key_head * group(); query_head < (key_head + 1) * group(); ++query_head) run(query_head);

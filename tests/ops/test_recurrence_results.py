@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from recurrence_cases import CAUSAL, EVERY_DTYPE, Problem, Sizes, random_gradients, random_problem, run
+from tolerance import assert_equal_but_for_rounding
 
 LEAST_BYTES = 2 * 1024 * 1024  # kStreamedBytes of csrc/cpu/tile_shapes.h
 
@@ -44,6 +45,20 @@ def test_large_results_of_one_head_do_not_depend_on_the_number_of_threads(causal
         torch.set_num_threads(before)
     assert results["output"].nbytes >= LEAST_BYTES
     torch.testing.assert_close(results, expected, rtol=0, atol=0)
+
+
+@EVERY_DTYPE
+def test_what_is_kept_of_many_rows_is_what_two_heads_would_keep(dtype):
+    # Rows of one query head are kept past the caches; those of a group are added up in them.
+    problem = random_problem(Sizes(1, 1, 1, 8300, 64, 64), dtype, causal=True)
+    gradients = {"output": random_gradients(problem)["output"]}
+    results = run(problem, "native", gradients)
+    group = Problem(problem.query.repeat(1, 2, 1, 1), problem.key, problem.value, problem.options)
+    without_second = {"output": torch.cat([gradients["output"], torch.zeros_like(gradients["output"])], 1)}
+    expected = run(group, "native", without_second)
+    assert_equal_but_for_rounding(results["query"], expected["query"][:, :1])
+    for name in ("key", "value"):
+        assert_equal_but_for_rounding(results[name], expected[name])
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])
