@@ -16,8 +16,9 @@ ELEMENT_FACTOR = 2
 # Errors are heavy-tailed: of a few rows or numbers, and against the largest error that torch happens to make, now and
 # then a draw misses a rule by chance. It may miss it by OUTLIER_FACTOR; others are then drawn until those that hold the
 # rules and those that miss one are DECISIVE_LEAD apart. One that misses it by more has one row, mostly, that amplifies
-# every rounding (re-weighting divides by f - m, and few keys may all be near their mean) and that torch happened to get
-# right: torch adds ORDERS times in other orders, and the least exact of its results says what was unavoidable.
+# every rounding (re-weighting divides by f - m, and few keys may all be near their mean), or few rows at all, and torch
+# happened to get them right: it adds ORDERS times in other orders, and the least exact of its results says what was
+# unavoidable.
 OUTLIER_FACTOR = 4
 DECISIVE_LEAD = 8
 ORDERS = 16
@@ -110,7 +111,8 @@ def _least_exact(comparison: Comparison, others: list[Tensor]) -> Comparison:
     finite = ~reference.isinf()
 
     def largest_error(made: Tensor) -> float:
-        return float((made.double() - reference)[finite].abs().max())
+        errors = (made.double() - reference)[finite]
+        return float(errors.abs().max()) if errors.isfinite().all() else 0.0
 
     return comparison._replace(reference_in_dtype=max((comparison.reference_in_dtype, *others), key=largest_error))
 

@@ -98,8 +98,8 @@ void gather(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& 
 }
 
 // read_out() where the state, not every query, is divided by the normaliser: queries stay where they are.
-void read_out_in_place(const RecurrenceProblem& problem, const Unit& unit, int64_t head, int64_t first, int rows,
-                       ForwardScratch& scratch) {
+void read_out_of_queries_in_place(const RecurrenceProblem& problem, const Unit& unit, int64_t head, int64_t first,
+                                  int rows, ForwardScratch& scratch) {
   const auto* queries =
       static_cast<const float*>(row_of(problem.query, problem.dtype, unit.sequence.batch, head, first));
   Prefetches prefetches = next_queries_and_outputs(problem, unit, head, first, rows);
@@ -139,7 +139,7 @@ void read_out(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch
           continue;
         }
       if (divides_state) {
-        read_out_in_place(problem, unit, head, first, rows, scratch);
+        read_out_of_queries_in_place(problem, unit, head, first, rows, scratch);
         continue;
       }
       load_scaled_queries(problem, unit.sequence.batch, head, first, rows, chunk.inverse, 0, scratch.queries);

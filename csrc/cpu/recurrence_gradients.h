@@ -68,7 +68,7 @@ struct Head {
 
  private:
   ResultRows rows_of(const HeadsView& view, int64_t heads, int64_t width) const {
-    return {view, problem.dtype, 0, width, problem.batch * heads * problem.length};
+    return {view, problem.dtype, 0, width, problem.batch * heads * problem.length * width};
   }
 };
 
@@ -266,28 +266,44 @@ struct BackwardScratch {
                      channels.end - channels.begin, chunk.rows, AskFor{next});
 }
 
-// r = the gradient of the log normaliser - <G, S> with G as it is; in the unit of the last normaliser. The sum is taken
-// in the order of the product G v, so that a single key has no gradient.
+// <G, S> of a vector of channels from `d` on. The sum is taken in the order of the product G v, so that a single key
+// has no gradient; where a gain has rounded what is summed, order brings nothing and only precision does.
+[[maybe_unused]] static void response_to_state(const BackwardScratch& scratch, int64_t d, int64_t value_width,
+                                               double (&response)[Vec::kWidth]) {
+  const int64_t stride = scratch.chunk.stride;
+  const float *state = scratch.transposed_state + d, *gradient = scratch.transposed_gradient + d;
+  if (scratch.chunk.has_gain) {
+    for (double& lane : response) lane = 0.0;
+    for (int64_t c = 0; c < value_width; ++c)
+      for (int lane = 0; lane < Vec::kWidth; ++lane)
+        response[lane] += static_cast<double>(state[c * stride + lane]) * gradient[c * stride + lane];
+    return;
+  }
+  Vec inner = Vec::broadcast(0.0f);
+  for (int64_t begin = 0; begin < value_width; begin += kDepthChunk) {
+    Vec sum = Vec::broadcast(0.0f);
+    for (int64_t c = begin; c < core::smaller(begin + kDepthChunk, value_width); ++c)
+      sum = fma(Vec::load(state + c * stride), Vec::load(gradient + c * stride), sum);
+    inner = inner + sum;
+  }
+  alignas(64) float lanes[Vec::kWidth];
+  store(lanes, inner);
+  for (int lane = 0; lane < Vec::kWidth; ++lane) response[lane] = static_cast<double>(lanes[lane]);
+}
+
+// r = the gradient of the log normaliser - <G, S> with G as it is; in the unit of the last normaliser.
 [[maybe_unused]] static void set_response_to_state(const Head& head, BackwardScratch& scratch) {
   const RecurrenceProblem& problem = head.problem;
   const int64_t stride = scratch.chunk.stride;
   const float* given = head.gradients.grad_log_normalizer;
   transpose_gradient(scratch);
   for (int64_t d = 0; d < stride; d += Vec::kWidth) {
-    Vec inner = Vec::broadcast(0.0f);
-    for (int64_t begin = 0; begin < problem.value_width; begin += kDepthChunk) {
-      Vec sum = Vec::broadcast(0.0f);
-      for (int64_t c = begin; c < core::smaller(begin + kDepthChunk, problem.value_width); ++c)
-        sum = fma(Vec::load(scratch.transposed_state + c * stride + d),
-                  Vec::load(scratch.transposed_gradient + c * stride + d), sum);
-      inner = inner + sum;
-    }
-    alignas(64) float lanes[Vec::kWidth];
-    store(lanes, inner);
+    double response[Vec::kWidth];
+    response_to_state(scratch, d, problem.value_width, response);
     for (int64_t lane = d; lane < d + Vec::kWidth && lane < problem.key_width; ++lane) {
       const double sum = scratch.normalizer.sum[lane];
       const double wanted = given == nullptr ? 0.0 : given[head.state_row(lane)];
-      if (sum != 0.0) scratch.key_response[lane] = (wanted - static_cast<double>(lanes[lane - d])) / sum;
+      if (sum != 0.0) scratch.key_response[lane] = (wanted - response[lane - d]) / sum;
     }
   }
 }

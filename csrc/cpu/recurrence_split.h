@@ -146,8 +146,9 @@ static void read_chunk(const SplitChunk& split, int rows, int64_t width, float* 
                                           padded_rows, width, core::round_up(rows, kPairDepth), {});
 }
 
-// Weights of bfloat16 as the state meets them, from the keys as they lie, their sums in `sums`: weigh_keys() and
-// transpose_to_rows() at once. False where a key exceeds the shift by more than kLift; `sums` then hold nothing.
+// Weights of bfloat16 as the state meets them, from the keys as they lie, and their sums: weigh_keys() and
+// transpose_to_rows() at once, bit by bit. False where a key exceeds the shift by more than kLift; `sums` and `to` are
+// then of no use.
 [[maybe_unused]] static bool weigh_transposed(const uint16_t* keys, int64_t key_stride, int rows, int64_t width,
                                               const float* shifts, float* sums, uint16_t* to) {
   const Vec none = Vec::broadcast(-INFINITY), log2e = Vec::broadcast(core::kLog2E);
@@ -166,7 +167,8 @@ static void read_chunk(const SplitChunk& split, int rows, int64_t width, float* 
         const Vec high = at + 1 < rows ? load_bfloat16(source + key_stride) : none;
         above = above | less(limit, low) | less(limit, high);
         block[pair] = round_to_pairs(core::exp2((low - shift) * log2e), core::exp2((high - shift) * log2e));
-        sum = add_pairs(sum, block[pair]);
+        sum = sum + low_numbers(block[pair]);
+        sum = sum + high_numbers(block[pair]);
       }
       transpose_block(block);
       for (int lane = 0; lane < 16; ++lane) store(to + (d + lane) * kChunkRows + row, block[lane]);

@@ -5,17 +5,19 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
+// Values of bfloat16 as products on the tile unit meet them. Whether all are finite.
+[[maybe_unused]] static bool pair_up_values(const RecurrenceProblem& problem, const Unit& unit, int64_t first, int rows,
+                                            const SplitChunk& split) {
+  const void* from = row_of(problem.value, problem.dtype, unit.sequence.batch, unit.key_head, first);
+  return pair_up_rows(static_cast<const uint16_t*>(advance(from, unit.column, problem.dtype)), problem.value.row_stride,
+                      rows, unit.columns, unit.width, split.values);
+}
+
 // load_values() for products on the tile unit: those that are not finite remain in the scratch.
 template <int kValueParts>
 static bool load_split_values(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
-  if (kValueParts == 1) {
-    const void* from = advance(row_of(problem.value, problem.dtype, unit.sequence.batch, unit.key_head, chunk.first),
-                               unit.column, problem.dtype);
-    if (pair_up_rows(static_cast<const uint16_t*>(from), problem.value.row_stride, chunk.rows, unit.columns, unit.width,
-                     scratch.split.values))
-      return true;
-  }
+  if (kValueParts == 1 && pair_up_values(problem, unit, chunk.first, chunk.rows, scratch.split)) return true;
   load_values(problem, unit, scratch);
   return split_values<kValueParts>(scratch.values, unit.stride, chunk.rows, unit.width, scratch.split);
 }
@@ -85,7 +87,8 @@ static void split_gather_chunk(const RecurrenceProblem& problem, const Unit& uni
 }
 
 // A chunk of keys that are all within reach of the shift, of whole vectors and with neither gain nor mask, joins the
-// state, its weights in one part. False where it is not that, or where a value is not finite, and nothing was done.
+// state, its weights in one part, as gather_rows() would have it join. False where it is not that, or where a value is
+// not finite: the state and its normaliser are then as they were.
 [[maybe_unused]] static bool split_gather_plain_chunk(const RecurrenceProblem& problem, const Unit& unit, int64_t first,
                                                       ForwardScratch& scratch) {
   KeyChunk& chunk = scratch.chunk;
@@ -97,10 +100,7 @@ static void split_gather_chunk(const RecurrenceProblem& problem, const Unit& uni
   if (!weigh_transposed(keys, problem.key.row_stride, rows, problem.key_width, scratch.normalizer.shift, chunk.factors,
                         scratch.split.weights))
     return false;
-  const void* values = row_of(problem.value, problem.dtype, batch, unit.key_head, first);
-  if (!pair_up_rows(static_cast<const uint16_t*>(advance(values, unit.column, problem.dtype)), problem.value.row_stride,
-                    rows, unit.columns, unit.width, scratch.split.values))
-    return false;
+  if (!pair_up_values(problem, unit, first, rows, scratch.split)) return false;
   chunk.first = first;
   chunk.rows = rows;
   for (int64_t d = 0; d < chunk.stride; ++d) scratch.normalizer.sum[d] += static_cast<double>(chunk.factors[d]);

@@ -110,7 +110,8 @@ struct Unit {
 }
 
 SIGHTLINE_INLINE ResultRows outputs_of(const RecurrenceProblem& problem, const Unit& unit) {
-  return {problem.output, problem.dtype, unit.column, unit.columns, problem.batch * problem.heads * problem.length};
+  return {problem.output, problem.dtype, unit.column, unit.columns,
+          problem.batch * problem.heads * problem.length * problem.value_width};
 }
 
 [[maybe_unused]] static void write_outputs(const RecurrenceProblem& problem, const Unit& unit, int64_t head,

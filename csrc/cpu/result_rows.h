@@ -17,13 +17,13 @@ struct ResultRows {
   int64_t columns;
   bool past_caches;
 
-  // `column` is the first of `columns` in each of `rows` rows of all heads together.
-  ResultRows(const HeadsView& tensor, DType type, int64_t column, int64_t width, int64_t rows)
+  // `width` columns from `column` on, of a result of `count` numbers.
+  ResultRows(const HeadsView& tensor, DType type, int64_t column, int64_t width, int64_t count)
       : view(tensor), dtype(type), columns(width) {
     const int64_t size = element_size(type);
     view.data = advance(view.data, column, type);
     const auto whole_lines = [size](int64_t elements) { return elements * size % kLineBytes == 0; };
-    past_caches = kHasStreams && rows * width * size >= kStreamedBytes && whole_lines(width) &&
+    past_caches = kHasStreams && count * size >= kStreamedBytes && whole_lines(width) &&
                   reinterpret_cast<uintptr_t>(view.data) % kLineBytes == 0 && whole_lines(view.batch_stride) &&
                   whole_lines(view.head_stride) && whole_lines(view.row_stride);
   }

@@ -32,6 +32,12 @@ SIGHTLINE_INLINE Pairs broadcast_pair(const uint16_t* from) {
 SIGHTLINE_INLINE Vec as_floats(Pairs pairs) { return {_mm512_castsi512_ps(pairs.bits)}; }
 SIGHTLINE_INLINE Pairs as_pairs(Vec floats) { return {_mm512_castps_si512(floats.value)}; }
 
+// One number of each pair.
+SIGHTLINE_INLINE Vec low_numbers(Pairs pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs.bits, 16))}; }
+SIGHTLINE_INLINE Vec high_numbers(Pairs pairs) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(pairs.bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+
 // Numbers of two rows side by side, 0 where the row's mask has no lane: nothing is read there.
 SIGHTLINE_INLINE Pairs pair_rows(const uint16_t* low, Mask low_lanes, const uint16_t* high, Mask high_lanes) {
   const __m256i first = _mm256_maskz_loadu_epi16(low_lanes.bits, low);
@@ -82,12 +88,12 @@ SIGHTLINE_INLINE Pairs split_row(Vec& first, Vec& second) {
 // The same as pairs of one number of `low` and one of `high`.
 template <bool kLast>
 SIGHTLINE_INLINE Pairs split_pairs(Vec& low, Vec& high) {
-  const __m512i bits = round_to_pairs(low, high).bits;
+  const Pairs pairs = round_to_pairs(low, high);
   if (!kLast) {
-    low = low - Vec{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
-    high = high - Vec{_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+    low = low - low_numbers(pairs);
+    high = high - high_numbers(pairs);
   }
-  return {bits};
+  return pairs;
 }
 
 // To bfloat16 and back.
@@ -141,6 +147,8 @@ SIGHTLINE_INLINE void store(uint16_t*, Pairs) {}
 SIGHTLINE_INLINE Pairs broadcast_pair(const uint16_t*) { return {}; }
 SIGHTLINE_INLINE Vec as_floats(Pairs) { return Vec::broadcast(0.0f); }
 SIGHTLINE_INLINE Pairs as_pairs(Vec) { return {}; }
+SIGHTLINE_INLINE Vec low_numbers(Pairs) { return Vec::broadcast(0.0f); }
+SIGHTLINE_INLINE Vec high_numbers(Pairs) { return Vec::broadcast(0.0f); }
 SIGHTLINE_INLINE Pairs pair_rows(const uint16_t*, Mask, const uint16_t*, Mask) { return {}; }
 SIGHTLINE_INLINE Pairs load_numbers(const uint16_t*, int64_t) { return {}; }
 SIGHTLINE_INLINE uint32_t non_finite_bits(Pairs) { return 0; }
