@@ -15,13 +15,9 @@ GRADIENT_FACTOR = 3
 ELEMENT_FACTOR = 2
 # Errors are heavy-tailed: of a few rows or numbers, and against the largest error that torch happens to make, now and
 # then a draw misses a rule by chance. It may miss it by OUTLIER_FACTOR; others are then drawn until those that hold the
-# rules and those that miss one are DECISIVE_LEAD apart. One that misses it by more has one row, mostly, that amplifies
-# every rounding (re-weighting divides by f - m, and few keys may all be near their mean), or few rows at all, and torch
-# happened to get them right: it adds ORDERS times in other orders, and the least exact of its results says what was
-# unavoidable.
+# rules and those that miss one are DECISIVE_LEAD apart.
 OUTLIER_FACTOR = 4
 DECISIVE_LEAD = 8
-ORDERS = 16
 
 
 class Comparison(NamedTuple):
@@ -47,13 +43,11 @@ def assert_close_to_reference(
     gradient: bool = False,
     reweighted: bool = False,
     redraw: Callable[[int], Comparison] | None = None,
-    reorder: Callable[[int], Tensor] | None = None,
 ) -> None:
     """Assert both conditions: a relative Frobenius error, and an element-wise one against what torch itself makes.
 
     dtype: whose bound applies, by default that of the actual result. reweighted: LSSAR and its kin. redraw: the same of
-    other random numbers each turn, called where a rule is missed. reorder: reference_in_dtype of the same numbers, with
-    sums in another order each turn, called where a rule is missed by more than OUTLIER_FACTOR.
+    other random numbers each turn, called where a rule is missed.
 
     NaN never passes; infinities must stand where the reference has them.
     """
@@ -67,9 +61,6 @@ def assert_close_to_reference(
     if excess <= 1:
         return
     assert redraw is not None, message
-    if excess > OUTLIER_FACTOR and reorder is not None:
-        least_exact = _least_exact(comparison, [reorder(turn) for turn in range(ORDERS)])
-        excess, message = _excess(least_exact, dtype, bound, name)
     assert excess <= OUTLIER_FACTOR, message
     held = missed = 0
     while abs(held - missed) < DECISIVE_LEAD:
@@ -103,18 +94,6 @@ def _excess(comparison: Comparison, dtype: torch.dtype, bound: float, name: str)
         largest, limit = _largest_errors(comparison, dtype)
         found = max(found, (_ratio(largest, limit), f"{name}: largest error {largest:.2e} exceeds {limit:.2e}"))
     return found
-
-
-def _least_exact(comparison: Comparison, others: list[Tensor]) -> Comparison:
-    """The comparison with that of torch's results which has the largest error."""
-    reference = comparison.reference
-    finite = ~reference.isinf()
-
-    def largest_error(made: Tensor) -> float:
-        errors = (made.double() - reference)[finite]
-        return float(errors.abs().max()) if errors.isfinite().all() else 0.0
-
-    return comparison._replace(reference_in_dtype=max((comparison.reference_in_dtype, *others), key=largest_error))
 
 
 def _ratio(error: float, size: float) -> float:
