@@ -99,7 +99,8 @@ class Sizes:
 
 def ragged_sizes(queries: int, keys: int) -> Sizes:
     """Small sizes for RAGGED_SIZES, with enough rows for the largest error of a handful not to be a matter of luck."""
-    batch = max(1, min(64, 16384 // keys) // queries)
+    rows = min(64 * keys, 1024, 65536 // keys)
+    batch = max(1, rows // queries)
     return Sizes(batch=batch, heads=2, key_heads=1, queries=queries, keys=keys)
 
 

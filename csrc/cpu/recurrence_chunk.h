@@ -270,19 +270,19 @@ static void weigh_keys(const RecurrenceProblem& problem, int64_t batch, int64_t 
                                                  float* queries) {
   const int64_t width = problem.key_width, stride = padded(width);
   const Vec scale = Vec::broadcast(problem.scale), nothing = Vec::broadcast(0.0f);
+  const bool whole = width == stride;
   for (int row = 0; row < rows; ++row) {
     const void* source = row_of(problem.query, problem.dtype, batch, head, first + row);
     float* target = queries + row * stride;
-    const float* from = static_cast<const float*>(source);
-    if (problem.dtype != DType::kFloat32 || width != stride) {
+    if (!whole) {
       widen(source, problem.dtype, target, width);
       zero(target + width, stride - width);
-      from = target;
     }
     for (int64_t d = 0; d < stride; d += Vec::kWidth) {
+      const Vec query = whole ? load_widened(source, problem.dtype, d) : Vec::load(target + d);
       // Before the first key the output is 0, whatever the query.
       const Vec factor = Vec::load(factors + row * factor_stride + d);
-      store(target + d, select(equal(factor, nothing), factor, Vec::load(from + d) * factor * scale));
+      store(target + d, select(equal(factor, nothing), factor, query * factor * scale));
     }
   }
 }

@@ -357,6 +357,7 @@ struct BackwardScratch {
   const RecurrenceGradients& gradients = head.gradients;
   const KeyChunk& chunk = scratch.chunk;
   const int64_t batch = head.sequence.batch, stride = chunk.stride;
+  const bool wants_gain = gradients.grad_gain.data != nullptr;
   for (int64_t d = 0; d < stride; d += Vec::kWidth) {
     alignas(64) float lanes[Vec::kWidth];
     for (int lane = 0; lane < Vec::kWidth; ++lane) lanes[lane] = static_cast<float>(scratch.key_response[d + lane]);
@@ -370,7 +371,7 @@ struct BackwardScratch {
       const Vec within = query_responses != nullptr ? Vec::load(scratch.received_within + entry) : nothing;
       const Vec from_later = fma(gained, received, weight * later);
       store(scratch.queries + entry, from_later + (gained * within - weight * own));
-      store(scratch.received + entry, weight * (received + within));
+      if (wants_gain) store(scratch.received + entry, weight * (received + within));
     }
     store(lanes, own);
     for (int lane = 0; lane < Vec::kWidth; ++lane) scratch.key_response[d + lane] -= static_cast<double>(lanes[lane]);
@@ -380,11 +381,11 @@ struct BackwardScratch {
     float* grad_values = scratch.grad_values + row * scratch.value_stride;
     float* grad_keys = scratch.queries + row * stride;
     if (!chunk.takes_part[row]) {
-      zero(received, stride);
+      if (wants_gain) zero(received, stride);
       zero(grad_values, scratch.value_stride);
       zero(grad_keys, stride);
     }
-    if (gradients.grad_gain.data != nullptr)
+    if (wants_gain)
       narrow(received,
              writable_row_of(gradients.grad_gain, problem.gain_dtype, batch, head.key_head, chunk.first + row),
              problem.gain_dtype, problem.key_width);

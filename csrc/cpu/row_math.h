@@ -65,11 +65,17 @@ SIGHTLINE_INLINE float dot(const float* a, const float* b, int64_t count) {
 
 SIGHTLINE_INLINE bool is_finite(const float* values, int64_t count) {
   // Zero times anything finite is zero, times NaN or infinity NaN.
-  Vec probe = Vec::broadcast(0.0f);
+  constexpr int kProbes = 4;  // beside each other: each waits for itself alone
+  const Vec nothing = Vec::broadcast(0.0f);
+  Vec probes[kProbes] = {nothing, nothing, nothing, nothing};
   int64_t index = 0;
+  for (; index + kProbes * Vec::kWidth <= count; index += kProbes * Vec::kWidth)
+    SIGHTLINE_UNROLL
+    for (int probe = 0; probe < kProbes; ++probe)
+      probes[probe] = fma(Vec::load(values + index + probe * Vec::kWidth), nothing, probes[probe]);
   for (; index + Vec::kWidth <= count; index += Vec::kWidth)
-    probe = fma(Vec::load(values + index), Vec::broadcast(0.0f), probe);
-  float total = sum_of_lanes(probe);
+    probes[0] = fma(Vec::load(values + index), nothing, probes[0]);
+  float total = sum_of_lanes((probes[0] + probes[1]) + (probes[2] + probes[3]));
   for (; index < count; ++index) total += values[index] * 0.0f;
   return total == 0.0f;
 }

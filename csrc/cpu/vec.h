@@ -53,6 +53,13 @@ SIGHTLINE_INLINE void* advance(void* data, int64_t elements, DType dtype) {
   return static_cast<char*>(data) + elements * element_size(dtype);
 }
 
+// A vector of numbers from `index` on, widened to fp32.
+SIGHTLINE_INLINE Vec load_widened(const void* from, DType dtype, int64_t index) {
+  if (dtype == DType::kFloat32) return Vec::load(static_cast<const float*>(from) + index);
+  const uint16_t* bits = static_cast<const uint16_t*>(from) + index;
+  return dtype == DType::kFloat16 ? load_float16(bits) : load_bfloat16(bits);
+}
+
 // Widen `count` numbers to fp32.
 SIGHTLINE_INLINE void widen(const void* from, DType dtype, float* to, int64_t count) {
   if (dtype == DType::kFloat32) {
