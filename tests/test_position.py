@@ -150,6 +150,18 @@ BAD = [
         "positions: expected shape (N, axes) or (B, N, axes)",
     ),
     (TypeError, lambda: md_lrpe(HEADS, HEADS, 5), "positions: expected a tensor, got int"),
+    (TypeError, lambda: md_lrpe(HEADS.long(), HEADS, torch.ones(5, 1)), "query: expected a floating dtype, got int64"),
+    (
+        ValueError,
+        lambda: md_lrpe(HEADS, HEADS.repeat(3, 1, 1, 1), torch.ones(5, 1)),
+        "key: expected shape (1, Hk, 5, 8) as query has",
+    ),
+    (ValueError, lambda: md_lrpe(HEADS, HEADS[:, :, :4], torch.ones(5, 1)), "key: expected shape (1, Hk, 5, 8)"),
+    (
+        ValueError,
+        lambda: md_lrpe(HEADS, HEADS, torch.ones(5, 5, 1)),
+        "positions: expected shape (N, axes) or (B, N, axes)",
+    ),
     (
         TypeError,
         lambda: md_tpe(torch.ones(1, 2, 2).int(), torch.ones(1), torch.ones(1)),

@@ -85,7 +85,8 @@ struct Normalizer {
   void start(const float* log_normalizer, int64_t width) const {
     for (int64_t d = 0; d < padded(width); ++d) {
       shift[d] = log_normalizer != nullptr && d < width ? log_normalizer[d] : -INFINITY;
-      sum[d] = shift[d] == -INFINITY ? 0.0 : 1.0;
+      // Beside an infinite key no other has a weight that is a number, nor has it one itself.
+      sum[d] = shift[d] == -INFINITY ? 0.0 : shift[d] == INFINITY ? NAN : 1.0;
     }
   }
   void copy_from(const Normalizer& other, int64_t width) const {

@@ -52,7 +52,8 @@ struct StepScratch {
   for (int64_t d = 0; d < scratch.key_stride; d += Vec::kWidth) {
     const Vec z = Vec::load(scratch.log_normalizer + d), key = Vec::load(scratch.keys + d);
     const Vec largest = maximum(z, key);  // the key where that is NaN
-    const Mask dead = equal(largest, minus_infinity);
+    // Neither has met a key; a state that is NaN has, and stays so.
+    const Mask dead = equal(select(equal(z, minus_infinity), key, nothing), minus_infinity);
     const Vec shift = select(dead, nothing, largest);
     const Vec past = core::exp2((z - shift) * log2e), present = core::exp2((key - shift) * log2e);
     // One of the two is 1, so that their product is the other, and NaN of either stays. Their sum would keep no more

@@ -69,10 +69,9 @@ SIGHTLINE_INLINE bool is_finite(const float* values, int64_t count) {
   const Vec nothing = Vec::broadcast(0.0f);
   Vec probes[kProbes] = {nothing, nothing, nothing, nothing};
   int64_t index = 0;
-  for (; index + kProbes * Vec::kWidth <= count; index += kProbes * Vec::kWidth)
-    SIGHTLINE_UNROLL
-    for (int probe = 0; probe < kProbes; ++probe)
-      probes[probe] = fma(Vec::load(values + index + probe * Vec::kWidth), nothing, probes[probe]);
+  for (; index + kProbes * Vec::kWidth <= count; index += kProbes * Vec::kWidth) SIGHTLINE_UNROLL
+  for (int probe = 0; probe < kProbes; ++probe)
+    probes[probe] = fma(Vec::load(values + index + probe * Vec::kWidth), nothing, probes[probe]);
   for (; index + Vec::kWidth <= count; index += Vec::kWidth)
     probes[0] = fma(Vec::load(values + index), nothing, probes[0]);
   float total = sum_of_lanes((probes[0] + probes[1]) + (probes[2] + probes[3]));

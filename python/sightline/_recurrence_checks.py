@@ -62,7 +62,7 @@ def check_recurrence(
     if backend not in BACKENDS:
         _refuse_backend(backend)
     if key_gain is not None:
-        _check_key_gain(key_gain, query, key.shape)
+        _check_key_gain(key_gain, query, key.shape, autocast_dtype)
     if key_mask is not None:
         _check_key_mask(key_mask, query)
     if cu_seqlens is not None:
@@ -109,8 +109,9 @@ def _check_scale(scale: Any) -> None:
         raise ValueError(f"scale: expected a finite number (at most {_LARGEST_SCALE} in size), got {scale}")
 
 
-def _check_key_gain(key_gain: Any, query: Tensor, key: torch.Size) -> None:
-    _check_tensor("key_gain", key_gain, {query.dtype: None, torch.float32: None}, query)
+def _check_key_gain(key_gain: Any, query: Tensor, key: torch.Size, autocast_dtype: torch.dtype | None) -> None:
+    own = query.dtype if autocast_dtype is None else autocast_dtype
+    _check_tensor("key_gain", key_gain, {own: None, torch.float32: None}, query)
     if key_gain.shape != key:
         raise ValueError(f"key_gain: expected the shape of key, {_tuple(key)}, got {_shape(key_gain)}")
 

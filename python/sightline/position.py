@@ -44,6 +44,8 @@ def lrpe_frequencies(width: int, axes: int = 1, *, device: torch.device | str | 
 
     theta_i = 10000^(-2i/D) with one axis; with several each axis has the frequencies of its own share of the width.
 
+    Raises TypeError or ValueError for a width or axes that are not whole numbers of at least 1.
+
     >>> lrpe_frequencies(4)
     tensor([1.0000e+00, 1.0000e-02, 1.0000e-04, 1.0000e-06])
     >>> lrpe_frequencies(4, axes=2).shape
@@ -117,12 +119,17 @@ def md_lrpe(
             raise _wrong_type(name, "a tensor", tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name}: expected 4 axes (B, heads, N, D), got shape {_shape(tensor)}")
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key: expected head width {query.shape[3]} as in query, got {key.shape[3]}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {str(tensor.dtype).removeprefix('torch.')}")
+    batch, _, length, width = query.shape
+    if key.shape[3] != width:
+        raise ValueError(f"key: expected head width {width} as in query, got {key.shape[3]}")
+    if key.shape[0] != batch or key.shape[2] != length:
+        raise ValueError(f"key: expected shape ({batch}, Hk, {length}, {width}) as query has, got {_shape(key)}")
     if not isinstance(positions, Tensor):
         raise _wrong_type("positions", "a tensor", positions)
-    batch, _, length, width = query.shape
-    if positions.dim() not in (2, 3) or positions.shape[-2] != length or positions.shape[0] not in (length, batch):
+    leading = positions.shape[0] if positions.dim() == 3 else 1
+    if positions.dim() not in (2, 3) or positions.shape[-2] != length or leading not in (1, batch):
         raise ValueError(
             f"positions: expected shape (N, axes) or (B, N, axes) with N = {length} and B = {batch}, "
             f"got {_shape(positions)}"

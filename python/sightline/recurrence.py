@@ -17,10 +17,12 @@ if native_library().loaded:
 
 
 class RecurrenceState(NamedTuple):
-    """What an additive recurrence knows of the keys and values it has seen: of constant size, in float32.
+    """What an additive recurrence knows of the keys and values it has seen: of constant size.
 
     log_normalizer: (B, Hk, Dk), ln Delta per channel in nats; -inf before the first key.
     memory: (B, Hk, Dk, Dv), S. With packed documents the first axis of both is that of the documents.
+
+    Both are float64 with a float64 query, else float32. What follows is about float32.
 
     A call computes with more bits than this, and rounds once at its end. So what the state cannot hold depends on the
     number of calls, not of positions: above ln 3000 = 8 a float32 logarithm resolves a millionth of Delta, and a call
@@ -76,8 +78,8 @@ def additive_recurrence(
         cu_seqlens: (documents + 1,) int32 offsets of documents packed into one batch entry (B = 1); each has a state of
             its own. Rows outside of all documents give 0.
         key_mask: (B, N) bool, True where a key takes part.
-        initial_state: the state to go on from, float32; None: no key yet, so that the first key has weight 1. (Later
-            code of LightNet's authors starts from Delta_0 = 1, which is a state of zeros.)
+        initial_state: the state to go on from, float32 (float64 with a float64 query); None: no key yet, so that the
+            first key has weight 1. (Later code of LightNet's authors starts from Delta_0 = 1, a state of zeros.)
         output_final_state: also return the state after the last position.
         backend: "auto", "native", "triton" or "reference"; SIGHTLINE_BACKEND overrides "auto".
 

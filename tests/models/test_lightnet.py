@@ -8,33 +8,10 @@ import weakref
 
 import pytest
 import torch
+from lightnet_cases import POSITIONS, SIZES, assert_same, build, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from sightline.models import LightNetConfig, LightNetForCausalLM, LightNetModel, RecurrenceCache
-
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-    "initializer_range": 0.3,  # large enough for every part of a small model to count
-}
-POSITIONS = [None, "lrpe"]
-
-
-def tokens(*shape):
-    return torch.randint(1, SIZES["vocab_size"], shape)
-
-
-def build(**options):
-    return LightNetForCausalLM(LightNetConfig(**{**SIZES, **options})).eval()
-
-
-def assert_same(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("position_encoding", POSITIONS)
@@ -327,39 +304,6 @@ def test_assisted_decoding_and_other_caches_are_refused():
     cache = model(input_ids).past_key_values
     with pytest.raises(NotImplementedError, match="crop: a recurrent state cannot give back tokens"):
         cache.crop(-1)
-
-
-BAD_CALLS = {
-    "input_ids: expected either input_ids or inputs_embeds": {},
-    "output_attentions: expected False": {"input_ids": 9, "output_attentions": True},
-    "attention_mask: expected shape (B, N) with B = 1, got (1, 1, 9, 9)": {
-        "input_ids": 9,
-        "attention_mask": torch.ones(1, 1, 9, 9),
-    },
-    "attention_mask: expected 9 tokens, or 9 with those of the cache, got 7": {
-        "input_ids": 9,
-        "attention_mask": torch.ones(1, 7),
-    },
-    "past_key_values: expected None with packed documents": {
-        "input_ids": 9,
-        "position_ids": torch.arange(9)[None] % 5,
-        "past_key_values": RecurrenceCache(2),
-    },
-    "attention_mask: expected None with packed documents": {
-        "input_ids": 9,
-        "cu_seq_lens_q": torch.tensor([0, 4, 9]),
-        "attention_mask": torch.ones(1, 9),
-    },
-}
-
-
-@pytest.mark.parametrize("message", BAD_CALLS)
-def test_bad_calls_are_refused_by_name(message):
-    arguments = dict(BAD_CALLS[message])
-    if "input_ids" in arguments:
-        arguments["input_ids"] = tokens(1, arguments["input_ids"])
-    with pytest.raises(ValueError, match="^" + re.escape(message)):
-        build()(**arguments)
 
 
 @pytest.mark.parametrize(

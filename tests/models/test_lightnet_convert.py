@@ -179,6 +179,96 @@ def test_both_names_of_tied_embeddings_may_be_stored():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_head_of_its_own_beside_tied_embeddings_is_refused():
+    weights, config = draw("wide_keys"), CONFIGS["wide_keys"]
+    embeddings = weights["model.embeddings.weight"]
+    with pytest.raises(ValueError, match=r"^lm_head\.weight: expected .* set tie_word_embeddings to false"):
+        convert_fla_lightnet({**weights, "lm_head.weight": embeddings + 1}, config)
+    with pytest.raises(ValueError, match="^" + re.escape("lm_head.weight: expected shape (37, 24), got (24,)")):
+        convert_fla_lightnet({**weights, "lm_head.weight": embeddings[0]}, config)
+    stored = {**weights, "model.embeddings.weight": embeddings.bfloat16(), "lm_head.weight": embeddings}
+    with pytest.raises(ValueError, match=r"^lm_head\.weight: expected "):
+        convert_fla_lightnet(stored, config)
+    # The same numbers in another dtype are the same head.
+    stored["lm_head.weight"] = stored["model.embeddings.weight"].float()
+    assert torch.equal(convert_fla_lightnet(stored, config).lm_head.weight, stored["model.embeddings.weight"])
+    free = convert_fla_lightnet({**weights, "lm_head.weight": embeddings + 1}, {**config, "tie_word_embeddings": False})
+    assert torch.equal(free.lm_head.weight, embeddings + 1)
+    assert torch.equal(free.model.embed_tokens.weight, embeddings)
+
+
+# What PretrainedConfig of transformers 4.30 and 4.57 writes with its defaults; the later ones leave out generation's.
+GENERAL = {
+    **dict.fromkeys(("return_dict", "tie_encoder_decoder", "is_decoder", "add_cross_attention", "torchscript"), False),
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "use_bfloat16", "tf_legacy_loss"), False),
+    **dict.fromkeys(("is_encoder_decoder", "do_sample", "early_stopping", "output_scores"), False),
+    **dict.fromkeys(("return_dict_in_generate", "remove_invalid_values"), False),
+    **dict.fromkeys(("cross_attention_hidden_size", "bad_words_ids", "forced_bos_token_id"), None),
+    **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens"), None),
+    **dict.fromkeys(("begin_suppress_tokens", "finetuning_task", "tokenizer_class", "prefix", "sep_token_id"), None),
+    **dict.fromkeys(("decoder_start_token_id", "task_specific_params", "problem_type"), None),
+    **dict.fromkeys(("diversity_penalty", "temperature", "top_p", "typical_p"), 1.0),
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), 1.0),
+    **dict.fromkeys(("max_length", "min_length", "num_beams", "num_beam_groups", "top_k", "num_return_sequences"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "chunk_size_feed_forward"), 0),
+    "pruned_heads": {},
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "torch_dtype": "float32",
+    "_attn_implementation_autoset": True,
+    "transformers_version": "4.57.1",
+}
+
+
+def test_general_keys_of_transformers_four_change_nothing():
+    weights, config = draw("expand_ratio"), CONFIGS["expand_ratio"]
+    found = convert_fla_lightnet(weights, {**GENERAL, **config})
+    assert found.config.to_dict() == convert_fla_lightnet(weights, config).config.to_dict()
+    with pytest.raises(ValueError, match=r"^config: expected options .* got feature_map, window_size$"):
+        convert_fla_lightnet(weights, {**GENERAL, **config, "window_size": 4, "feature_map": "relu"})
+
+
+def test_what_is_no_checkpoint_is_refused_by_name():
+    weights, config = draw("expand_ratio"), CONFIGS["expand_ratio"]
+    for source, got in ((None, "NoneType"), ([weights], "list"), (weights["model.norm.weight"], "Tensor")):
+        with pytest.raises(TypeError, match=f"^source: expected a folder or a state dict, got {got}$"):
+            convert_fla_lightnet(source, config)
+    with pytest.raises(TypeError, match=r"^source: expected a tensor as model\.norm\.weight, got list$"):
+        convert_fla_lightnet({**weights, "model.norm.weight": [1.0] * 24}, config)
+    with pytest.raises(TypeError, match=r"^source: expected a tensor as model, got dict$"):
+        convert_fla_lightnet({"model": weights}, config)
+    with pytest.raises(TypeError, match=r"^source: expected names of weights, got int$"):
+        convert_fla_lightnet({0: weights["model.norm.weight"]}, config)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_heads": 5}, ValueError, "num_heads: expected a divisor of hidden_size = 24, got 5"),
+        (
+            {"num_heads": 48, "expand_ratio": None},
+            ValueError,
+            "num_heads: expected a divisor of hidden_size = 24, got 48",
+        ),
+        ({"num_heads": 0}, ValueError, "num_heads: expected a whole number of at least 1, got 0"),
+        ({"num_heads": "2"}, TypeError, "num_heads: expected a whole number of at least 1, got str"),
+        ({"num_heads": 2, "expand_ratio": 0}, ValueError, "expand_ratio: expected a whole number of at least 1, got 0"),
+        ({"expand_ratio": -8}, ValueError, "expand_ratio: expected a whole number of at least 1, got -8"),
+        ({"expand_ratio": 0.5}, TypeError, "expand_ratio: expected a whole number of at least 1, got float"),
+        ({"expand_ratio": 25}, ValueError, "expand_ratio: expected at most hidden_size = 24 without num_heads, got 25"),
+        (
+            {"hidden_size": 25},
+            ValueError,
+            "expand_ratio: expected hidden_size // expand_ratio heads to divide hidden_size = 25, got 8 (3 heads)",
+        ),
+        ({"hidden_size": 0}, ValueError, "hidden_size: expected a whole number of at least 1, got 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_in_the_names_of_the_checkpoint(options, error, message):
+    with pytest.raises(error, match="^" + re.escape(message) + "$"):
+        convert_fla_lightnet(draw("expand_ratio"), {**CONFIGS["expand_ratio"], **options})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_sixteen_bits_make_a_model_of_sixteen_bits(dtype):
     """With norms in float32, as mixed training leaves them."""

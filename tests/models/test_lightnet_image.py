@@ -110,12 +110,28 @@ def test_gradient_checkpointing_changes_no_gradient():
     [
         ((3, 6, 8), "pixel_values: expected shape (B, 3, height, width), got (3, 6, 8)"),
         ((1, 1, 6, 8), "pixel_values: expected shape (B, 3, height, width), got (1, 1, 6, 8)"),
+        ((1, 3, 0, 8), "pixel_values: expected height and width to be multiples of the patch size (2, 2), got (0, 8)"),
         ((1, 3, 7, 8), "pixel_values: expected height and width to be multiples of the patch size (2, 2), got (7, 8)"),
     ],
 )
 def test_bad_images_are_refused_by_name(shape, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build()(torch.randn(*shape))
+
+
+def test_what_an_image_model_does_not_have_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"^pixel_values: expected a tensor, got NoneType"):
+        build()(None)
+    with pytest.raises(ValueError, match=r"^output_attentions: expected False"):
+        build()(torch.randn(1, 3, 6, 8), output_attentions=True)
+
+
+def test_patches_are_the_input_embeddings():
+    model = build()
+    assert model.get_input_embeddings() is model.model.patch_embed
+    model.enable_input_require_grads()
+    model.requires_grad_(False)
+    assert model(torch.randn(1, 3, 6, 8)).logits.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import sightline as sl
-from sightline.nn import LightNetAttention, LightNetBlock, ToeplitzPositions
+from sightline.nn import GatedLinearUnit, LightNetAttention, LightNetBlock, ToeplitzPositions
 from sightline.position import grid_positions
 
 
@@ -170,3 +172,82 @@ def test_toeplitz_positions_are_a_causal_filter():
 def test_bad_arguments_are_refused_by_name(build, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         build()
+
+
+LAYERS: dict[str, Callable[..., Any]] = {
+    "attention": lambda **sizes: LightNetAttention(**{"embed_dim": 32, "num_heads": 4, **sizes}),
+    "block": lambda **sizes: LightNetBlock(**{"embed_dim": 32, "num_heads": 4, **sizes}),
+    "unit": lambda **sizes: GatedLinearUnit(**{"embed_dim": 32, "hidden_dim": 8, **sizes}),
+    "positions": lambda **sizes: ToeplitzPositions(**{"embed_dim": 32, "num_heads": 4, **sizes}),
+}
+ATTENTION_SIZES = ["embed_dim", "num_heads", "num_key_heads", "key_dim", "gate_rank", "position_axes"]
+LAYER_SIZES = [
+    *(("attention", name) for name in ATTENTION_SIZES),
+    *(("block", name) for name in [*ATTENTION_SIZES, "hidden_dim"]),
+    *(("unit", name) for name in ["embed_dim", "hidden_dim"]),
+    *(("positions", name) for name in ["embed_dim", "num_heads", "rank"]),
+]
+
+
+@pytest.mark.parametrize(("layer", "name"), LAYER_SIZES)
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_are_at_least_one(layer: str, name: str, size: int) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected at least 1, got {size}$"):
+        LAYERS[layer](**{name: size})
+
+
+@pytest.mark.parametrize(("layer", "name"), LAYER_SIZES)
+@pytest.mark.parametrize("size", ["4", 4.0, True], ids=repr)
+def test_sizes_are_whole_numbers(layer: str, name: str, size: Any) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: expected a whole number of at least 1, got {type(size).__name__}$"):
+        LAYERS[layer](**{name: size})
+
+
+@pytest.mark.parametrize("layer", ["attention", "block"])
+@pytest.mark.parametrize(
+    ("error", "options", "message"),
+    [
+        (ValueError, {"key_dim": 513}, "key_dim: expected at most 512, got 513"),
+        (
+            ValueError,
+            {"key_dim": 300, "position_axes": 2},
+            "key_dim: expected at most 256, for position_axes doubles it, got 300",
+        ),
+        (
+            ValueError,
+            {"embed_dim": 1200, "position_axes": 1},
+            "key_dim: expected at most 256, for position_axes doubles it, got 300, that of a value",
+        ),
+        (
+            ValueError,
+            {"embed_dim": 1200, "num_heads": 1, "key_dim": 8},
+            "embed_dim: expected at most 512 for each of num_heads = 1, got 1200",
+        ),
+        (ValueError, {"norm_eps": -1e-6}, "norm_eps: expected a number from 0 to 1e+30, got -1e-06"),
+        (ValueError, {"scale": float("inf")}, "scale: expected a number from -1e+30 to 1e+30, got inf"),
+        (ValueError, {"gate": ["swish"]}, "gate: expected one of sigmoid, swish, got ['swish']"),
+        (TypeError, {"norm_eps": "1e-6"}, "norm_eps: expected a number from 0 to 1e+30, got str"),
+        (TypeError, {"norm_per_head": "yes"}, "norm_per_head: expected True or False, got str"),
+        (TypeError, {"causal": 1}, "causal: expected True or False, got int"),
+    ],
+)
+def test_bad_options_are_refused_by_name(
+    layer: str, error: type[Exception], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        LAYERS[layer](**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_dim": 512},
+        {"key_dim": 256, "position_axes": 1},
+        {"key_dim": 1, "gate_rank": 1, "hidden_dim": 1, "norm_eps": 0, "scale": -2},
+        {"embed_dim": 512, "num_heads": 1},
+    ],
+    ids=str,
+)
+def test_what_the_limits_allow_runs(options: dict[str, Any]) -> None:
+    hidden = torch.randn(1, 3, options.get("embed_dim", 32))
+    assert LAYERS["block"](**options)(hidden).shape == hidden.shape

@@ -19,6 +19,8 @@ from recurrence_cases import (
 )
 from tolerance import assert_equal_but_for_rounding
 
+import sightline as sl
+
 
 def test_a_non_finite_value_of_a_late_segment_reaches_its_column_alone():
     problem = random_problem(Sizes(batch=1, length=5_000), causal=False)
@@ -61,6 +63,59 @@ def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(dtype, 
     states = torch.zeros(2, 2, dtype=torch.bool)
     states[0, 1] = where != "query"
     assert torch.equal(spoilt["memory"][~states], clean["memory"][~states])
+
+
+@pytest.mark.isa
+@EVERY_DTYPE
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("silent", ["masked", "without weight"])
+def test_a_state_that_is_not_finite_stays_so_over_tokens_that_add_nothing(dtype, number, silent):
+    problem = random_problem(Sizes(length=6), dtype)
+    problem.key[0, 1, 1, 3] = number
+    mask = None
+    if silent == "masked":
+        mask = torch.ones(2, 6, dtype=torch.bool)
+        mask[:, 2] = False
+    else:
+        problem.key[:, :, 2] = -math.inf
+    whole = sl.additive_recurrence(problem.query, problem.key, problem.value, key_mask=mask)
+    for pieces in ([1] * 6, [2, 1, 3], [2, 1, 1, 2]):
+        state, outputs_of_pieces, first = None, [], 0
+        for length in pieces:
+            rows = slice(first, first + length)
+            output, state = sl.additive_recurrence(
+                *(tensor[:, :, rows] for tensor in (problem.query, problem.key, problem.value)),
+                key_mask=None if mask is None else mask[:, rows],
+                initial_state=state,
+                output_final_state=True,
+            )
+            outputs_of_pieces.append(output)
+            first += length
+        assert torch.equal(torch.cat(outputs_of_pieces, 2).isfinite(), whole.isfinite())
+        assert not state.log_normalizer[0, 1, 3].isfinite()
+        assert not state.memory[0, 1, 3].isfinite().any()
+    assert not whole[0, 2:, 1:].isfinite().any()
+    assert whole[1].isfinite().all()
+    assert whole[0, :2].isfinite().all()
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("length", [1, 2, 150])
+def test_beside_an_infinite_normaliser_nothing_is_a_number(dtype, length):
+    problem = random_problem(Sizes(length=length), dtype)
+    results = {}
+    for backend in ("native", "reference"):
+        state = sl.RecurrenceState(
+            torch.zeros(2, 2, problem.query.shape[3]),
+            torch.ones(*problem.key.shape[:2], problem.key.shape[3], problem.value.shape[3]),
+        )
+        state.log_normalizer[0, 1, 3] = math.inf
+        results[backend], final = sl.additive_recurrence(
+            problem.query, problem.key, problem.value, initial_state=state, output_final_state=True, backend=backend
+        )
+        assert final.memory[0, 1, 3].isnan().all()
+    assert torch.equal(results["native"].isfinite(), results["reference"].isfinite())
+    assert results["native"][0, 2:].isnan().all()
 
 
 @CAUSAL

@@ -309,6 +309,18 @@ def test_autocast_casts_query_key_and_value_only(dtype):
         assert leaf.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_a_gain_may_have_the_dtype_of_the_others(dtype):
+    inputs, gain = make_inputs(), torch.randn(2, 2, 9, 8, dtype=dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        output = sl.additive_recurrence(*inputs, key_gain=gain)
+    expected = sl.additive_recurrence(*(tensor.to(dtype) for tensor in inputs), key_gain=gain)
+    torch.testing.assert_close(output, expected)
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    with torch.autocast("cpu", dtype=dtype), pytest.raises(TypeError, match=r"^key_gain: expected dtype"):
+        sl.additive_recurrence(*inputs, key_gain=gain.to(other))
+
+
 def test_autocast_leaves_float64_alone():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert sl.additive_recurrence(*make_inputs(dtype=torch.float64)).dtype == torch.float64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,20 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from sightline.models.lightnet_cache import RecurrenceCache
+from sightline.models.lightnet_checks import (
+    check_cache,
+    check_positions,
+    check_tokens,
+    documents_of,
+    key_mask_of,
+)
 from sightline.models.lightnet_config import LightNetConfig, LightNetImageConfig, attention_options
 from sightline.nn import LightNetBlock
+
+logger = logging.get_logger(__name__)
 
 
 class LightNetLayer(GradientCheckpointingLayer, LightNetBlock):
@@ -121,31 +131,30 @@ class LightNetModel(LightNetPreTrainedModel):
         Raises:
             TypeError, ValueError: an argument has the wrong type or shape, or two exclude each other.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or none")
         if output_attentions:
             raise ValueError("output_attentions: expected False, for a recurrence has no attention weights; got True")
-        if past_key_values is not None and not isinstance(past_key_values, RecurrenceCache):
-            raise TypeError(
-                f"past_key_values: expected a RecurrenceCache, got {type(past_key_values).__name__}; the other caches "
-                "of transformers hold keys and values"
-            )
+        batch, length = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        check_cache(past_key_values, self.config, batch)
+        check_positions(position_ids, batch, length)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length = hidden.shape[:2]
         # What goes on from a cache is one document, which can be checked where numbers can be looked at.
         unchecked = torch.compiler.is_compiling() and past_key_values is not None
-        documents = _documents(batch, length, attention_mask, None if unchecked else position_ids, cu_seq_lens_q)
+        documents = documents_of(batch, length, attention_mask, None if unchecked else position_ids, cu_seq_lens_q)
         if documents is not None and past_key_values is not None:
             raise ValueError("past_key_values: expected None with packed documents, which end in a state each")
         checkpointing = self.gradient_checkpointing and self.training
         if checkpointing and past_key_values is not None:
             raise ValueError("past_key_values: expected None with gradient checkpointing, which runs every layer twice")
+        if checkpointing and use_cache:
+            logger.warning_once(
+                "use_cache=True makes no cache with gradient checkpointing, which runs every layer twice"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None and documents is None and not checkpointing:
             past_key_values = RecurrenceCache(len(self.layers))
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        arguments: dict[str, Any] = {"key_mask": _key_mask(attention_mask, batch, seen, length)}
+        arguments: dict[str, Any] = {"key_mask": key_mask_of(attention_mask, batch, seen, length)}
         if self.config.position_encoding is not None:
             if position_ids is None:
                 position_ids = torch.arange(seen, seen + length, device=hidden.device).expand(batch, length)
@@ -161,13 +170,13 @@ class LightNetModel(LightNetPreTrainedModel):
         states = []
         for layer in self.layers:
             if output_hidden_states:
-                states.append(hidden.view(batch, length, -1))
+                states.append(hidden.view(batch, length, self.config.hidden_size))
             hidden = layer(hidden, past_key_values=past_key_values, **arguments)
         hidden = self.norm(hidden)
         if output_hidden_states:
-            states.append(hidden.view(batch, length, -1))
+            states.append(hidden.view(batch, length, self.config.hidden_size))
         output = BaseModelOutputWithPast(
-            last_hidden_state=hidden.view(batch, length, -1),
+            last_hidden_state=hidden.view(batch, length, self.config.hidden_size),
             past_key_values=past_key_values,
             hidden_states=tuple(states) or None,
         )
@@ -239,6 +248,11 @@ class LightNetForCausalLM(LightNetPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Gives generate() a `RecurrenceCache` where it would make a cache of keys and values."""
+        if self.model.gradient_checkpointing and self.training and generation_config.use_cache is not False:
+            raise ValueError(
+                "use_cache: expected False in training with gradient checkpointing, which runs every layer twice; "
+                "call eval() on the model before generate()"
+            )
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
             raise ValueError(
@@ -249,54 +263,21 @@ class LightNetForCausalLM(LightNetPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"assistant_model: expected a model whose cache can give tokens back, got {type(self).__name__}"
             )
-        if model_kwargs.get("past_key_values") is not None:
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            check_cache(given, self.config)
             # As the method that this one replaces marks it: the caller goes on with this cache.
-            model_kwargs["past_key_values"]._is_user_defined = True
+            given._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = RecurrenceCache(self.config.num_hidden_layers)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises NotImplementedError, as does `generate_batch`: its pages hold keys and values, not states."""
+        raise NotImplementedError(
+            f"generate_batch: its cache holds keys and values, and {type(self).__name__} has a state of constant size "
+            "in their place; use generate()"
+        )
 
 
 def _as_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
     return bool(model.config.return_dict if return_dict is None else return_dict)
-
-
-def _key_mask(attention_mask: Tensor | None, batch: int, seen: int, length: int) -> Tensor | None:
-    """The mask of these tokens: what came before has found its way into the state already."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
-        raise ValueError(
-            f"attention_mask: expected shape (B, N) with B = {batch}, got {tuple(attention_mask.shape)}; a recurrence "
-            "has no mask per pair of tokens"
-        )
-    if attention_mask.shape[1] not in (length, seen + length):
-        raise ValueError(
-            f"attention_mask: expected {length} tokens, or {seen + length} with those of the cache, "
-            f"got {attention_mask.shape[1]}"
-        )
-    return attention_mask[:, attention_mask.shape[1] - length :].bool()
-
-
-def _documents(
-    batch: int, length: int, attention_mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None
-) -> Tensor | None:
-    """Offsets (documents + 1,) int32 in the rows laid end to end, None where every row is one document."""
-    if cu_seq_lens is not None:
-        if batch != 1:
-            raise ValueError(f"cu_seq_lens_q: expected one row of packed documents, got {batch}")
-        if attention_mask is not None:
-            raise ValueError("attention_mask: expected None with packed documents (cu_seq_lens_q), got a tensor")
-        return cu_seq_lens.to(torch.int32)
-    if attention_mask is not None or position_ids is None or length < 2:
-        return None
-    begins = torch.ones(position_ids.shape, dtype=torch.bool, device=position_ids.device)
-    begins[:, 1:] = position_ids.diff(dim=1) != 1
-    places = torch.arange(batch * length, device=position_ids.device)
-    if torch.compiler.is_compiling():
-        # A graph's shapes do not depend on numbers: one offset for every token, and equal ones enclose no document.
-        starts = torch.where(begins.expand(batch, length).flatten(), places, 0).cummax(0).values
-    elif begins[:, 1:].any():
-        starts = places[begins.expand(batch, length).flatten()]
-    else:
-        return None
-    return torch.cat([starts, starts.new_tensor([batch * length])]).to(torch.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn, cast
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -21,6 +22,15 @@ class RecurrenceCacheLayer(CacheLayerMixin):
         super().__init__()
         self.state: RecurrenceState | None = None
         self.length = 0
+        self._home: torch.device | None = None  # where the state was when it was offloaded
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecurrenceCacheLayer:
+        """A layer with a state of its own, cut from its history: torch copies no tensor that has one."""
+        layer = type(self)()
+        if self.state is not None:
+            layer.store(RecurrenceState(*(tensor.detach().clone() for tensor in self.state)), self.length)
+        layer._home = self._home
+        return layer
 
     def store(self, state: RecurrenceState, tokens: int) -> None:
         """Take the state after `tokens` further tokens."""
@@ -66,7 +76,13 @@ class RecurrenceCacheLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Move the state to the CPU."""
+        if self.state is not None:
+            self._home = self.state.memory.device
         self._apply(lambda tensor: tensor.to("cpu"))
+
+    def prefetch(self) -> None:
+        """Move an offloaded state back to its device."""
+        self._apply(lambda tensor: tensor if self._home is None else tensor.to(self._home))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every beam the state of the beam that it continues."""
@@ -86,12 +102,13 @@ class RecurrenceCacheLayer(CacheLayerMixin):
 
 
 class RecurrenceCache(Cache):
-    """What `LightNetForCausalLM` keeps of the tokens so far: (B, Hk, Dk) and (B, Hk, Dk, Dv) float32 per layer.
+    """What `LightNetForCausalLM` keeps of the tokens so far: (B, Hk, Dk) and (B, Hk, Dk, Dv) per layer.
 
-    The memory is the same after ten tokens and after a million. It is what the model returns as `past_key_values`, what
-    it takes to go on, and what generate() uses. It cannot be cropped. `copy.deepcopy` keeps a state to return to.
+    They are float32, or float64 in a float64 model. The memory is the same after ten tokens and after a million. It is
+    what the model returns as `past_key_values`, what it takes to go on, and what generate() uses. It cannot be cropped.
+    `copy.deepcopy` keeps a state to return to, cut from its history.
 
-    Raises ValueError for a number of layers below 1.
+    Raises TypeError or ValueError for a number of layers that is not a whole number of at least 1.
 
     >>> cache = RecurrenceCache(12)
     >>> len(cache), cache.get_seq_length(), cache.nbytes
@@ -99,8 +116,10 @@ class RecurrenceCache(Cache):
     """
 
     def __init__(self, num_layers: int) -> None:
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int):
+            raise TypeError(f"num_layers: expected a whole number of at least 1, got {type(num_layers).__name__}")
         if num_layers < 1:
-            raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+            raise ValueError(f"num_layers: expected a whole number of at least 1, got {num_layers}")
         super().__init__(layers=[RecurrenceCacheLayer() for _ in range(num_layers)])
 
     def layer(self, index: int) -> RecurrenceCacheLayer:

@@ -6,7 +6,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from sightline.nn.lightnet import LightNetAttention
+from sightline._checks import _LARGEST_SCALE, _wrong_type
+from sightline.nn.lightnet import (
+    LightNetAttention,
+    _check_divisor,
+    _check_flag,
+    _check_number,
+    _check_size,
+    _check_widths,
+)
 
 _POSITIONS = (None, "lrpe", "tpe")
 
@@ -50,7 +58,10 @@ class LightNetConfig(_BlocksConfig):
         initializer_range: standard deviation of fresh weights; projections back into the residual stream get it
             divided by sqrt(2 num_hidden_layers).
 
-    Raises ValueError for sizes that do not divide each other, or unknown options.
+    Raises:
+        TypeError: an argument has the wrong type; the message names it.
+        ValueError: sizes below 1 or that do not divide each other, unknown options, a pad_token_id outside the
+            vocabulary, or heads wider than the recurrence takes: 512, and 256 for key_dim with "lrpe".
 
     Source: "You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet", arXiv 2405.21022.
 
@@ -70,6 +81,8 @@ class LightNetConfig(_BlocksConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_size("vocab_size", self.vocab_size)
+        _check_padding(self.pad_token_id, self.vocab_size)
         _complete(self)
         if self.position_encoding not in _POSITIONS[:2]:
             raise ValueError(f"position_encoding: expected None or 'lrpe', got {self.position_encoding!r}")
@@ -89,7 +102,10 @@ class LightNetImageConfig(_BlocksConfig):
 
     The other arguments are those of `LightNetConfig`.
 
-    Raises ValueError for sizes that do not divide each other, or unknown options.
+    Raises:
+        TypeError: an argument has the wrong type; the message names it.
+        ValueError: sizes below 1 or that do not divide each other, unknown options, or heads wider than the recurrence
+            takes: 512, and 256 for key_dim with "lrpe".
 
     >>> LightNetImageConfig(image_size=(16, 32), patch_size=8).grid_size
     (2, 4)
@@ -104,6 +120,7 @@ class LightNetImageConfig(_BlocksConfig):
     hidden_size: int = 192
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_size("num_channels", self.num_channels)
         _complete(self)
         if self.position_encoding not in _POSITIONS:
             raise ValueError(f"position_encoding: expected None, 'lrpe' or 'tpe', got {self.position_encoding!r}")
@@ -113,6 +130,7 @@ class LightNetImageConfig(_BlocksConfig):
         if image[0] % patch[0] != 0 or image[1] % patch[1] != 0:
             raise ValueError(f"patch_size: expected a divisor of image_size = {image}, got {patch}")
         super().__post_init__(**kwargs)
+        _check_size("num_labels", self.num_labels)
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -141,33 +159,50 @@ def attention_options(config: LightNetConfig | LightNetImageConfig) -> dict[str,
 
 def _complete(config: LightNetConfig | LightNetImageConfig) -> None:
     """Fill in what follows from other options and check that sizes fit, in the words of the config's own names."""
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(config, name)}")
-    heads = config.num_attention_heads
-    if config.hidden_size % heads != 0:
-        raise ValueError(f"num_attention_heads: expected a divisor of hidden_size = {config.hidden_size}, got {heads}")
+    for name in ("hidden_size", "num_hidden_layers"):
+        _check_size(name, getattr(config, name))
+    width, heads = config.hidden_size, config.num_attention_heads
+    _check_divisor("num_attention_heads", heads, "hidden_size", width)
     if config.num_key_value_heads is None:
         config.num_key_value_heads = heads
-    if config.num_key_value_heads < 1 or heads % config.num_key_value_heads != 0:
-        raise ValueError(
-            f"num_key_value_heads: expected a divisor of num_attention_heads = {heads}, "
-            f"got {config.num_key_value_heads}"
-        )
+    _check_divisor("num_key_value_heads", config.num_key_value_heads, "num_attention_heads", heads)
+    doubled_by = "position_encoding 'lrpe'" if config.position_encoding == "lrpe" else None
+    _check_widths("hidden_size", width, "num_attention_heads", heads, config.key_dim, doubled_by)
     if config.key_dim is None:
-        config.key_dim = config.hidden_size // heads
+        config.key_dim = width // heads
     if config.gate_rank is None:
-        config.gate_rank = config.hidden_size // heads
+        config.gate_rank = width // heads
     if config.intermediate_size is None:
-        config.intermediate_size = -(-8 * config.hidden_size // 3)
+        config.intermediate_size = -(-8 * width // 3)
+    for name in ("gate_rank", "intermediate_size"):
+        _check_size(name, getattr(config, name))
+    _check_number("rms_norm_eps", config.rms_norm_eps)
     if config.gate_norm_eps is None:
         config.gate_norm_eps = config.rms_norm_eps
+    for name in ("gate_norm_eps", "initializer_range"):
+        _check_number(name, getattr(config, name))
+    _check_number("recurrence_scale", config.recurrence_scale, -_LARGEST_SCALE)
+    _check_flag("norm_per_head", config.norm_per_head)
     if config.gate not in LightNetAttention.GATES:
         raise ValueError(f"gate: expected one of {', '.join(LightNetAttention.GATES)}, got {config.gate!r}")
 
 
+def _check_padding(token: Any, vocab_size: int) -> None:
+    """What `torch.nn.Embedding` takes: a negative index counts from the end of the vocabulary."""
+    if token is None:
+        return
+    if isinstance(token, bool) or not isinstance(token, int):
+        raise _wrong_type("pad_token_id", "None or a whole number", token)
+    if not -vocab_size <= token < vocab_size:
+        bound = f"below vocab_size = {vocab_size}" if token > 0 else f"from -vocab_size = {-vocab_size}"
+        raise ValueError(f"pad_token_id: expected None or a number {bound}, got {token}")
+
+
 def _pair(name: str, size: Any) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    expected = "a number of pixels or a pair of them"
+    if any(isinstance(side, bool) or not isinstance(side, int) for side in pair):
+        raise TypeError(f"{name}: expected {expected}, got {size!r}")
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"{name}: expected a number of pixels or a pair of them, got {size!r}")
+        raise ValueError(f"{name}: expected {expected}, got {size!r}")
     return pair

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from sightline._checks import _wrong_type
 from sightline.models.lightnet import LightNetForCausalLM
 from sightline.models.lightnet_config import LightNetConfig
+from sightline.position import _check_count
 
 _GATE_NORM_EPS = 1e-6
 _DEFAULTS: dict[str, Any] = {
@@ -57,8 +59,19 @@ _WITHOUT_EFFECT = {
     "fuse_cross_entropy",
     "fuse_linear_cross_entropy",
     "auto_map",
-    "torch_dtype",
 }
+# What PretrainedConfig of transformers 4 (4.30 to 4.57) writes into every config, besides what the installed one does.
+_GENERAL = """
+    _name_or_path architectures transformers_version torch_dtype torchscript return_dict output_hidden_states
+    output_attentions pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size
+    add_cross_attention tie_encoder_decoder finetuning_task task_specific_params problem_type tokenizer_class prefix
+    id2label label2id sep_token_id decoder_start_token_id tf_legacy_loss use_bfloat16 attn_implementation
+    _attn_implementation_autoset
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+"""
 
 
 def convert_fla_lightnet(
@@ -77,9 +90,11 @@ def convert_fla_lightnet(
 
     Raises:
         FileNotFoundError: the folder has no config or no weights, or not all that its index lists.
-        TypeError: the config is neither a dict nor one of transformers'.
+        TypeError: the source is neither a folder nor a dict of tensors, the config neither a dict nor one of
+            transformers', or a size is no whole number.
         NotImplementedError: the checkpoint uses an option that `LightNetForCausalLM` lacks; the message names it.
-        ValueError: an option is unknown, or weights are missing, left over, of another shape or not floating-point.
+        ValueError: an option is unknown, sizes do not fit, weights are missing, left over, of another shape or not
+            floating-point, or the head differs from the embeddings that it is tied to.
 
     Source of the layout: flash-linear-attention 0.6; of the model: arXiv 2405.21022.
 
@@ -100,8 +115,11 @@ def convert_fla_lightnet(
                 )
             config = json.loads(path.read_text())
         weights = _read_weights(folder)
-    else:
+    elif isinstance(source, Mapping):
         weights = dict(source)
+    else:
+        raise _wrong_type("source", "a folder or a state dict", source)
+    _check_weights(weights)
     if config is None:
         raise ValueError("config: expected the checkpoint's config with a state dict, got None")
     if isinstance(config, PreTrainedConfig):
@@ -112,22 +130,27 @@ def convert_fla_lightnet(
     return _load(converted, weights, affine=config.get("elementwise_affine", True) is not False)
 
 
+def _check_weights(weights: dict[Any, Any]) -> None:
+    for name, tensor in weights.items():
+        if not isinstance(name, str):
+            raise _wrong_type("source", "names of weights", name)
+        if not isinstance(tensor, Tensor):
+            raise _wrong_type("source", f"a tensor as {name}", tensor)
+
+
 def _convert_config(config: Mapping[str, Any]) -> LightNetConfig:
     for name, values in _SUPPORTED.items():
         if name in config and config[name] not in values:
             raise NotImplementedError(
                 f"{name}: expected {values[0]!r}, which LightNetForCausalLM has; got {config[name]!r}"
             )
-    general = set(PreTrainedConfig().to_dict()) | {"architectures", "transformers_version", "_name_or_path"}
+    general = set(PreTrainedConfig().to_dict()) | set(_GENERAL.split())
     unknown = sorted(set(config) - set(_DEFAULTS) - set(_SUPPORTED) - _WITHOUT_EFFECT - general)
     if unknown:
         raise ValueError(f"config: expected options of flash-linear-attention's LightNet, got {', '.join(unknown)}")
     options = {name: config.get(name, default) for name, default in _DEFAULTS.items()}
-    hidden, heads, key_dim = options["hidden_size"], options["num_heads"], options["expand_ratio"]
-    if heads is None and key_dim is None:
-        raise ValueError("num_heads: expected num_heads or expand_ratio in the config, got neither")
-    heads = hidden // key_dim if heads is None else heads
-    key_dim = hidden // heads if key_dim is None else key_dim
+    hidden = options["hidden_size"]
+    heads, key_dim = _heads_and_key_dim(hidden, options["num_heads"], options["expand_ratio"])
     inside = options["intermediate_size"]
     if inside is None:
         ratio = 4 if options["hidden_ratio"] is None else options["hidden_ratio"]
@@ -147,6 +170,28 @@ def _convert_config(config: Mapping[str, Any]) -> LightNetConfig:
         rms_norm_eps=options["norm_eps"],
         gate_norm_eps=_GATE_NORM_EPS,
     )
+
+
+def _heads_and_key_dim(hidden: Any, heads: Any, key_dim: Any) -> tuple[int, int]:
+    """Either follows from the other; what does not fit is said in the names that the checkpoint's config has."""
+    if heads is None and key_dim is None:
+        raise ValueError("num_heads: expected num_heads or expand_ratio in the config, got neither")
+    for name, size in (("hidden_size", hidden), ("num_heads", heads), ("expand_ratio", key_dim)):
+        if size is not None:
+            _check_count(name, size)
+    if heads is not None:
+        if hidden % heads != 0:
+            raise ValueError(f"num_heads: expected a divisor of hidden_size = {hidden}, got {heads}")
+        return heads, hidden // heads if key_dim is None else key_dim
+    if key_dim > hidden:
+        raise ValueError(f"expand_ratio: expected at most hidden_size = {hidden} without num_heads, got {key_dim}")
+    heads = hidden // key_dim
+    if hidden % heads != 0:
+        raise ValueError(
+            f"expand_ratio: expected hidden_size // expand_ratio heads to divide hidden_size = {hidden}, "
+            f"got {key_dim} ({heads} heads)"
+        )
+    return heads, key_dim
 
 
 def _load(config: LightNetConfig, weights: dict[str, Tensor], affine: bool) -> Any:
@@ -170,7 +215,17 @@ def _load(config: LightNetConfig, weights: dict[str, Tensor], affine: bool) -> A
             raise ValueError(
                 f"{name}: expected floating-point weights, got {weights[name].dtype}; convert before quantising"
             )
-    model = model.to(weights["model.embed_tokens.weight"].dtype)
+    embeddings = weights["model.embed_tokens.weight"]
+    if config.tie_word_embeddings:
+        head = weights["lm_head.weight"]
+        # In the wider of the two dtypes, so that rounding hides no difference.
+        wider = torch.promote_types(head.dtype, embeddings.dtype)
+        if not torch.equal(head.to(embeddings.device, wider), embeddings.to(wider)):
+            raise ValueError(
+                "lm_head.weight: expected the embeddings, to which tie_word_embeddings ties the head, got other "
+                "weights; set tie_word_embeddings to false in the config to keep both"
+            )
+    model = model.to(embeddings.dtype)
     model.load_state_dict(weights)
     return model.eval()
 

@@ -20,6 +20,7 @@ class LightNetImagePreTrainedModel(LightNetPreTrainedModel):
 
     config_class = LightNetImageConfig
     main_input_name = "pixel_values"
+    _input_embed_layer = "patch_embed"
     _is_stateful = False
 
     @torch.no_grad()
@@ -70,15 +71,21 @@ class LightNetImageModel(LightNetImagePreTrainedModel):
         `pixel_values` (B, num_channels, height, width): of any size that the patches divide, the config's or another.
         With pooling "class" the class token comes first.
 
-        Raises ValueError for another number of axes or channels, or a size that the patches do not divide.
+        Raises TypeError or ValueError for what is no tensor, another number of axes or channels, a size that the
+        patches do not divide, or `output_attentions`, which a recurrence does not have.
         """
         config = self.config
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: expected False, for a recurrence has no attention weights; got True")
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values: expected a tensor, got {type(pixel_values).__name__}")
         expected, patch = ("B", config.num_channels, "height", "width"), config.patch_shape
         if pixel_values.dim() != 4 or pixel_values.shape[1] != config.num_channels:
             raise ValueError(
                 f"pixel_values: expected shape ({', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}"
             )
-        if pixel_values.shape[2] % patch[0] != 0 or pixel_values.shape[3] % patch[1] != 0:
+        height, width = pixel_values.shape[2:]
+        if height < 1 or width < 1 or height % patch[0] != 0 or width % patch[1] != 0:
             raise ValueError(
                 f"pixel_values: expected height and width to be multiples of the patch size {patch}, "
                 f"got {tuple(pixel_values.shape[2:])}"
@@ -137,7 +144,13 @@ class LightNetForImageClassification(LightNetImagePreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """Logits (B, num_labels), and the loss where `labels` (B,) are given; arguments of `LightNetImageModel`."""
-        output = self.model(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        output_attentions = kwargs.pop("output_attentions", None)
+        output = self.model(
+            pixel_values,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
         logits = self.classifier(output.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         result = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sightline._checks import _LARGEST_SCALE, _wrong_type
+from sightline._recurrence_checks import _LARGEST_WIDTH
 from sightline.position import grid_positions, md_lrpe
 from sightline.recurrence import RecurrenceState, additive_recurrence
 
@@ -35,7 +37,9 @@ class LightNetAttention(nn.Module):
         position_axes: axes of MD-LRPE positions, None for no positions.
 
     Raises:
-        ValueError: sizes that do not divide each other, or an unknown gate.
+        TypeError: an argument has the wrong type; the message names it.
+        ValueError: sizes below 1 or that do not divide each other, an unknown gate, or heads wider than the
+            recurrence takes: 512 for values and for queries and keys, 256 for those that have positions.
 
     >>> layer = LightNetAttention(64, num_heads=4)
     >>> layer(torch.randn(2, 10, 64)).shape
@@ -63,12 +67,20 @@ class LightNetAttention(nn.Module):
         position_axes: int | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads != 0:
-            raise ValueError(f"num_heads: expected a divisor of embed_dim = {embed_dim}, got {num_heads}")
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
-        if num_key_heads < 1 or num_heads % num_key_heads != 0:
-            raise ValueError(f"num_key_heads: expected a divisor of num_heads = {num_heads}, got {num_key_heads}")
-        if gate not in _GATES:
+        _check_size("embed_dim", embed_dim)
+        _check_divisor("num_heads", num_heads, "embed_dim", embed_dim)
+        _check_divisor("num_key_heads", num_key_heads, "num_heads", num_heads)
+        doubled_by = None if position_axes is None else "position_axes"
+        _check_widths("embed_dim", embed_dim, "num_heads", num_heads, key_dim, doubled_by)
+        for name, size in (("gate_rank", gate_rank), ("position_axes", position_axes)):
+            if size is not None:
+                _check_size(name, size)
+        for name, flag in (("norm_per_head", norm_per_head), ("causal", causal)):
+            _check_flag(name, flag)
+        _check_number("norm_eps", norm_eps)
+        _check_number("scale", scale, -_LARGEST_SCALE)
+        if gate not in self.GATES:
             raise ValueError(f"gate: expected one of {', '.join(_GATES)}, got {gate!r}")
         self.num_heads, self.num_key_heads = num_heads, num_key_heads
         self.head_dim = embed_dim // num_heads
@@ -141,12 +153,23 @@ class LightNetAttention(nn.Module):
 class GatedLinearUnit(nn.Module):
     """``W_down (SiLU(W_gate x) * W_up x)``, without biases.
 
+    Takes and returns (..., embed_dim).
+
+    Args:
+        embed_dim: width of input and output; W_down is (embed_dim, hidden_dim), the others (hidden_dim, embed_dim).
+        hidden_dim: width inside.
+
+    Raises:
+        TypeError, ValueError: a width is not a whole number of at least 1; the message names it.
+
     >>> GatedLinearUnit(8, 24)(torch.randn(2, 5, 8)).shape
     torch.Size([2, 5, 8])
     """
 
     def __init__(self, embed_dim: int, hidden_dim: int) -> None:
         super().__init__()
+        _check_size("embed_dim", embed_dim)
+        _check_size("hidden_dim", hidden_dim)
         self.gate_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
         self.up_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
         self.down_proj = nn.Linear(hidden_dim, embed_dim, bias=False)
@@ -162,15 +185,20 @@ class LightNetBlock(nn.Module):
     `hidden_dim` is the width inside the gated linear unit, 8/3 of embed_dim by default; the other arguments are those
     of `LightNetAttention`.
 
+    Raises TypeError or ValueError for what `LightNetAttention` refuses, or a hidden_dim that is no whole number of at
+    least 1.
+
     >>> LightNetBlock(64, num_heads=4)(torch.randn(2, 10, 64)).shape
     torch.Size([2, 10, 64])
     """
 
     def __init__(self, embed_dim: int, num_heads: int, *, hidden_dim: int | None = None, **options: Any) -> None:
         super().__init__()
+        # Made before the norm, because it checks what both take.
+        attn = LightNetAttention(embed_dim, num_heads, **options)
         eps = options.get("norm_eps", 1e-6)
         self.attn_norm = nn.RMSNorm(embed_dim, eps=eps)
-        self.attn = LightNetAttention(embed_dim, num_heads, **options)
+        self.attn = attn
         self.mlp_norm = nn.RMSNorm(embed_dim, eps=eps)
         self.mlp = GatedLinearUnit(embed_dim, -(-8 * embed_dim // 3) if hidden_dim is None else hidden_dim)
 
@@ -183,3 +211,47 @@ class LightNetBlock(nn.Module):
         hidden = hidden + attended
         hidden = hidden + self.mlp(self.mlp_norm(hidden))
         return (hidden, state) if output_final_state else hidden
+
+
+def _check_size(name: str, size: Any) -> None:
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise _wrong_type(name, "a whole number of at least 1", size)
+    if size < 1:
+        raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def _check_divisor(name: str, size: Any, whole_name: str, whole: int) -> None:
+    _check_size(name, size)
+    if whole % size != 0:
+        raise ValueError(f"{name}: expected a divisor of {whole_name} = {whole}, got {size}")
+
+
+def _check_widths(
+    whole_name: str, whole: int, heads_name: str, heads: int, key_dim: Any, doubled_by: str | None
+) -> None:
+    """Widths of heads that the recurrence takes; `doubled_by` is the option that doubles that of queries and keys."""
+    if whole > heads * _LARGEST_WIDTH:
+        raise ValueError(
+            f"{whole_name}: expected at most {_LARGEST_WIDTH} for each of {heads_name} = {heads}, got {whole}"
+        )
+    width = whole // heads if key_dim is None else key_dim
+    _check_size("key_dim", width)
+    largest, reason = _LARGEST_WIDTH, ""
+    if doubled_by is not None:
+        largest, reason = largest // 2, f", for {doubled_by} doubles it"
+    if width > largest:
+        default = ", that of a value" if key_dim is None else ""
+        raise ValueError(f"key_dim: expected at most {largest}{reason}, got {width}{default}")
+
+
+def _check_number(name: str, number: Any, least: float = 0) -> None:
+    expected = f"a number from {least} to {_LARGEST_SCALE}"
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise _wrong_type(name, expected, number)
+    if not least <= number <= _LARGEST_SCALE:
+        raise ValueError(f"{name}: expected {expected}, got {number}")
+
+
+def _check_flag(name: str, flag: Any) -> None:
+    if not isinstance(flag, bool):
+        raise _wrong_type(name, "True or False", flag)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sightline.nn.lightnet import _check_divisor, _check_size
 from sightline.position import md_tpe
 
 
@@ -15,14 +16,24 @@ class ToeplitzPositions(nn.Module):
     lambda = sigmoid(.), which begins near 1 for the last head and at 1/2 for the first. Takes and returns
     (B, n_1, ..., n_k, embed_dim) for any k: see `sightline.position.md_tpe`.
 
+    Args:
+        embed_dim: width of input and output.
+        num_heads: heads, a divisor of embed_dim; each filters its embed_dim / num_heads channels alike.
+        rank: numbers in a head's query and key, which are (num_heads, rank).
+
+    Raises:
+        TypeError, ValueError: a size is not a whole number of at least 1, or num_heads does not divide embed_dim; the
+            message names it.
+
     >>> ToeplitzPositions(12, num_heads=3)(torch.randn(2, 5, 4, 12)).shape
     torch.Size([2, 5, 4, 12])
     """
 
     def __init__(self, embed_dim: int, num_heads: int, *, rank: int = 16) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads != 0:
-            raise ValueError(f"num_heads: expected a divisor of embed_dim = {embed_dim}, got {num_heads}")
+        _check_size("embed_dim", embed_dim)
+        _check_divisor("num_heads", num_heads, "embed_dim", embed_dim)
+        _check_size("rank", rank)
         self.query = nn.Parameter(torch.empty(num_heads, rank))
         self.key = nn.Parameter(torch.empty(num_heads, rank))
         self.decay_logits = nn.Parameter(torch.empty(num_heads))
