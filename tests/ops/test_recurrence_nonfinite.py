@@ -65,6 +65,20 @@ def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(dtype, 
     assert torch.equal(spoilt["memory"][~states], clean["memory"][~states])
 
 
+@EVERY_DTYPE
+@pytest.mark.parametrize("row", [3, 8, 64, 70, 142])
+def test_an_infinite_key_cuts_its_chunk_short_and_changes_earlier_outputs_by_rounding_alone(dtype, row):
+    """Fewer rows than the tile unit takes are multiplied in fp32, which rounds elsewhere in 16 bits."""
+    problem = random_problem(Sizes(length=150), dtype)
+    clean = outputs(problem, "native")["output"]
+    problem.key[0, 1, row, 3] = math.inf
+    spoilt = outputs(problem, "native")["output"]
+    assert not spoilt[0, 2:, row:].isfinite().all(-1).any()
+    assert torch.equal(spoilt[1], clean[1])
+    assert torch.equal(spoilt[0, :2], clean[0, :2])
+    assert_equal_but_for_rounding(spoilt[0, 2:, :row], clean[0, 2:, :row])
+
+
 @pytest.mark.isa
 @EVERY_DTYPE
 @pytest.mark.parametrize("number", [math.nan, math.inf])
