@@ -279,6 +279,25 @@ def assert_non_finite_keys_are_what_they_are_in_the_formula(
     assert_results_are_close(problem, backend=backend, with_nan=number != -math.inf)
 
 
+def assert_a_state_that_is_not_finite_stays_so(number: float, masked: bool, dtype: torch.dtype, backend: str) -> None:
+    """Over a token that adds nothing (masked, or its keys -inf), however a sequence is cut."""
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[:, 2] = not masked
+    problem = random_problem(Sizes(length=6), dtype, key_mask=mask)
+    problem.key[0, 1, 1, 3] = number
+    if not masked:
+        problem.key[:, :, 2] = -math.inf
+    whole = outputs(problem, backend)["output"].isfinite()
+    assert not whole[0, 2:, 1:].any()
+    assert whole[1].all()
+    assert whole[0, :2].all()
+    for cuts in (range(7), [0, 2, 3, 6], [0, 2, 3, 4, 6]):
+        pieces = in_pieces(problem, cuts, backend)
+        assert torch.equal(pieces["output"].isfinite(), whole)
+        assert not pieces["log_normalizer"][0, 1, 3].isfinite()
+        assert not pieces["memory"][0, 1, 3].isfinite().any()
+
+
 def _size_without_cancellation(problem: Problem, name: str, gradients: dict[str, Tensor]) -> Tensor | None:
     """How large a gradient would be without what its normaliser takes back; None for gradients without a normaliser.
 

@@ -11,6 +11,7 @@ from recurrence_cases import (
     EVERY_DTYPE,
     ON_EVERY_ISA,
     Sizes,
+    assert_a_state_that_is_not_finite_stays_so,
     assert_non_finite_keys_are_what_they_are_in_the_formula,
     outputs,
     random_gradients,
@@ -82,35 +83,9 @@ def test_an_infinite_key_cuts_its_chunk_short_and_changes_earlier_outputs_by_rou
 @pytest.mark.isa
 @EVERY_DTYPE
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-@pytest.mark.parametrize("silent", ["masked", "without weight"])
-def test_a_state_that_is_not_finite_stays_so_over_tokens_that_add_nothing(dtype, number, silent):
-    problem = random_problem(Sizes(length=6), dtype)
-    problem.key[0, 1, 1, 3] = number
-    mask = None
-    if silent == "masked":
-        mask = torch.ones(2, 6, dtype=torch.bool)
-        mask[:, 2] = False
-    else:
-        problem.key[:, :, 2] = -math.inf
-    whole = sl.additive_recurrence(problem.query, problem.key, problem.value, key_mask=mask)
-    for pieces in ([1] * 6, [2, 1, 3], [2, 1, 1, 2]):
-        state, outputs_of_pieces, first = None, [], 0
-        for length in pieces:
-            rows = slice(first, first + length)
-            output, state = sl.additive_recurrence(
-                *(tensor[:, :, rows] for tensor in (problem.query, problem.key, problem.value)),
-                key_mask=None if mask is None else mask[:, rows],
-                initial_state=state,
-                output_final_state=True,
-            )
-            outputs_of_pieces.append(output)
-            first += length
-        assert torch.equal(torch.cat(outputs_of_pieces, 2).isfinite(), whole.isfinite())
-        assert not state.log_normalizer[0, 1, 3].isfinite()
-        assert not state.memory[0, 1, 3].isfinite().any()
-    assert not whole[0, 2:, 1:].isfinite().any()
-    assert whole[1].isfinite().all()
-    assert whole[0, :2].isfinite().all()
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_state_that_is_not_finite_stays_so_over_tokens_that_add_nothing(dtype, number, masked):
+    assert_a_state_that_is_not_finite_stays_so(number, masked, dtype, "native")
 
 
 @EVERY_DTYPE

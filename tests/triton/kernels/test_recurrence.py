@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from recurrence_cases import (
     OPTIONS,
     PACKINGS,
     Sizes,
+    assert_a_state_that_is_not_finite_stays_so,
     assert_light_keys_add_up,
     assert_non_finite_keys_are_what_they_are_in_the_formula,
     assert_results_are_close,
+    in_pieces,
     outputs,
     random_gradients,
     random_problem,
@@ -24,6 +27,7 @@ from recurrence_cases import (
     run,
 )
 from recurrence_raw_calls import REFUSED, REFUSED_BACKWARD, arguments
+from tolerance import Comparison, assert_close_to_reference
 
 import sightline as sl
 from sightline.ops.triton_recurrence import ADDITIVE_RECURRENCE_TRITON, ADDITIVE_RECURRENCE_TRITON_BACKWARD
@@ -106,6 +110,18 @@ def test_the_only_key_of_a_padded_entry_has_no_gradient(causal):
     assert_results_are_close(random_problem(sizes, torch.float16, causal=causal, key_mask=mask), backend="triton")
 
 
+def test_a_sequence_in_pieces_gives_the_outputs_and_the_state_of_the_whole():
+    problem = random_problem(SMALL, **OPTIONS["everything"](SMALL))
+
+    def compare(name, problem):
+        exact, in_dtype = outputs(problem.in_float64(), "reference"), outputs(problem, "reference")
+        return Comparison(in_pieces(problem, [0, 1, 32, 33, 34, 70], "triton")[name], exact[name], in_dtype[name])
+
+    for name in ("output", "log_normalizer", "memory"):
+        redraw = partial(lambda name, turn: compare(name, problem.redrawn(turn)), name)
+        assert_close_to_reference(compare(name, problem), name=name, redraw=redraw)
+
+
 @pytest.mark.parametrize("piece", [1, 7])
 def test_light_keys_are_not_lost_beside_a_heavy_state(piece):
     assert_light_keys_add_up(piece, "triton")
@@ -143,6 +159,11 @@ def test_non_finite_keys_forward_and_backward(length, option, number, causal):
     # So many entries that the largest error of the finite gradients of the state is not one of a handful.
     sizes = Sizes(batch=20 if length == 1 else 6, heads=2, key_heads=1, length=length, width=8, value_width=12)
     assert_non_finite_keys_are_what_they_are_in_the_formula(number, sizes, causal, option, "triton")
+
+
+@pytest.mark.parametrize(("number", "masked"), [(math.nan, True), (math.inf, True), (math.nan, False)])
+def test_a_state_that_is_not_finite_stays_so_over_tokens_that_add_nothing(number, masked):
+    assert_a_state_that_is_not_finite_stays_so(number, masked, torch.float32, "triton")
 
 
 @CAUSAL
