@@ -316,11 +316,14 @@ def test_documents_of_one_and_two_rows_give_what_they_give_alone(causal):
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @CAUSAL
 def test_rows_outside_of_all_documents_are_zero(backend, causal):
-    problem = random_problem(Sizes(batch=1), cu_seqlens=torch.tensor([2], dtype=torch.int32), causal=causal)
-    results = outputs(problem, backend)
+    sizes, cuts = Sizes(batch=1), torch.tensor([2], dtype=torch.int32)
+    problem = random_problem(sizes, cu_seqlens=cuts, causal=causal, key_gain=torch.randn(sizes.key_shape()))
+    results = run(problem, backend, {"output": torch.ones(1, 4, 150, 37)})
     assert not results["output"].any()
     assert results["log_normalizer"].shape == (0, 2, 24)
     assert results["memory"].shape == (0, 2, 24, 37)
+    for name in ("query", "key", "value", "key_gain"):
+        assert not results[name].any(), name
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
