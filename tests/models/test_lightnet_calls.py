@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from lightnet_cases import POSITIONS, assert_same, build, tokens
-from transformers import DynamicCache
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from sightline.models import RecurrenceCache
 from sightline.recurrence import RecurrenceState
@@ -101,6 +101,25 @@ def test_generation_refuses_what_has_no_cache_of_this_kind():
         model.generate(input_ids, max_new_tokens=3, do_sample=False)
     assert torch.equal(model.generate(input_ids, max_new_tokens=3, do_sample=False, use_cache=False), expected)
     assert torch.equal(model.eval().generate(input_ids, max_new_tokens=3, do_sample=False), expected)
+
+
+@torch.no_grad()
+def test_saved_in_shards_loaded_in_other_forms_and_resized(tmp_path):
+    model, input_ids = build(), tokens(2, 9)
+    expected = model(input_ids, output_hidden_states=True)
+    model.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
+    assert len(list((tmp_path / "whole").glob("*.safetensors"))) > 1
+    low = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    assert {weight.dtype for weight in low.parameters()} == {torch.bfloat16}
+    assert (low(input_ids).logits.float() - expected.logits).norm() < 0.05 * expected.logits.norm()
+    base = AutoModel.from_pretrained(tmp_path / "whole")
+    assert torch.equal(base(input_ids).last_hidden_state, expected.hidden_states[-1])
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(again(input_ids, output_hidden_states=True).hidden_states[-1], expected.hidden_states[-1])
+    model.resize_token_embeddings(70)
+    assert_same(model(input_ids).logits[..., :61], expected.logits)
+    assert model(input_ids + 9).logits.shape == (2, 9, 70)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from recurrence_cases import (
     CAUSAL,
     EVERY_DTYPE,
     ON_EVERY_ISA,
+    PACKINGS,
     Sizes,
     assert_a_state_that_is_not_finite_stays_so,
     assert_non_finite_keys_are_what_they_are_in_the_formula,
@@ -64,6 +65,33 @@ def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(dtype, 
     states = torch.zeros(2, 2, dtype=torch.bool)
     states[0, 1] = where != "query"
     assert torch.equal(spoilt["memory"][~states], clean["memory"][~states])
+
+
+@CAUSAL
+@EVERY_DTYPE
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_a_non_finite_number_stays_in_its_document_and_head(packing, dtype, causal, where):
+    sizes = Sizes(batch=1)
+    problem = random_problem(sizes, dtype, causal=causal, **PACKINGS[packing](sizes))
+    cuts = problem.options["cu_seqlens"].tolist()
+    document = len(cuts) - 3
+    begin, end = cuts[document : document + 2]
+    row = (begin + end) // 2
+    if "key_mask" in problem.options:
+        problem.options["key_mask"][0, row] = True
+    gradients = random_gradients(problem)
+    clean = run(problem, "native", gradients)
+    getattr(problem, where)[0, 1, row, 3] = math.nan
+    spoilt = run(problem, "native", gradients)
+    assert spoilt["output"][0, 2:, row if causal else begin : end].isnan().any(-1).all()
+    for name, tensor in spoilt.items():
+        of_states = "log_normalizer" in name or "memory" in name
+        heads = slice(2, None) if tensor.shape[1] == 4 else slice(1, None)
+        own = (document, heads) if of_states else (0, heads, slice(begin, end))
+        others = torch.ones(tensor.shape, dtype=torch.bool)
+        others[own] = False
+        assert torch.equal(tensor[others], clean[name][others]), name
 
 
 @EVERY_DTYPE
