@@ -74,7 +74,7 @@ void finish_row_tile(const AttentionBackwardPlan& plan, AttentionBackwardScratch
     if (plan.partial_scales != nullptr && state.inverse_normalizer[lane] != 0.0f)
       plan.partial_scales[split * problem.batch * problem.heads + head_index] +=
           rows.unit_factor[lane] * static_cast<double>(dot(gradient, scratch.row, problem.head_width));
-    if (plan.partial_sinks != nullptr && split == 0) {
+    if (plan.partial_sinks != nullptr && split == 0 && state.inverse_normalizer[lane] != 0.0f) {
       const double share = std::exp(static_cast<double>(problem.sinks[rows.head[lane]]) - state.shift[lane]) *
                            state.inverse_normalizer[lane];
       plan.partial_sinks[head_index] += share * (state.log_gradient[lane] - state.delta[lane]);

@@ -239,7 +239,7 @@ void write_rows(const DecodePlan& plan, const DecodeResults& results) {
         store(values + column, fma(Vec::broadcast(decay), Vec::load(added + column), Vec::load(values + column)));
     }
     const double divisor = reweighted ? weight_sum : row.normalizer;
-    scale_row(values, divisor == 0.0 ? 0.0f : static_cast<float>(1.0 / divisor), width);
+    divide_row(values, divisor, width);
     for (int64_t column = 0; column < width; ++column) ordered[column] = values[arranged_place(problem.dtype, column)];
     const int64_t batch = key_head / problem.key_heads;
     const int64_t head = key_head % problem.key_heads * group + r / problem.queries;

@@ -136,10 +136,9 @@ bool write_rows(const AttentionProblem& problem, AttentionForwardScratch& scratc
         (state.rows.batch * problem.heads + state.rows.head[lane]) * problem.queries + state.rows.query[lane];
     const double divisor = reweighted ? state.weight_sum[lane] : state.normalizer[lane];
     const double applied = unit.parts == 1 ? state.rounded_sum[lane] : divisor;
-    const float inverse = applied == 0.0 ? 0.0f : static_cast<float>(1.0 / applied);
     float* values = state.values + lane * scratch.padded_width;
     state.done[lane] = is_finite(values, problem.value_width);
-    scale_row(values, inverse, scratch.padded_width);
+    divide_row(values, applied, scratch.padded_width);
     narrow(values,
            advance(problem.output.data,
                    state.rows.batch * problem.output.batch_stride + state.rows.head[lane] * problem.output.head_stride +
@@ -170,7 +169,7 @@ bool write_rows(const AttentionProblem& problem, AttentionForwardScratch& scratc
     if (problem.saved_values != nullptr) {
       float* responses = state.response_values + lane * scratch.padded_width;
       state.done[lane] = state.done[lane] && is_finite(responses, problem.value_width);
-      scale_row(responses, inverse, scratch.padded_width);
+      divide_row(responses, applied, scratch.padded_width);
       float* target = problem.saved_values + row_index * problem.value_width;
       for (int64_t column = 0; column < problem.value_width; ++column) target[column] = responses[column];
     }

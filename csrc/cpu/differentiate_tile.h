@@ -29,7 +29,9 @@ struct RowGradients {
   const float* saved = problem.saved_rows + row_index * (reweighted ? kSavedWidthReweight : kSavedWidthPlain);
   const float normalizer = saved[kSavedNormalizer];
   const bool empty = normalizer == 0.0f;
-  const float inverse = empty ? 0.0f : 1.0f / normalizer;
+  // 0 is a row that sees no key; one whose weights have no finite sum has no gradient that is a number.
+  const float quotient = 1.0f / normalizer;
+  const float inverse = empty ? 0.0f : quotient == 0.0f ? NAN : quotient;
   state.shift[lane] = saved[kSavedShift];
   state.inverse_normalizer[lane] = inverse;
   state.log_gradient[lane] = empty ? 0.0f : log_gradient;

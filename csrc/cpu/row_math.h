@@ -92,6 +92,17 @@ SIGHTLINE_INLINE void scale_row(float* row, float factor, int64_t width) {
     store(row + column, Vec::load(row + column) * Vec::broadcast(factor));
 }
 
+// The row divided by the sum of its weights: 0 where there is none, NaN where the sum has left fp32.
+SIGHTLINE_INLINE void divide_row(float* row, double sum, int64_t width) {
+  constexpr double kLeast = 0x1p-126;  // what is smaller counts as 0
+  double factor = sum == 0.0 ? 0.0 : sum == INFINITY ? NAN : 1.0 / sum;
+  if (factor > 0.0 && factor < kLeast) {
+    scale_row(row, 0x1p-64f, width);
+    factor *= 0x1p64;
+  }
+  scale_row(row, static_cast<float>(factor), width);
+}
+
 SIGHTLINE_INLINE float inverse_of_norm(const float* values, int64_t count, bool* floored = nullptr) {
   const float norm = std::sqrt(dot(values, values, count));
   const bool below = norm < core::kNormFloor;  // false for NaN, which must stay

@@ -231,3 +231,77 @@ def test_gradients_of_options_stay_finite_when_only_hidden_keys_are_not(gradient
     result = run(problem, weighting, "native", *gradients_of(problem))
     assert result[gradient_of].isfinite().all()
     assert result["query"].isfinite().all()
+
+
+@pytest.mark.isa
+@every_dtype
+@pytest.mark.parametrize("weighting", ["raw_softplus", "raw_sharp"])
+@pytest.mark.parametrize("queries", [1, 2, 70])
+def test_a_row_whose_weights_have_no_finite_sum_is_not_a_number(
+    queries: int, weighting: str, dtype: torch.dtype
+) -> None:
+    chosen = {
+        "raw_softplus": sl.Softplus(length_scale=False, normalize_qk=False),
+        "raw_sharp": sl.Softplus(length_scale=False, normalize_qk=False, reweight=sl.Reweight(power=3.0)),
+    }[weighting]
+    query, key, value = torch.ones(1, 1, queries, 32), torch.rand(1, 1, 9, 32), torch.ones(1, 1, 9, 32)
+    query[0, 0, 0, 3] = math.inf
+    inputs = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
+    results = {}
+    for backend in ("native", "reference"):
+        with torch.no_grad():
+            alone = sl.attention(*inputs, weighting=chosen, backend=backend)
+        output = sl.attention(*inputs, weighting=chosen, backend=backend)
+        assert torch.equal(alone.isnan(), output.isnan())
+        results[backend] = output, *torch.autograd.grad(output.sum(), inputs)
+    assert results["native"][0][0, 0, 0].isnan().all()
+    assert results["native"][0][0, 0, 1:].isfinite().all()
+    assert torch.equal(results["native"][0].isnan(), results["reference"][0].isnan())
+    assert not results["native"][1][0, 0, 0].isfinite().any()
+    assert not results["native"][2].isfinite().any()
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("width", [16, 32])
+def test_weights_near_the_end_of_float32_still_have_a_sum(queries: int, width: int) -> None:
+    """40 weights of 5e36 add up to 2e38, one over which is no normal number."""
+    query = torch.full((1, 1, queries, width), math.sqrt(5e36 / width))
+    key = query[:, :, :1].expand(1, 1, 40, width)
+    value = torch.rand(1, 1, 40, width) + 0.1
+    weighting = sl.Softplus(length_scale=False, normalize_qk=False)
+    output = sl.attention(query, key, value, weighting=weighting, scale=1.0, backend="native")
+    torch.testing.assert_close(output, value.mean(2, keepdim=True).expand_as(output))
+
+
+@every_dtype
+def test_a_row_that_sees_nothing_gives_its_sink_no_gradient(dtype: torch.dtype) -> None:
+    query, key, value = (torch.rand(2, 1, 4, 16).to(dtype) for _ in range(3))
+    sinks = torch.zeros(1, requires_grad=True)
+    lengths = torch.tensor([4, 2])
+    output = sl.attention(query, key, value, sinks=sinks, causal=True, key_lengths=lengths, backend="native")
+    assert not output[1, :, :2].any()
+    grad_output = torch.rand_like(output)
+    (expected,) = torch.autograd.grad(output, sinks, grad_output, retain_graph=True)
+    grad_output[1, :, :2] = math.nan
+    (gradient,) = torch.autograd.grad(output, sinks, grad_output)
+    bound = GRADIENT_FACTOR * FROBENIUS_BOUND[dtype]  # rows beside one that is not finite may be rounded elsewhere
+    torch.testing.assert_close(gradient, expected, rtol=bound, atol=0)
+
+
+@every_dtype
+@every_weighting
+def test_the_gradient_of_the_log_normaliser_does_not_know_the_values(weighting: Any, dtype: torch.dtype) -> None:
+    inputs = [torch.rand(1, 2, 5, 16).to(dtype).requires_grad_() for _ in range(3)]
+
+    def gradients() -> Any:
+        observe = sl.Observe(log_normalizer=True)
+        _, stats = sl.attention(*inputs, weighting=weighting, observe=observe, backend="native")
+        return torch.autograd.grad(stats.log_normalizer.sum(), inputs)
+
+    expected = gradients()
+    with torch.no_grad():
+        inputs[2][0, 0, 1, 1] = math.nan
+    for gradient, wanted in zip(gradients(), expected, strict=True):
+        assert torch.equal(gradient, wanted)
+    assert not expected[2].any()

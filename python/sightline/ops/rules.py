@@ -177,8 +177,12 @@ def _make_functions(attention: Any, attention_backward: Any, kernels: Kernels) -
                 return tuple(gradients)
             query, key, value, output, saved_rows, saved_values, *options = ctx.saved_tensors
             wanted = ctx.needs_input_grad[1:]
+            of_weights_alone = grad_output is None
+            if grad_output is None:
+                # The log normaliser does not depend on V: not even a NaN of it may meet the zeros of this gradient.
+                grad_output, value, output, saved_values = map(torch.zeros_like, (output, value, output, saved_values))
             results = call_backward(
-                torch.zeros_like(output) if grad_output is None else grad_output,
+                grad_output,
                 grad_log_normalizer,
                 query,
                 key,
@@ -193,6 +197,8 @@ def _make_functions(attention: Any, attention_backward: Any, kernels: Kernels) -
                 wanted[SCALE],
             )
             gradients[1:4] = results[:3]
+            if of_weights_alone:
+                gradients[3] = value
             for position, gradient in zip((ATTN_MASK, SINKS, SCALE), results[3:], strict=True):
                 if wanted[position]:
                     gradients[position + 1] = gradient.to(options[position - OPTION_TENSORS.start].dtype)
