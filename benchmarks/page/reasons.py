@@ -51,15 +51,15 @@ _ALIBI = (
     "passes are half of the time"
 )
 _RECURRENCE_SDPA = "torch SDPA is several times as fast here as on the targets' machine (above), the recurrence is not"
-# The last run on an undisturbed machine is older than results written past the caches. Three runs since then, whose
+# The last run on an undisturbed machine is older than results written past the caches. Four runs since then, whose
 # machine multiplied at 60 % of that rate, say what the ratios of one run have become.
 _RECURRENCE_UNORDERED = (
-    "before results were written past the caches; since then, in three runs beside busy neighbours, 1.12x to 1.2x in "
-    "bfloat16 and 1.07x to 1.1x in float32"
+    "before results were written past the caches; since then, in four runs beside busy neighbours, 1.12x to 1.21x in "
+    "bfloat16 and 1.07x to 1.14x in float32"
 )
 _RECURRENCE_BACKWARD_UNORDERED = (
-    "before results were written past the caches; since then, in three runs beside busy neighbours, 2.67x to 2.75x in "
-    "bfloat16 and 2.58x to 2.64x in float32"
+    "before results were written past the caches; since then, in four runs beside busy neighbours, 2.67x to 2.75x in "
+    "bfloat16 and 2.58x to 2.68x in float32"
 )
 _RECURRENCE_BACKWARD_BFLOAT16 = (
     "reading rows and writing gradients take as long as the products (profile), of which there are 2.5 to 3 times as "

@@ -22,6 +22,7 @@ from sightline._checks import (
     _tuple,
     _wrong_type,
 )
+from sightline._size_checks import check_flag
 
 _LARGEST_WIDTH = 512
 
@@ -56,8 +57,7 @@ def check_recurrence(
     _check_heads("value", value, query, autocast_dtype)
     _check_sizes(query.shape, key.shape, value.shape)
     for name, flag in (("causal", causal), ("output_final_state", output_final_state)):
-        if flag is not True and flag is not False:
-            raise _wrong_type(name, "True or False", flag)
+        check_flag(name, flag)
     _check_scale(scale)
     if backend not in BACKENDS:
         _refuse_backend(backend)

@@ -6,12 +6,11 @@ arXiv 2405.21022; docs/MATH.md section 4, "Positions".
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sightline._checks import _shape, _wrong_type
+from sightline._size_checks import check_count
 
 _BASE = 10000.0
 
@@ -51,8 +50,8 @@ def lrpe_frequencies(width: int, axes: int = 1, *, device: torch.device | str | 
     >>> lrpe_frequencies(4, axes=2).shape
     torch.Size([2])
     """
-    _check_count("width", width)
-    _check_count("axes", axes)
+    check_count("width", width)
+    check_count("axes", axes)
     share = -(-width // axes)
     return (_BASE ** (-2.0 * torch.arange(share, dtype=torch.float64, device=device) / share)).float()
 
@@ -67,7 +66,7 @@ def lrpe_angles(positions: Tensor, theta: Tensor, width: int) -> Tensor:
     >>> lrpe_angles(torch.tensor([[2, 3]]), torch.tensor([1.0, 0.5]), 3)
     tensor([[2., 1., 3.]], dtype=torch.float64)
     """
-    _check_count("width", width)
+    check_count("width", width)
     for name, tensor in (("positions", positions), ("theta", theta)):
         if not isinstance(tensor, Tensor):
             raise _wrong_type(name, "a tensor", tensor)
@@ -194,10 +193,3 @@ def _decayed_sum(x: Tensor, decay: Tensor, axis: int) -> Tensor:
         x = x + torch.cat([shifted, decay**reach * x.narrow(axis, 0, length - reach)], dim=axis)
         reach *= 2
     return x
-
-
-def _check_count(name: str, number: Any) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
-        raise _wrong_type(name, "a whole number of at least 1", number)
-    if number < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {number}")

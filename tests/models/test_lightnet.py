@@ -313,7 +313,7 @@ def test_assisted_decoding_and_other_caches_are_refused():
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads = 4, got 3"),
         ({"gate": "relu"}, "gate: expected one of sigmoid, swish, got 'relu'"),
         ({"position_encoding": "rope"}, "position_encoding: expected None or 'lrpe', got 'rope'"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers: expected at least 1, got 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_configs_are_refused_by_name(options, message):

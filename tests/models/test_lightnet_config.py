@@ -40,7 +40,7 @@ OWNERS = [
 @pytest.mark.parametrize(("config", "name"), OWNERS)
 @pytest.mark.parametrize("size", [0, -3])
 def test_sizes_are_at_least_one(config: Any, name: str, size: int) -> None:
-    refuse(config, ValueError, {name: size}, f"{name}: expected at least 1, got {size}")
+    refuse(config, ValueError, {name: size}, f"{name}: {WHOLE_NUMBER} {size}")
 
 
 @pytest.mark.parametrize(("config", "name"), OWNERS)
@@ -99,7 +99,7 @@ def test_pixels_are_one_or_two_numbers_of_at_least_one(name: str, size: Any) -> 
 
 
 def test_an_image_has_a_class() -> None:
-    refuse(LightNetImageConfig, ValueError, {"num_labels": 0}, "num_labels: expected at least 1, got 0")
+    refuse(LightNetImageConfig, ValueError, {"num_labels": 0}, f"num_labels: {WHOLE_NUMBER} 0")
 
 
 @pytest.mark.parametrize(

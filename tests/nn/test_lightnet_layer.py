@@ -192,7 +192,7 @@ LAYER_SIZES = [
 @pytest.mark.parametrize(("layer", "name"), LAYER_SIZES)
 @pytest.mark.parametrize("size", [0, -1])
 def test_sizes_are_at_least_one(layer: str, name: str, size: int) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: expected at least 1, got {size}$"):
+    with pytest.raises(ValueError, match=f"^{name}: expected a whole number of at least 1, got {size}$"):
         LAYERS[layer](**{name: size})
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sightline._size_checks import check_count
 from sightline.recurrence import RecurrenceState
 
 
@@ -116,10 +117,7 @@ class RecurrenceCache(Cache):
     """
 
     def __init__(self, num_layers: int) -> None:
-        if isinstance(num_layers, bool) or not isinstance(num_layers, int):
-            raise TypeError(f"num_layers: expected a whole number of at least 1, got {type(num_layers).__name__}")
-        if num_layers < 1:
-            raise ValueError(f"num_layers: expected a whole number of at least 1, got {num_layers}")
+        check_count("num_layers", num_layers)
         super().__init__(layers=[RecurrenceCacheLayer() for _ in range(num_layers)])
 
     def layer(self, index: int) -> RecurrenceCacheLayer:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sightline._checks import _short, _wrong_type
 from sightline.models.lightnet_cache import RecurrenceCache
 
 
 def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        raise _wrong_type(name, "a tensor", tensor)
 
 
 def check_tokens(input_ids: Any, inputs_embeds: Any, width: int) -> tuple[int, int]:
@@ -90,8 +91,7 @@ def documents_of(
         if cu_seq_lens.dim() != 1 or cu_seq_lens.shape[0] < 1:
             raise ValueError(f"cu_seq_lens_q: expected shape (documents + 1,), got {tuple(cu_seq_lens.shape)}")
         if cu_seq_lens.dtype not in (torch.int32, torch.int64):
-            dtype = str(cu_seq_lens.dtype).removeprefix("torch.")
-            raise TypeError(f"cu_seq_lens_q: expected dtype int32, got {dtype}")
+            raise TypeError(f"cu_seq_lens_q: expected dtype int32, got {_short(cu_seq_lens.dtype)}")
         return cu_seq_lens.to(torch.int32)
     if attention_mask is not None or position_ids is None or length < 2:
         return None

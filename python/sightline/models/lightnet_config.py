@@ -7,14 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from sightline._checks import _LARGEST_SCALE, _wrong_type
-from sightline.nn.lightnet import (
-    LightNetAttention,
-    _check_divisor,
-    _check_flag,
-    _check_number,
-    _check_size,
-    _check_widths,
-)
+from sightline._size_checks import check_count, check_divisor, check_flag, check_number
+from sightline.nn.lightnet import LightNetAttention, check_widths
 
 _POSITIONS = (None, "lrpe", "tpe")
 
@@ -81,7 +75,7 @@ class LightNetConfig(_BlocksConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_size("vocab_size", self.vocab_size)
+        check_count("vocab_size", self.vocab_size)
         _check_padding(self.pad_token_id, self.vocab_size)
         _complete(self)
         if self.position_encoding not in _POSITIONS[:2]:
@@ -120,7 +114,7 @@ class LightNetImageConfig(_BlocksConfig):
     hidden_size: int = 192
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_size("num_channels", self.num_channels)
+        check_count("num_channels", self.num_channels)
         _complete(self)
         if self.position_encoding not in _POSITIONS:
             raise ValueError(f"position_encoding: expected None, 'lrpe' or 'tpe', got {self.position_encoding!r}")
@@ -130,7 +124,7 @@ class LightNetImageConfig(_BlocksConfig):
         if image[0] % patch[0] != 0 or image[1] % patch[1] != 0:
             raise ValueError(f"patch_size: expected a divisor of image_size = {image}, got {patch}")
         super().__post_init__(**kwargs)
-        _check_size("num_labels", self.num_labels)
+        check_count("num_labels", self.num_labels)
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -160,14 +154,14 @@ def attention_options(config: LightNetConfig | LightNetImageConfig) -> dict[str,
 def _complete(config: LightNetConfig | LightNetImageConfig) -> None:
     """Fill in what follows from other options and check that sizes fit, in the words of the config's own names."""
     for name in ("hidden_size", "num_hidden_layers"):
-        _check_size(name, getattr(config, name))
+        check_count(name, getattr(config, name))
     width, heads = config.hidden_size, config.num_attention_heads
-    _check_divisor("num_attention_heads", heads, "hidden_size", width)
+    check_divisor("num_attention_heads", heads, "hidden_size", width)
     if config.num_key_value_heads is None:
         config.num_key_value_heads = heads
-    _check_divisor("num_key_value_heads", config.num_key_value_heads, "num_attention_heads", heads)
+    check_divisor("num_key_value_heads", config.num_key_value_heads, "num_attention_heads", heads)
     doubled_by = "position_encoding 'lrpe'" if config.position_encoding == "lrpe" else None
-    _check_widths("hidden_size", width, "num_attention_heads", heads, config.key_dim, doubled_by)
+    check_widths("hidden_size", width, "num_attention_heads", heads, config.key_dim, doubled_by)
     if config.key_dim is None:
         config.key_dim = width // heads
     if config.gate_rank is None:
@@ -175,14 +169,14 @@ def _complete(config: LightNetConfig | LightNetImageConfig) -> None:
     if config.intermediate_size is None:
         config.intermediate_size = -(-8 * width // 3)
     for name in ("gate_rank", "intermediate_size"):
-        _check_size(name, getattr(config, name))
-    _check_number("rms_norm_eps", config.rms_norm_eps)
+        check_count(name, getattr(config, name))
+    check_number("rms_norm_eps", config.rms_norm_eps)
     if config.gate_norm_eps is None:
         config.gate_norm_eps = config.rms_norm_eps
     for name in ("gate_norm_eps", "initializer_range"):
-        _check_number(name, getattr(config, name))
-    _check_number("recurrence_scale", config.recurrence_scale, -_LARGEST_SCALE)
-    _check_flag("norm_per_head", config.norm_per_head)
+        check_number(name, getattr(config, name))
+    check_number("recurrence_scale", config.recurrence_scale, -_LARGEST_SCALE)
+    check_flag("norm_per_head", config.norm_per_head)
     if config.gate not in LightNetAttention.GATES:
         raise ValueError(f"gate: expected one of {', '.join(LightNetAttention.GATES)}, got {config.gate!r}")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from sightline._checks import _wrong_type
+from sightline._size_checks import check_count
 from sightline.models.lightnet import LightNetForCausalLM
 from sightline.models.lightnet_config import LightNetConfig
-from sightline.position import _check_count
 
 _GATE_NORM_EPS = 1e-6
 _DEFAULTS: dict[str, Any] = {
@@ -178,7 +178,7 @@ def _heads_and_key_dim(hidden: Any, heads: Any, key_dim: Any) -> tuple[int, int]
         raise ValueError("num_heads: expected num_heads or expand_ratio in the config, got neither")
     for name, size in (("hidden_size", hidden), ("num_heads", heads), ("expand_ratio", key_dim)):
         if size is not None:
-            _check_count(name, size)
+            check_count(name, size)
     if heads is not None:
         if hidden % heads != 0:
             raise ValueError(f"num_heads: expected a divisor of hidden_size = {hidden}, got {heads}")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
+from sightline._checks import _wrong_type
 from sightline.models.lightnet import LightNetLayer, LightNetPreTrainedModel, _as_dict
 from sightline.models.lightnet_config import LightNetImageConfig
 from sightline.nn import ToeplitzPositions
@@ -63,6 +64,7 @@ class LightNetImageModel(LightNetImagePreTrainedModel):
         self,
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -75,10 +77,10 @@ class LightNetImageModel(LightNetImagePreTrainedModel):
         patches do not divide, or `output_attentions`, which a recurrence does not have.
         """
         config = self.config
-        if kwargs.get("output_attentions"):
+        if output_attentions:
             raise ValueError("output_attentions: expected False, for a recurrence has no attention weights; got True")
         if not isinstance(pixel_values, Tensor):
-            raise TypeError(f"pixel_values: expected a tensor, got {type(pixel_values).__name__}")
+            raise _wrong_type("pixel_values", "a tensor", pixel_values)
         expected, patch = ("B", config.num_channels, "height", "width"), config.patch_shape
         if pixel_values.dim() != 4 or pixel_values.shape[1] != config.num_channels:
             raise ValueError(
@@ -140,11 +142,11 @@ class LightNetForImageClassification(LightNetImagePreTrainedModel):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits (B, num_labels), and the loss where `labels` (B,) are given; arguments of `LightNetImageModel`."""
-        output_attentions = kwargs.pop("output_attentions", None)
         output = self.model(
             pixel_values,
             output_hidden_states=output_hidden_states,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sightline._checks import _LARGEST_SCALE, _wrong_type
+from sightline._checks import _LARGEST_SCALE
 from sightline._recurrence_checks import _LARGEST_WIDTH
+from sightline._size_checks import check_count, check_divisor, check_flag, check_number
 from sightline.position import grid_positions, md_lrpe
 from sightline.recurrence import RecurrenceState, additive_recurrence
 
@@ -68,18 +69,18 @@ class LightNetAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
-        _check_size("embed_dim", embed_dim)
-        _check_divisor("num_heads", num_heads, "embed_dim", embed_dim)
-        _check_divisor("num_key_heads", num_key_heads, "num_heads", num_heads)
+        check_count("embed_dim", embed_dim)
+        check_divisor("num_heads", num_heads, "embed_dim", embed_dim)
+        check_divisor("num_key_heads", num_key_heads, "num_heads", num_heads)
         doubled_by = None if position_axes is None else "position_axes"
-        _check_widths("embed_dim", embed_dim, "num_heads", num_heads, key_dim, doubled_by)
+        check_widths("embed_dim", embed_dim, "num_heads", num_heads, key_dim, doubled_by)
         for name, size in (("gate_rank", gate_rank), ("position_axes", position_axes)):
             if size is not None:
-                _check_size(name, size)
+                check_count(name, size)
         for name, flag in (("norm_per_head", norm_per_head), ("causal", causal)):
-            _check_flag(name, flag)
-        _check_number("norm_eps", norm_eps)
-        _check_number("scale", scale, -_LARGEST_SCALE)
+            check_flag(name, flag)
+        check_number("norm_eps", norm_eps)
+        check_number("scale", scale, -_LARGEST_SCALE)
         if gate not in self.GATES:
             raise ValueError(f"gate: expected one of {', '.join(_GATES)}, got {gate!r}")
         self.num_heads, self.num_key_heads = num_heads, num_key_heads
@@ -168,8 +169,8 @@ class GatedLinearUnit(nn.Module):
 
     def __init__(self, embed_dim: int, hidden_dim: int) -> None:
         super().__init__()
-        _check_size("embed_dim", embed_dim)
-        _check_size("hidden_dim", hidden_dim)
+        check_count("embed_dim", embed_dim)
+        check_count("hidden_dim", hidden_dim)
         self.gate_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
         self.up_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
         self.down_proj = nn.Linear(hidden_dim, embed_dim, bias=False)
@@ -213,20 +214,7 @@ class LightNetBlock(nn.Module):
         return (hidden, state) if output_final_state else hidden
 
 
-def _check_size(name: str, size: Any) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise _wrong_type(name, "a whole number of at least 1", size)
-    if size < 1:
-        raise ValueError(f"{name}: expected at least 1, got {size}")
-
-
-def _check_divisor(name: str, size: Any, whole_name: str, whole: int) -> None:
-    _check_size(name, size)
-    if whole % size != 0:
-        raise ValueError(f"{name}: expected a divisor of {whole_name} = {whole}, got {size}")
-
-
-def _check_widths(
+def check_widths(
     whole_name: str, whole: int, heads_name: str, heads: int, key_dim: Any, doubled_by: str | None
 ) -> None:
     """Widths of heads that the recurrence takes; `doubled_by` is the option that doubles that of queries and keys."""
@@ -235,23 +223,10 @@ def _check_widths(
             f"{whole_name}: expected at most {_LARGEST_WIDTH} for each of {heads_name} = {heads}, got {whole}"
         )
     width = whole // heads if key_dim is None else key_dim
-    _check_size("key_dim", width)
+    check_count("key_dim", width)
     largest, reason = _LARGEST_WIDTH, ""
     if doubled_by is not None:
         largest, reason = largest // 2, f", for {doubled_by} doubles it"
     if width > largest:
         default = ", that of a value" if key_dim is None else ""
         raise ValueError(f"key_dim: expected at most {largest}{reason}, got {width}{default}")
-
-
-def _check_number(name: str, number: Any, least: float = 0) -> None:
-    expected = f"a number from {least} to {_LARGEST_SCALE}"
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise _wrong_type(name, expected, number)
-    if not least <= number <= _LARGEST_SCALE:
-        raise ValueError(f"{name}: expected {expected}, got {number}")
-
-
-def _check_flag(name: str, flag: Any) -> None:
-    if not isinstance(flag, bool):
-        raise _wrong_type(name, "True or False", flag)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sightline.nn.lightnet import _check_divisor, _check_size
+from sightline._size_checks import check_count, check_divisor
 from sightline.position import md_tpe
 
 
@@ -31,9 +31,9 @@ class ToeplitzPositions(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, *, rank: int = 16) -> None:
         super().__init__()
-        _check_size("embed_dim", embed_dim)
-        _check_divisor("num_heads", num_heads, "embed_dim", embed_dim)
-        _check_size("rank", rank)
+        check_count("embed_dim", embed_dim)
+        check_divisor("num_heads", num_heads, "embed_dim", embed_dim)
+        check_count("rank", rank)
         self.query = nn.Parameter(torch.empty(num_heads, rank))
         self.key = nn.Parameter(torch.empty(num_heads, rank))
         self.decay_logits = nn.Parameter(torch.empty(num_heads))
