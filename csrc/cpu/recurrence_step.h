@@ -72,7 +72,7 @@ struct StepScratch {
 
 // Columns [column, column + kVectors vectors) of the state: S = decay S + key v^T, outputs = queries S. A decay of 0
 // forgets the state, NaN included, and a weight of 0 takes nothing of a value that is not finite.
-template <int kHeads, int kVectors, bool kFinite>
+template <int kHeads, int kVectors, bool kFinite, bool kPastCaches>
 static void step_columns(const StepScratch& scratch, int64_t channels, int64_t column, const float* before,
                          float* after, int64_t stride) {
   Vec values[kVectors], outputs[kHeads][kVectors];
@@ -91,7 +91,11 @@ static void step_columns(const StepScratch& scratch, int64_t channels, int64_t c
       Vec state = Vec::broadcast(0.0f);
       if (keeps) state = Vec::load(before + d * stride + vector * Vec::kWidth) * decay;
       if (takes) state = fma(weight, values[vector], state);
-      if (after != nullptr) store(after + d * stride + vector * Vec::kWidth, state);
+      float* updated = after + d * stride + vector * Vec::kWidth;
+      if (kPastCaches)
+        stream(updated, state);
+      else if (after != nullptr)
+        store(updated, state);
       SIGHTLINE_UNROLL
       for (int head = 0; head < kHeads; ++head)
         outputs[head][vector] =
@@ -122,7 +126,7 @@ static void step_last_columns(const StepScratch& scratch, int64_t channels, int6
   }
 }
 
-template <int kHeads, bool kFinite>
+template <int kHeads, bool kFinite, bool kPastCaches>
 static void step_state(const RecurrenceProblem& problem, const float* before, float* after,
                        const StepScratch& scratch) {
   const int64_t width = problem.value_width;
@@ -130,10 +134,11 @@ static void step_state(const RecurrenceProblem& problem, const float* before, fl
   constexpr int kVectors = kHeads == 1 ? 2 * kStepVectors : kStepVectors;
   int64_t column = 0;
   for (; column + kVectors * Vec::kWidth <= width; column += kVectors * Vec::kWidth)
-    step_columns<kHeads, kVectors, kFinite>(scratch, problem.key_width, column, at(before, column), at(after, column),
-                                            width);
+    step_columns<kHeads, kVectors, kFinite, kPastCaches>(scratch, problem.key_width, column, at(before, column),
+                                                         at(after, column), width);
   for (; column + Vec::kWidth <= width; column += Vec::kWidth)
-    step_columns<kHeads, 1, kFinite>(scratch, problem.key_width, column, at(before, column), at(after, column), width);
+    step_columns<kHeads, 1, kFinite, kPastCaches>(scratch, problem.key_width, column, at(before, column),
+                                                  at(after, column), width);
   step_last_columns<kHeads>(scratch, problem.key_width, column, width - column, at(before, column), at(after, column),
                             width);
 }
@@ -145,15 +150,25 @@ static void step_state(const RecurrenceProblem& problem, const float* before, fl
     query[d] = scratch.log_normalizer[d] == -INFINITY ? 0.0f : query[d] * problem.scale;
 }
 
+// Whether new states go past the caches, as other results do (result_rows.h).
+SIGHTLINE_INLINE bool streams_states(const RecurrenceProblem& problem, const float* after) {
+  const int64_t row_bytes = problem.value_width * static_cast<int64_t>(sizeof(float));
+  return kHasStreams && after != nullptr && reinterpret_cast<uintptr_t>(after) % kLineBytes == 0 &&
+         row_bytes % kLineBytes == 0 &&
+         problem.batch * problem.key_heads * problem.key_width * row_bytes >= kStreamedBytes;
+}
+
 template <int kHeads>
 static void step_heads(const RecurrenceProblem& problem, int64_t batch, int64_t head, bool finite, const float* before,
                        float* after, StepScratch& scratch) {
   for (int index = 0; index < kHeads; ++index)
     load_step_query(problem, batch, head + index, scratch.queries + index * scratch.key_stride, scratch);
-  if (finite)
-    step_state<kHeads, true>(problem, before, after, scratch);
+  if (!finite)
+    step_state<kHeads, false, false>(problem, before, after, scratch);
+  else if (streams_states(problem, after))
+    step_state<kHeads, true, true>(problem, before, after, scratch);
   else
-    step_state<kHeads, false>(problem, before, after, scratch);
+    step_state<kHeads, true, false>(problem, before, after, scratch);
   for (int index = 0; index < kHeads; ++index)
     narrow(scratch.outputs + index * scratch.value_stride,
            writable_row_of(problem.output, problem.dtype, batch, head + index, 0), problem.dtype, problem.value_width);

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrence_cases import CAUSAL, EVERY_DTYPE, Problem, Sizes, random_gradients, random_problem, run
+from recurrence_cases import (
+    CAUSAL,
+    EVERY_DTYPE,
+    Problem,
+    Sizes,
+    outputs,
+    random_gradients,
+    random_problem,
+    random_state,
+    run,
+)
 from tolerance import assert_equal_but_for_rounding
+
+import sightline as sl
 
 LEAST_BYTES = 2 * 1024 * 1024  # kStreamedBytes of csrc/cpu/tile_shapes.h
 
@@ -29,6 +41,26 @@ def test_large_results_are_those_of_every_entry_alone(dtype, value_width, causal
         assert expected["output"].nbytes < LEAST_BYTES
         for name in ("output", "query", "key", "value"):
             torch.testing.assert_close(results[name][one], expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("group", [1, 5])
+@pytest.mark.parametrize("value_width", [128, 48, 41])
+def test_large_states_of_one_token_are_those_of_every_entry_alone(value_width, group):
+    # Of five query heads four share a pass over the state, and the fifth reads it once more.
+    sizes = Sizes(batch=128, heads=2 * group, key_heads=2, length=1, width=64, value_width=value_width)
+    state = random_state(sizes, sizes.batch)
+    problem = random_problem(sizes, initial_state=state)
+    problem.value[77, 1] = torch.nan
+    results = outputs(problem, "native")
+    assert results["memory"].nbytes >= LEAST_BYTES
+    for entry in (0, 77, 127):
+        one = slice(entry, entry + 1)
+        options = {"initial_state": sl.RecurrenceState(*(part[one] for part in state))}
+        alone = Problem(problem.query[one], problem.key[one], problem.value[one], options)
+        expected = outputs(alone, "native")
+        assert expected["memory"].nbytes < LEAST_BYTES
+        for name, result in results.items():
+            torch.testing.assert_close(result[one], expected[name], rtol=0, atol=0, equal_nan=True)
 
 
 @CAUSAL
