@@ -31,6 +31,10 @@ DECODING_CALLS = 50
 MEMORY_SHARE = 0.95  # of what is available: the rest is for the program itself
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 2**10, 65536
+# Bytes of an output. An aligned block does not always fit where one of its size was freed, and memory would not hold one
+# more of the larger ones for every repetition.
+LARGEST_KEPT = 2**30
 
 
 @dataclass(frozen=True)
@@ -143,9 +147,15 @@ def measure_long(options: argparse.Namespace, case: dict[str, Any]) -> list[dict
     if reason:
         say(f"length {case['length']:,}: {reason}")
         return [{"measurement": "length", **case, "implementation": "recurrence", "error": reason}]
-    inputs = random_inputs(case["heads"], case["length"], case["width"], getattr(torch, case["dtype"]))
+    dtype = getattr(torch, case["dtype"])
+    inputs = random_inputs(case["heads"], case["length"], case["width"], dtype)
     call = forward_pass(CAUSAL["recurrence"], inputs)
+    large = case["heads"] * case["length"] * case["width"] * dtype.itemsize > LARGEST_KEPT
+    if large:
+        keep_freed_memory(False)
     found = in_turns("length", {"recurrence": call}, case, options.repetitions, options.seconds_per_case)
+    if large:
+        keep_freed_memory()
     if case["length"] == options.sdpa_once:
         seconds = seconds_of(forward_pass(CAUSAL["sdpa"], inputs), CPU)
         found.append(result_of("length", case, "sdpa", [seconds], found[0]["seconds"]["median"]))
@@ -176,12 +186,15 @@ def measure_memory(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     return case | {"extra_bytes": peak.extra_bytes, "beyond_output_bytes": beyond, "method": peak.method}
 
 
-def keep_freed_memory() -> None:
-    """Let the allocator reuse large blocks: fresh pages can cost more than a pass, of every implementation alike."""
+def keep_freed_memory(keeps: bool = True) -> None:
+    """Let the allocator reuse large blocks: fresh pages can cost more than a pass, of every implementation alike.
+
+    With `keeps` false it hands blocks back to the system when they are freed, as it would by itself.
+    """
     with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_MMAP_MAX, 0 if keeps else _DEFAULT_MMAP_MAX)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if keeps else _DEFAULT_TRIM_THRESHOLD)
 
 
 def return_freed_memory() -> None:

@@ -187,6 +187,14 @@ def test_the_environment_names_the_backend(monkeypatch):
         choose_recurrence_backend(query, "auto")
 
 
+def test_a_saved_state_is_loaded_as_weights_are(tmp_path):
+    state = sl.RecurrenceState(torch.randn(1, 2, 8), torch.randn(1, 2, 8, 4))
+    torch.save({"layer 0": state}, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)["layer 0"]
+    assert type(loaded) is sl.RecurrenceState
+    torch.testing.assert_close(tuple(loaded), tuple(state), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["recurrence", "_recurrence_checks", "reference.recurrence"])
 def test_doctests(name):
     failures, tests = doctest.testmod(importlib.import_module(f"sightline.{name}"))

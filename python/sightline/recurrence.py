@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sightline import reference
@@ -39,6 +40,10 @@ class RecurrenceState(NamedTuple):
 
     log_normalizer: Tensor
     memory: Tensor
+
+
+# Two tensors: nothing that torch.load(weights_only=True), its default, has to refuse.
+torch.serialization.add_safe_globals([RecurrenceState])
 
 
 def additive_recurrence(

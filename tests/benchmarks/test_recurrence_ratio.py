@@ -82,6 +82,17 @@ def test_what_does_not_fit_into_memory_is_left_out_with_the_reason(
     assert recurrence_ratio.measure_memory(options, dtype)["error"] == found["error"]
 
 
+@pytest.mark.parametrize(("most", "expected"), [(2 * 48 * 8 * 4, []), (2 * 48 * 8 * 4 - 1, [False, True])])
+def test_memory_of_large_outputs_is_not_kept(monkeypatch: pytest.MonkeyPatch, most: int, expected: list[bool]) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(recurrence_ratio, "LARGEST_KEPT", most)
+    monkeypatch.setattr(recurrence_ratio, "keep_freed_memory", lambda keeps=True: kept.append(keeps))
+    case = {"dtype": "float32", "batch": 1, "heads": 2, "length": 48, "width": 8}
+    (found,) = recurrence_ratio.measure_long(recurrence_ratio.arguments(ARGUMENTS), case)
+    assert found["seconds"]["median"] > 0
+    assert kept == expected
+
+
 def test_decoding_steps_do_what_they_are_named_for() -> None:
     steps = recurrence_peers.decoding_steps(3, 2, 8, torch.float32)
     output, state = steps["recurrence"]()

@@ -46,6 +46,27 @@ def test_non_finite_value_reaches_every_row_that_gives_it_weight(random_inputs: 
     assert output[..., 0].isfinite().all()
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_what_nothing_sees_may_hold_anything_and_has_no_gradient(
+    random_inputs: Any, weighting: Any, poison: float
+) -> None:
+    inputs = dict(zip(("query", "key", "value"), random_inputs(6, 6, heads=2, key_heads=2), strict=True))
+    clean = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    # The last two keys are hidden, and the first two rows, two positions before all keys, see none.
+    options = {"weighting": weighting, "causal": True, "key_lengths": torch.tensor([4, 4])}
+    for name, hidden in {"query": [0, 1], "key": [4, 5], "value": [4, 5]}.items():
+        inputs[name][:, :, hidden] = poison
+    dirty = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    gradients = []
+    for leaves in (clean, dirty):
+        output, normalizer = attention(**leaves, **options)
+        assert (output[:, :, :2] == 0).all()
+        gradients.append(torch.autograd.grad(output.sum() + normalizer[:, :, 2:].sum(), list(leaves.values())))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    assert (gradients[1][0][:, :, :2] == 0).all()
+    assert (gradients[1][1][:, :, 4:] == 0).all()
+
+
 def test_infinite_values_of_both_signs_give_nan(random_inputs: Any) -> None:
     query, key, value = random_inputs(1, 3)
     value[:, :, 0], value[:, :, 1] = math.inf, -math.inf

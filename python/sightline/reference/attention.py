@@ -22,6 +22,10 @@ FLAT_ROW = 2.0**-16
 
 
 def _inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=dtype)
+    # The derivative of a norm that is not finite would make NaN even of rows that nothing sees. Those that something
+    # sees have theirs from the product.
+    x = torch.where(norm.isfinite(), x, x.detach())
     return 1 / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).clamp(min=NORM_FLOOR)
 
 
