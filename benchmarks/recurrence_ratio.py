@@ -32,8 +32,8 @@ MEMORY_SHARE = 0.95  # of what is available: the rest is for the program itself
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 2**10, 65536
-# Bytes of an output. An aligned block does not always fit where one of its size was freed, and memory would not hold one
-# more of the larger ones for every repetition.
+# Bytes of an output. An aligned block does not always fit where one of its size was freed, and memory would not hold
+# one more of the larger ones for every repetition.
 LARGEST_KEPT = 2**30
 
 
