@@ -86,6 +86,9 @@ static void step_columns(const StepScratch& scratch, int64_t channels, int64_t c
     const Vec decay = Vec::broadcast(scratch.decays[d]), weight = Vec::broadcast(scratch.keys[d]);
     const bool keeps = before != nullptr && scratch.decays[d] != 0.0f;
     const bool takes = kFinite || scratch.keys[d] != 0.0f;
+    if (!kPastCaches && after != nullptr && d + kStepRowsAhead < channels)
+      for (int vector = 0; vector < kVectors; ++vector)
+        __builtin_prefetch(after + (d + kStepRowsAhead) * stride + vector * Vec::kWidth, 1, 3);
     SIGHTLINE_UNROLL
     for (int vector = 0; vector < kVectors; ++vector) {
       Vec state = Vec::broadcast(0.0f);

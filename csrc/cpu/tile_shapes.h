@@ -140,5 +140,7 @@ constexpr double kMostSlowWindowShare = 0.65;
 // run of memory under AVX-512.
 constexpr int kStepHeads = 4;
 constexpr int kStepVectors = kRegisterTiles.product.vectors;
+// Rows of a new state that are asked for ahead, to be written: 4 KiB of 128 columns.
+constexpr int64_t kStepRowsAhead = 8;
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

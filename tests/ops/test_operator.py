@@ -122,6 +122,20 @@ def test_compiled_forward_and_backward_equal_eager(name, compiler):
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", ["softmax", "lssar"])
+def test_float64_compiles_as_one_graph(name):
+    """The reference computes it; tracing the choice must not look for a library on disk."""
+
+    def loss(query, key, value):
+        return sl.attention(query, key, value, weighting=WEIGHTINGS[name], causal=True).square().sum()
+
+    torch._dynamo.reset()
+    inputs = [tensor.double().requires_grad_() for tensor in make_inputs()]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_new_lengths_do_not_recompile():
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()

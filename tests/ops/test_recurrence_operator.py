@@ -168,6 +168,17 @@ def test_compiled_with_documents_forward_and_backward_equal_eager(compiler, caus
             torch.testing.assert_close(one, other)
 
 
+def test_float64_compiles_as_one_graph():
+    def loss(query, key, value):
+        return sl.additive_recurrence(query, key, value).square().sum()
+
+    torch._dynamo.reset()
+    inputs = [tensor.double().requires_grad_() for tensor in make_inputs()]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_new_lengths_do_not_recompile():
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()

@@ -24,9 +24,10 @@ _OLDEST_CAPABILITY = (8, 0)  # of an NVIDIA GPU: Ampere
 # Triton decides between its compiler and its interpreter when kernels are defined, once per process.
 INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
-# A constant to torch.compile: tracing must not look at the file system.
+# Constants to torch.compile: tracing must not look at the file system.
 _HAS_KERNELS = native_library().loaded
 _MISCONFIGURED = native_library().misconfigured
+_LIBRARY_STATE = native_library().reason
 
 _warned_devices: set[str] = set()
 
@@ -55,7 +56,7 @@ def _why_no_triton() -> str | None:
     if version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_TRITON:
         return f"Triton {version} is too old (at least {oldest} is needed)"
     if not _HAS_KERNELS:
-        return f"its operators take their schema from the native library: {native_library().reason}"
+        return f"its operators take their schema from the native library: {_LIBRARY_STATE}"
     return None
 
 
@@ -152,7 +153,7 @@ def choose_backend(query: Tensor, backend: str, value_width: int = 1, decode_ref
     if backend == "reference":
         return backend
     if _MISCONFIGURED:
-        raise ValueError(native_library().reason)
+        raise ValueError(_LIBRARY_STATE)
     device = query.device.type
     if backend == "triton" or device == "cuda":
         reason = _why_not_triton(query, value_width)
@@ -166,7 +167,7 @@ def choose_backend(query: Tensor, backend: str, value_width: int = 1, decode_ref
     if query.dtype != torch.float64 and has_kernels:
         return "native"
     if device == "cpu":
-        reason = native_library().reason
+        reason = _LIBRARY_STATE
     elif decode_refusal is not None:
         reason = f"the decoding kernel is all there is for device {device!r}, and {decode_refusal}"
     elif device != "cuda":
@@ -190,7 +191,7 @@ def choose_recurrence_backend(query: Tensor, backend: str) -> str:
     if backend == "reference":
         return backend
     if _MISCONFIGURED:
-        raise ValueError(native_library().reason)
+        raise ValueError(_LIBRARY_STATE)
     device = query.device.type
     why_not = None
     if backend == "triton" or device == "cuda":
@@ -206,7 +207,7 @@ def choose_recurrence_backend(query: Tensor, backend: str) -> str:
     if _HAS_KERNELS and device in ("cpu", "meta"):
         return "native"
     if device == "cpu":
-        reason: str | None = native_library().reason
+        reason: str | None = _LIBRARY_STATE
     elif why_not is not None and backend != "native":
         reason = why_not
     else:
