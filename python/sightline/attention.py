@@ -56,6 +56,9 @@ def attention(
 ) -> Any:
     r"""Attention with a choice of weight function, in memory linear in the number of keys.
 
+    The reference, which computes float64 and what no kernel takes, needs memory for M x N weights for its gradients.
+    First derivatives, in reverse; second ones with ``backend="reference"``.
+
     With ``s_ij = c_i <q_i, k_j> + bias_ij`` over the keys that row i sees, the output is
     ``o_i = sum_j phi(s_ij) v_j / sum_j phi(s_ij)``; phi and c_i come from `weighting`, by default the exact softmax of
     every existing model. Every formula stands in ``sightline.reference``, which is also the equivalent plain PyTorch.
@@ -71,21 +74,23 @@ def attention(
             unlimited.
         key_lengths: (B,) int32 or int64, the number of valid keys, for caches with unused slots.
         key_mask: (B, N) bool, True where a key takes part.
-        attn_mask: broadcastable to (B, H, M, N); bool (True: visible) or float, added to the score (-inf: invisible,
-            may need a gradient).
-        alibi_slopes: (H,), subtracts ``slope_h |pos_i - j|`` from the score.
+        attn_mask: broadcastable to (B, H, M, N); bool (True: visible) or, in the query's dtype or float32, added to the
+            score (-inf: invisible, may need a gradient).
+        alibi_slopes: (H,), subtracts ``slope_h |pos_i - j|`` from the score; has no gradient.
         sinks: (H,), logits that take part in the normaliser only (softmax without re-weighting); may need a gradient.
         scale: a number, or (H,) which may need a gradient. Default 1/sqrt(D), or ln(D) with ``normalize_qk``.
         dropout_p: probability in [0, 1) with which a weight is dropped; the mask is drawn from torch's generator.
-        cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32 offsets of documents packed into one batch entry (B = 1).
-        value_weights: (B, Hk, N), for the statistic `weighted_value`.
-        key_segments: (B, N) integers, for the statistic `segment_mass`.
-        observe: an `Observe`: also return what the rows attended to. This version computes `log_normalizer`.
+        cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32 offsets of documents packed in one batch entry (B = 1); both
+            or neither, not with `key_lengths`.
+        value_weights: (B, Hk, N) or (B, H, N), for the statistic `weighted_value`, which this version does not compute.
+        key_segments: (B, N) integers, for the statistic `segment_mass`, which this version does not compute.
+        observe: an `Observe`: also return what the rows attended to. This version computes `log_normalizer` alone.
         backend: "auto", "native", "triton" or "reference"; SIGHTLINE_BACKEND overrides "auto".
 
     Returns:
-        (B, H, M, Dv) in the query's dtype, a view of (B, M, H, Dv) memory; a row that sees no key gives 0. With
-        `observe` the pair of it and an `AttentionStats`; its ``log_normalizer`` (B, H, M), in nats, carries gradients.
+        (B, H, M, Dv) in the query's dtype (autocast's, where that is on), a view of (B, M, H, Dv) memory; a row that
+        sees no key gives 0. With `observe` the pair of it and an `AttentionStats`; its ``log_normalizer`` (B, H, M), in
+        nats and at least float32, carries gradients.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or value; the message names it.

@@ -38,6 +38,8 @@ def _is_integer(value: object) -> bool:
 class Observe:
     """Which statistics of the attention weights to compute; nothing by default.
 
+    `sightline.attention` computes `log_normalizer` in this version, and raises NotImplementedError for the others.
+
     True asks for the statistic of that name:
     log_normalizer: ln Z_i in nats, the one statistic that carries gradients.
     entropy: of the weights of a row, in nats.

@@ -227,7 +227,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         byte_size,
         "SIZE",
         decided_later,
-        "rows that need more are skipped (default: 60%% of what is free)",
+        "rows that need more are skipped (default: 60%% of what is free, on a GPU all of it)",
     )
     add(
         "--text",

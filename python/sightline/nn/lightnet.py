@@ -109,7 +109,8 @@ class LightNetAttention(nn.Module):
         """(B, N, embed_dim) to the same, with `output_final_state` the pair of it and a `RecurrenceState`.
 
         `positions` (N, axes) or (B, N, axes) is needed where the layer has several axes of positions; with one the
-        default is 0, 1, 2, ... The other arguments are those of `sightline.additive_recurrence`.
+        default is 0, 1, 2, ..., from 0 also with an `initial_state`: to go on, pass the positions that follow. The
+        other arguments are those of `sightline.additive_recurrence`.
 
         Raises ValueError for positions that are missing, or given to a layer without.
         """
