@@ -96,6 +96,18 @@ def test_missing_mask_follows_the_module():
     assert torch.equal(told, whole)
 
 
+def test_missing_mask_of_cross_attention_hides_nothing():
+    class TextCrossAttention(nn.Identity):  # says nothing of causality
+        config = Settings()
+
+    module = TextCrossAttention()
+    query, key, value = states()
+    result, _ = attention_forward(module, query, key, value, None)
+    assert torch.equal(result, sl.attention(query, key, value).transpose(1, 2))
+    result, _ = attention_forward(module, query[:, :, :2], key, value, None)
+    assert torch.equal(result, sl.attention(query[:, :, :2], key, value).transpose(1, 2))
+
+
 def test_missing_mask_of_a_single_query_sees_everything():
     query, key, value = states(queries=1)
     result, _ = attention_forward(layer(), query, key, value, None)

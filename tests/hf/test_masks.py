@@ -157,6 +157,17 @@ def test_description_acts_as_the_mask_it_stands_for():
     assert torch.equal(dense | mask, dense)
     assert torch.equal(~mask, ~dense)
     assert torch.equal(mask.logical_not(), ~dense)
+    assert torch.equal(mask == 0, ~dense)
+    assert torch.equal(mask != dense, torch.zeros_like(dense))
+    assert torch.equal(1.0 - mask.float(), 1.0 - dense.float())
+    assert torch.equal(mask * -2.5, dense * -2.5)
+    assert torch.equal(0.5 + mask, 0.5 + dense)
+    assert torch.equal(mask > 0, dense)
+    assert torch.equal(dense ^ mask, torch.zeros_like(dense))
+    assert len(mask) == len(dense)
+    assert {mask: 1}[mask] == 1
+    with pytest.raises(TypeError, match="whole mask"):
+        bool(mask)
     assert torch.equal(mask.to(torch.float32), dense.float())
     assert mask.contiguous() is mask
     assert torch.equal(copy.deepcopy(mask).dense(), dense)

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -96,6 +97,77 @@ def test_part_of_a_model():
     sl.swap_attention(model.encoder, sl.Softmax())
     assert model.encoder.config._attn_implementation == "sightline"
     assert model.decoder.config._attn_implementation == "eager"
+
+
+def bart():
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(vocab_size=9, d_model=8, encoder_layers=1, decoder_layers=1, **heads)
+    return transformers.BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(("half", "other"), [("encoder", "decoder"), ("decoder", "encoder")])
+def test_half_of_a_model_with_one_config_is_swapped_alone(half, other):
+    model = bart()
+    before = state(model)
+    half, other = getattr(model.model, half), getattr(model.model, other)
+    sl.swap_attention(half, sl.LSSA())
+    assert implementations(half) == {"sightline"}
+    assert implementations(other) == {"sdpa"}
+    assert not hasattr(model.config, "sightline")
+    sl.swap_attention(other, sl.Softmax())
+    assert half.config.sightline["weighting"]["kind"] == "softplus"
+    assert other.config.sightline["weighting"]["kind"] == "softmax"
+    sl.restore_attention(half)
+    assert implementations(other) == {"sightline"}
+    sl.restore_attention(other)
+    assert all(one in before for one in state(model))
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_part_of_a_swapped_model_and_a_whole_with_a_swapped_part_are_refused(inner_first):
+    model = BY_NAME["llama"].model()
+    first, second = (model.model, model) if inner_first else (model, model.model)
+    sl.swap_attention(first, sl.LSSA())
+    with pytest.raises(ValueError, match="shares its config with one that is; restore_attention first"):
+        sl.swap_attention(second, sl.Softmax())
+    sl.restore_attention(first)
+    assert implementations(model) == {"eager"}
+    sl.restore_attention(sl.swap_attention(second, sl.Softmax()))
+
+
+def test_second_model_of_one_config_is_refused():
+    model = BY_NAME["llama"].model()
+    twin = type(model)(model.config)
+    sl.swap_attention(model, sl.LSSA())
+    with pytest.raises(ValueError, match="shares its config with one that is"):
+        sl.swap_attention(twin, sl.Softmax())
+
+
+def test_statistics_asked_for_in_the_config_are_refused():
+    model = BY_NAME["llama"].model()
+    model.config.output_attentions = True
+    before = state(model)
+    with pytest.raises(ValueError, match=r"config.output_attentions to be False .* in the call"):
+        sl.swap_attention(model, sl.Softmax())
+    assert state(model) == before
+
+
+def test_layers_may_be_numbers_of_numpy():
+    model = sl.swap_attention(BY_NAME["llama"].model(), sl.LSSA(), layers=np.arange(1))
+    assert list(model.config.sightline["layers"]) == ["0"]
+
+
+def test_linear_attention_beside_the_interface_is_none_of_ours():
+    model = BY_NAME["llama"].model()
+
+    class FlashLinearAttention(nn.Linear):
+        pass
+
+    class CrossAttentionDecoderLayer(nn.Linear):
+        pass
+
+    model.model.mixer, model.model.last = FlashLinearAttention(2, 2), CrossAttentionDecoderLayer(2, 2)
+    assert implementations(sl.swap_attention(model, sl.LSSA())) == {"sightline"}
 
 
 def test_swap_after_choosing_the_implementation_by_name():

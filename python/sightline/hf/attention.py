@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline.attention import attention, scale_number, weighting_scalars, window_sides
-from sightline.hf.interface import eager_parameters
+from sightline.hf.interface import eager_parameters, names_implementations
 from sightline.hf.settings import read_settings
 from sightline.hf.visibility import Visibility
 from sightline.observe import AttentionStats, Observe
@@ -63,6 +63,8 @@ def attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     output_attentions: bool | None = False,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, AttentionStats | None]:
     """Attention of one layer, for transformers' `AttentionInterface`.
@@ -79,6 +81,8 @@ def attention_forward(
         position_bias: (1 or B, H, M, N), added to the scores.
         cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) offsets of documents packed into one batch entry.
         output_attentions: return the layer's statistics in the place of its weights.
+        indices: (B, M, k), the only keys that a row may see of those that the mask leaves (sparse attention).
+        block_indices: the same by blocks of keys, as the module's `indexer` makes and reads them.
 
     Returns:
         (B, M, H, Dv), contiguous, and an `AttentionStats` or None.
@@ -94,6 +98,9 @@ def attention_forward(
     """
     if kwargs:
         _refuse_unknown(module, kwargs)
+    if indices is not None or block_indices is not None:
+        positions = kwargs.get("position_ids")
+        attention_mask = _selected(module, query, key, attention_mask, is_causal, indices, block_indices, positions)
     weighting = _weighting(module, scaling, softcap, s_aux is not None, query.shape[3])
     if (
         query.shape[2] == 1
@@ -283,11 +290,39 @@ def _refuse_unknown(module: nn.Module, arguments: dict[str, Any]) -> None:
                 f"{type(value).__name__}; use generate(), or set_attn_implementation('sdpa')"
             )
         known = eager_parameters(type(module))
-        if known is None or name in known:
+        # One that names implementations may do for eager by itself what it leaves to others by an argument.
+        if known is None or name in known or names_implementations(type(module)):
             raise NotImplementedError(
                 f"{name}: {type(module).__name__} passes this argument to its attention, and sightline does not know "
                 "it; restore the model's own attention (restore_attention)"
             )
+
+
+def _selected(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Visibility | Tensor | None,
+    is_causal: bool | None,
+    indices: Tensor | None,
+    block_indices: Tensor | None,
+    positions: Tensor | None,
+) -> Tensor:
+    """The mask with what a sparse layer has selected: (B, 1 or H, M, N), as its eager attention would be given it."""
+    (batch, _, queries, _), keys = query.shape, key.shape[2]
+    if mask is None:
+        causal = _is_causal_without_mask(module, is_causal, None, query, key, None)
+        mask = Visibility(batch, queries, keys, causal, device=query.device)
+    if isinstance(mask, Visibility):
+        _check_lengths(module, mask, query, key)
+        mask = mask.dense()
+    if block_indices is not None:
+        indexer: Any = module.indexer
+        return indexer.build_block_mask(block_indices, mask, keys, query.dtype, query.device, positions)
+    assert indices is not None
+    chosen = torch.zeros((batch, 1, queries, keys), dtype=torch.bool, device=query.device)
+    chosen.scatter_(-1, indices[:, None].to(torch.int64), True)
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
 def _check_lengths(module: nn.Module, mask: Visibility, query: Tensor, key: Tensor) -> None:
@@ -307,7 +342,9 @@ def _is_causal_without_mask(
     cu_seq_lens_q: Tensor | None,
 ) -> bool:
     """What a missing mask means: nothing is hidden, but by causality where the module is causal."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
+    # As transformers has it, but for cross attention that does not say.
+    default = "CrossAttention" not in type(module).__name__
+    causal = getattr(module, "is_causal", default) if is_causal is None else bool(is_causal)
     queries, keys = query.shape[2], key.shape[2]
     if causal and cu_seq_lens_q is None and queries != 1 and queries != keys:
         raise ValueError(

@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _ATTENTION_NAME = re.compile(r"Attention|Attn")
+# Linear attention has no weights that could be exchanged, and a layer computes attention in a module of its own.
+_NO_ATTENTION_NAME = re.compile(r"Linear|Lightning|Layer$")
+_IMPLEMENTATIONS = frozenset({"eager", "sdpa", "flash_attention_2", "flex_attention"})
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -22,7 +25,19 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+def _constants(value: object) -> Iterator[object]:
+    """The constants of some code, those in tuples, sets and nested functions included."""
+    if isinstance(value, CodeType):
+        value = value.co_consts
+    if isinstance(value, (tuple, frozenset)):
+        for constant in value:
+            yield from _constants(constant)
+    else:
+        yield value
+
+
 _parameters: dict[type[nn.Module], frozenset[str] | None] = {}
+_naming: dict[type[nn.Module], bool] = {}
 
 
 def _interface_functions(module_type: type[nn.Module]) -> tuple[FunctionType, ...]:
@@ -67,6 +82,17 @@ def eager_parameters(module_type: type[nn.Module]) -> frozenset[str] | None:
     return _parameters[module_type]
 
 
+def names_implementations(module_type: type[nn.Module]) -> bool:
+    """Whether the methods that go through the interface do one thing for some implementations, another for others."""
+    if module_type not in _naming:
+        _naming[module_type] = any(
+            isinstance(constant, str) and constant in _IMPLEMENTATIONS
+            for function in _interface_functions(module_type)
+            for constant in _constants(function.__code__)
+        )
+    return _naming[module_type]
+
+
 def attention_modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """The attention modules of a model that go through the interface, and those that do not, by their names.
 
@@ -77,7 +103,8 @@ def attention_modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str,
     through = {name: module for name, module in modules.items() if uses_interface(module)}
     aside = {}
     for name, module in modules.items():
-        if name in through or _ATTENTION_NAME.search(type(module).__name__) is None:
+        type_name = type(module).__name__
+        if name in through or _ATTENTION_NAME.search(type_name) is None or _NO_ATTENTION_NAME.search(type_name):
             continue
         related = any(f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.") for other in through)
         if name and not related and any(True for _ in module.parameters()):

@@ -20,6 +20,9 @@ from sightline.hf.visibility import Visibility
 
 MaskFunction = Callable[..., Any]
 
+# Models whose layers append columns of a float mask of their own to the mask, for keys that they make themselves.
+_WANTS_A_FLOAT_MASK = frozenset({"deepseek_v4"})
+
 
 def _code(function: Any) -> Any:
     return getattr(function, "__code__", None)
@@ -148,7 +151,8 @@ def sightline_mask(
         use_vmap: the pattern contains a function of the user's.
 
     Returns:
-        A `Visibility` for causal, bidirectional, windowed and packed patterns; else bool (B, 1, M, N), True: visible.
+        A `Visibility` for causal, bidirectional, windowed and packed patterns; else bool (B, 1, M, N), True: visible;
+        or a float mask, for a model that adds to it.
         Never None: transformers' other attention functions take None for torch's top-left causality.
 
     >>> sightline_mask(2, 3, 5, q_offset=2).causal
@@ -156,6 +160,19 @@ def sightline_mask(
     """
     if isinstance(attention_mask, Visibility):
         return attention_mask
+    if getattr(kwargs.get("config"), "model_type", None) in _WANTS_A_FLOAT_MASK:
+        return masking_utils.eager_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,  # type: ignore[arg-type]
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            dtype=kwargs["dtype"],
+            use_vmap=use_vmap,
+            device=device,
+        )
     is_static = isinstance(q_offset, Tensor)
     offset: Any = int(q_offset) if isinstance(q_offset, Tensor) and _is_readable(q_offset) else q_offset
     # Row i sits at position offset + i, so keys past the last row's position are unused slots of a cache.

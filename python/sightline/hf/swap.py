@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import operator
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,6 +20,8 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 Weighting: TypeAlias = Softmax | Softplus
 
 _RECORD = "_sightline_restore"
+# The configs of swapped models, by id.
+_swapped: weakref.WeakValueDictionary[int, PreTrainedConfig] = weakref.WeakValueDictionary()
 _EXPECTED = "a Softmax, Softplus, LSSA() or LSSAR()"
 
 
@@ -29,6 +34,10 @@ def swap_attention(
 
     With `Softmax()` the model gives the numbers it gave before. The weighting is written to `config.sightline`, so that
     `save_pretrained` keeps it and `from_pretrained(..., attn_implementation="sightline")` brings it back.
+
+    Whatever has the same config object has the same attention: models that were built from one config are swapped
+    together, unless each is given a copy of it. An encoder or decoder that shares the config of its whole model gets a
+    copy here, so that it is swapped alone; `save_pretrained` of the whole then does not know of it.
 
     Args:
         model: a transformers model, or a part of one that is a `PreTrainedModel` (a multimodal model's language model).
@@ -52,13 +61,13 @@ def swap_attention(
     >>> sl.restore_attention(model).config._attn_implementation
     'sdpa'
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    _check_model(model)
     name = type(model).__name__
     chosen = _chosen_layers(weighting, layers)
-    if _RECORD in model.__dict__:
+    if any(_RECORD in module.__dict__ or _is_swapped(module) for module in model.modules()):
         raise ValueError(
-            f"model: expected {name} with its own attention, got one that is swapped; restore_attention first"
+            f"model: expected {name} with its own attention, got one that is swapped, or shares its config with one "
+            "that is; restore_attention first"
         )
     through, aside = attention_modules(model)
     if aside or not through:
@@ -77,7 +86,9 @@ def swap_attention(
         settings = write_settings(Softmax(), chosen)
         weightings = list(chosen.values())
     _check_sinks(name, weightings, through)
+    _check_outputs(name, through)
 
+    shared = _take_configs(model) if _is_half(model) else []
     record = [
         (config, config._attn_implementation_internal, "sightline" in vars(config), vars(config).get("sightline"))
         for config in _configs(model)
@@ -91,7 +102,10 @@ def swap_attention(
             raise NotImplementedError(f"model: {', '.join(sorted(unset))} of {name} kept its own attention")
     except BaseException:
         _put_back(record)
+        for module, config in shared:
+            module.__dict__["config"] = config
         raise
+    _swapped.update((id(config), config) for config, *_ in record)
     model.__dict__[_RECORD] = record
     return model
 
@@ -108,8 +122,7 @@ def restore_attention(model: Model) -> Model:
     >>> sl.restore_attention(sl.swap_attention(model, sl.Softmax())) is model
     True
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    _check_model(model)
     if _RECORD not in model.__dict__:
         raise ValueError(
             f"model: expected a {type(model).__name__} that swap_attention swapped, got one that it did not; "
@@ -122,12 +135,45 @@ def restore_attention(model: Model) -> Model:
 
 def _put_back(record: list[tuple[PreTrainedConfig, Any, bool, Any]]) -> None:
     for config, implementation, had_settings, settings in record:
+        _swapped.pop(id(config), None)
         # The attribute behind the property, which would write to the configs inside this one too.
         config._attn_implementation_internal = implementation
         if had_settings:
             config.sightline = settings
         else:
             vars(config).pop("sightline", None)
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, PreTrainedModel):
+        return
+    inside = ""
+    if isinstance(model, nn.Module):
+        names = [name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+        inside = f"; the one in it is its {names[0]}" if names else ""
+    raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{inside}")
+
+
+def _is_swapped(module: nn.Module) -> bool:
+    config = module.__dict__.get("config")
+    return config is not None and _swapped.get(id(config)) is config
+
+
+def _is_half(model: PreTrainedModel) -> bool:
+    """Whether this is an encoder or a decoder with the config of both."""
+    return getattr(model.config, "is_encoder_decoder", False) and type(model).__name__.endswith(("Encoder", "Decoder"))
+
+
+def _take_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PreTrainedConfig]]:
+    """Give the modules of a model copies of their configs; returns who had which."""
+    copies: dict[int, Any] = {}  # of all configs, those in others too, so that what they share they go on sharing
+    had = []
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig):
+            had.append((module, config))
+            module.__dict__["config"] = copy.deepcopy(config, copies)
+    return had
 
 
 def _implementation(module: Any) -> str | None:
@@ -163,7 +209,7 @@ def _chosen_layers(weighting: Any, layers: Any) -> dict[int, Weighting] | None:
             return None
         if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
             raise TypeError(f"layers: expected None or indices of layers, got {layers!r}")
-        chosen = dict.fromkeys(layers, weighting)
+        chosen = dict.fromkeys(map(_as_index, layers), weighting)
         name = "layers"
     for index, value in chosen.items():
         if isinstance(index, bool) or not isinstance(index, int):
@@ -175,6 +221,19 @@ def _chosen_layers(weighting: Any, layers: Any) -> dict[int, Weighting] | None:
     if not chosen:
         raise ValueError(f"{name}: expected at least one layer, got none")
     return chosen
+
+
+def _as_index(index: Any) -> Any:
+    """NumPy's integers as Python's; what is none, and True, as they came."""
+    return operator.index(index) if hasattr(index, "__index__") and not isinstance(index, bool) else index
+
+
+def _check_outputs(name: str, modules: dict[str, nn.Module]) -> None:
+    if any(getattr(module.config, "output_attentions", False) for module in modules.values()):
+        raise ValueError(
+            f"model: expected config.output_attentions to be False in {name}, got True, which transformers takes from "
+            "eager attention alone; set it to False and pass output_attentions=True in the call"
+        )
 
 
 def _check_layers(name: str, chosen: dict[int, Weighting], modules: dict[str, nn.Module]) -> None:

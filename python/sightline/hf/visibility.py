@@ -115,17 +115,16 @@ class Visibility:
     def __getitem__(self, index: Any) -> Tensor:
         return self.dense()[index]
 
-    def __and__(self, other: Any) -> Tensor:
-        return self.dense() & other
-
-    def __or__(self, other: Any) -> Tensor:
-        return self.dense() | other
-
     def __invert__(self) -> Tensor:
         return ~self.dense()
 
-    __rand__ = __and__
-    __ror__ = __or__
+    def __len__(self) -> int:
+        return self.batch
+
+    def __bool__(self) -> bool:
+        raise TypeError("attention_mask: expected a question of one entry, got one of a whole mask (`is None`?)")
+
+    __hash__ = object.__hash__
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,3 +136,17 @@ class Visibility:
             return value
 
         return function(*dense(tuple(args)), **{name: dense(value) for name, value in (kwargs or {}).items()})
+
+
+def _dense_operator(name: str) -> Any:
+    def operator(self: Visibility, other: Any) -> Any:
+        return getattr(self.dense(), name)(other.dense() if isinstance(other, Visibility) else other)
+
+    operator.__name__ = name
+    return operator
+
+
+for _symbol in ("and", "or", "xor", "add", "sub", "mul", "eq", "ne", "lt", "le", "gt", "ge"):
+    for _side in ("", "r"):
+        if _side == "" or hasattr(Tensor, f"__r{_symbol}__"):
+            setattr(Visibility, f"__{_side}{_symbol}__", _dense_operator(f"__{_side}{_symbol}__"))
