@@ -130,6 +130,11 @@ def test_mask_made_in_advance_is_kept():
     assert sightline_mask(2, LENGTH, LENGTH, attention_mask=mask) is mask
 
 
+def test_mask_of_three_axes_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"attention_mask: expected padding \(B, N\) or .* got shape \(2, 6, 6\)"):
+        sightline_mask(2, 6, 6, attention_mask=torch.ones(2, 6, 6, dtype=torch.bool))
+
+
 def test_functions_that_need_vmap_are_evaluated():
     mask, dense = both(causal_mask_function, use_vmap=True)
     assert isinstance(mask, torch.Tensor)

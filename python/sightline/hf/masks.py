@@ -155,11 +155,19 @@ def sightline_mask(
         or a float mask, for a model that adds to it.
         Never None: transformers' other attention functions take None for torch's top-left causality.
 
+    Raises:
+        ValueError: a mask of three axes.
+
     >>> sightline_mask(2, 3, 5, q_offset=2).causal
     True
     """
     if isinstance(attention_mask, Visibility):
         return attention_mask
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
+        raise ValueError(
+            "attention_mask: expected padding (B, N) or a mask (B, 1 or H, M, N), got shape "
+            f"{tuple(attention_mask.shape)}"
+        )
     if getattr(kwargs.get("config"), "model_type", None) in _WANTS_A_FLOAT_MASK:
         return masking_utils.eager_mask(
             batch_size=batch_size,
