@@ -143,6 +143,15 @@ def test_second_model_of_one_config_is_refused():
         sl.swap_attention(twin, sl.Softmax())
 
 
+def test_config_of_a_model_that_is_gone_is_free():
+    config = BY_NAME["llama"].config()
+    for _ in range(2):
+        model = transformers.LlamaForCausalLM(config)
+        model.itself = [model]  # as hooks and wrappers do: only the collector of cycles finds it
+        sl.swap_attention(model, sl.LSSA())
+        del model
+
+
 def test_statistics_asked_for_in_the_config_are_refused():
     model = BY_NAME["llama"].model()
     model.config.output_attentions = True

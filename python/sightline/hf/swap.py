@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import operator
 import weakref
 from collections.abc import Iterable, Mapping
@@ -20,8 +21,8 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 Weighting: TypeAlias = Softmax | Softplus
 
 _RECORD = "_sightline_restore"
-# The configs of swapped models, by id.
-_swapped: weakref.WeakValueDictionary[int, PreTrainedConfig] = weakref.WeakValueDictionary()
+# Who swapped a config, by its id: as long as that model lives, so does the config.
+_owners: weakref.WeakValueDictionary[int, PreTrainedModel] = weakref.WeakValueDictionary()
 _EXPECTED = "a Softmax, Softplus, LSSA() or LSSAR()"
 
 
@@ -64,7 +65,7 @@ def swap_attention(
     _check_model(model)
     name = type(model).__name__
     chosen = _chosen_layers(weighting, layers)
-    if any(_RECORD in module.__dict__ or _is_swapped(module) for module in model.modules()):
+    if _is_swapped(model):
         raise ValueError(
             f"model: expected {name} with its own attention, got one that is swapped, or shares its config with one "
             "that is; restore_attention first"
@@ -105,7 +106,7 @@ def swap_attention(
         for module, config in shared:
             module.__dict__["config"] = config
         raise
-    _swapped.update((id(config), config) for config, *_ in record)
+    _owners.update((id(config), model) for config, *_ in record)
     model.__dict__[_RECORD] = record
     return model
 
@@ -135,7 +136,7 @@ def restore_attention(model: Model) -> Model:
 
 def _put_back(record: list[tuple[PreTrainedConfig, Any, bool, Any]]) -> None:
     for config, implementation, had_settings, settings in record:
-        _swapped.pop(id(config), None)
+        _owners.pop(id(config), None)
         # The attribute behind the property, which would write to the configs inside this one too.
         config._attn_implementation_internal = implementation
         if had_settings:
@@ -154,9 +155,18 @@ def _check_model(model: Any) -> None:
     raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{inside}")
 
 
-def _is_swapped(module: nn.Module) -> bool:
-    config = module.__dict__.get("config")
-    return config is not None and _swapped.get(id(config)) is config
+def _is_swapped(model: PreTrainedModel) -> bool:
+    """Whether the model is swapped, or a part of it, or another that shares a config with it."""
+
+    def found() -> bool:
+        return any(
+            _RECORD in module.__dict__ or id(module.__dict__.get("config")) in _owners for module in model.modules()
+        )
+
+    if not found():
+        return False
+    gc.collect()  # a model that nobody can restore any more
+    return found()
 
 
 def _is_half(model: PreTrainedModel) -> bool:
