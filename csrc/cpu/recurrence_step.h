@@ -94,11 +94,10 @@ static void step_columns(const StepScratch& scratch, int64_t channels, int64_t c
       Vec state = Vec::broadcast(0.0f);
       if (keeps) state = Vec::load(before + d * stride + vector * Vec::kWidth) * decay;
       if (takes) state = fma(weight, values[vector], state);
-      float* updated = after + d * stride + vector * Vec::kWidth;
       if (kPastCaches)
-        stream(updated, state);
+        stream(after + d * stride + vector * Vec::kWidth, state);
       else if (after != nullptr)
-        store(updated, state);
+        store(after + d * stride + vector * Vec::kWidth, state);
       SIGHTLINE_UNROLL
       for (int head = 0; head < kHeads; ++head)
         outputs[head][vector] =
