@@ -304,7 +304,7 @@ def test_restoring_what_was_not_swapped_is_refused():
 @pytest.mark.parametrize("call", [lambda model: sl.swap_attention(model, sl.LSSA()), sl.restore_attention])
 def test_a_wrapper_is_told_which_model_is_meant(call):
     wrapper = nn.ModuleDict({"base": BY_NAME["llama"].model()})
-    with pytest.raises(TypeError, match="got ModuleDict; the one in it is its base$"):
+    with pytest.raises(TypeError, match=r"got ModuleDict; the one in it is its base$"):
         call(wrapper)
 
 
