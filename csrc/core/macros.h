@@ -11,6 +11,14 @@
 #define SIGHTLINE_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
 #endif
 
+// Before a template that calls what it is given: on the host what belongs to the host, on the device what belongs
+// there.
+#if defined(__CUDACC__)
+#define SIGHTLINE_ANY_CALLER _Pragma("nv_exec_check_disable")
+#else
+#define SIGHTLINE_ANY_CALLER
+#endif
+
 // After the parameters of a lambda that is called more than once in the innermost loop.
 #define SIGHTLINE_INLINE_LAMBDA __attribute__((always_inline))
 

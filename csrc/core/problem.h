@@ -6,11 +6,12 @@
 
 #include <cstdint>
 
+#include "core/weights.h"
+
 namespace sightline {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
 enum class MaskKind : int32_t { kNone, kBool, kFloat32, kFloat16, kBFloat16 };
-enum class WeightFunction : int32_t { kSoftmax = 0, kSoftplus = 1 };
 
 // A (batch, head, row, column) tensor whose last axis is contiguous.
 struct HeadsView {

@@ -317,10 +317,9 @@ void attention_backward(const AttentionProblem& given, const AttentionGradients&
         for (int64_t batch = group_batch; batch < task.batch; batch += groups.batches)
           for (int64_t head = group_head; head < task.key_heads; head += groups.key_heads) {
             with_pair_parts(plan.parts, [&](auto parts) {
-              if (task.weight_function == WeightFunction::kSoftmax)
-                differentiate_unit<core::Exponential, parts>(plan, scratch, batch, head, split);
-              else
-                differentiate_unit<core::SoftPlus, parts>(plan, scratch, batch, head, split);
+              core::with_weight(task.weight_function, [&](auto weight) {
+                differentiate_unit<decltype(weight), parts>(plan, scratch, batch, head, split);
+              });
             });
           }
       });

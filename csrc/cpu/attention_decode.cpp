@@ -291,10 +291,7 @@ bool is_decoding(const AttentionProblem& problem) {
 void attention_decode(const AttentionProblem& problem, const Parallel& parallel) {
   if (problem.batch == 0) return;
   const DecodePlan plan(problem);
-  if (problem.weight_function == WeightFunction::kSoftmax)
-    decode_typed<core::Exponential>(plan, parallel);
-  else
-    decode_typed<core::SoftPlus>(plan, parallel);
+  core::with_weight(problem.weight_function, [&](auto weight) { decode_typed<decltype(weight)>(plan, parallel); });
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

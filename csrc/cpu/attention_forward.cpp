@@ -210,14 +210,11 @@ bool attend(const AttentionProblem& problem, AttentionForwardUnit& unit, Attenti
   return finite;
 }
 
-template <class Weight>
 bool attend_unit(const AttentionProblem& problem, AttentionForwardUnit& unit, AttentionForwardScratch& scratch) {
-  return with_pair_parts(unit.parts, [&](auto parts) { return attend<Weight, parts>(problem, unit, scratch); });
-}
-
-bool attend_unit(const AttentionProblem& problem, AttentionForwardUnit& unit, AttentionForwardScratch& scratch) {
-  return problem.weight_function == WeightFunction::kSoftmax ? attend_unit<core::Exponential>(problem, unit, scratch)
-                                                             : attend_unit<core::SoftPlus>(problem, unit, scratch);
+  return core::with_weight(problem.weight_function, [&](auto weight) {
+    return with_pair_parts(unit.parts,
+                           [&](auto parts) { return attend<decltype(weight), parts>(problem, unit, scratch); });
+  });
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ struct AttentionForwardPlan {
     int64_t tiles = core::smaller(kMaxTilesPerUnit, core::larger(1, kUnitStateBytes / tile_bytes));
     const int64_t all_tiles = (rows + kRowTile - 1) / kRowTile * of.batch * of.key_heads;
     tiles = core::smaller(tiles, core::larger(1, all_tiles / (kUnitsPerThread * threads)));
-    keeps = of.reweight.power > 0.0f && of.weight_function == WeightFunction::kSoftplus;
+    keeps = of.reweight.power > 0.0f && !core::is_shifted(of.weight_function);
     keeps &= kept_bytes(of.keys) <= kMostKeptBytes || of.causal || of.window_left >= 0;
     if (keeps) tiles = core::smaller(tiles, core::larger(1, kKeptBytes / core::larger(kept_bytes(of.keys), 1)));
     unit_rows = kRowTile * tiles;
@@ -119,8 +119,8 @@ struct AttentionForwardUnit {
 [[maybe_unused]] static void start_rows(const AttentionProblem& problem, const AttentionForwardScratch& scratch,
                                         RowState& state) {
   const bool has_sink = problem.sinks != nullptr;
+  const bool shifted = core::is_shifted(problem.weight_function);
   for (int lane = 0; lane < state.rows.lanes; ++lane) {
-    const bool shifted = problem.weight_function == WeightFunction::kSoftmax;
     const float sink = has_sink ? problem.sinks[state.rows.head[lane]] : -INFINITY;
     state.shift[lane] = shifted ? sink : 0.0f;
     state.largest[lane] = -INFINITY;

@@ -216,10 +216,8 @@ void read_floats(const float* data, int64_t count) {
 
 void attention_parts(const AttentionProblem& problem, int repetitions, AttentionParts& parts) {
   const FlushDenormals mode;
-  if (problem.weight_function == WeightFunction::kSoftmax)
-    time_parts<core::Exponential>(problem, repetitions, parts);
-  else
-    time_parts<core::SoftPlus>(problem, repetitions, parts);
+  core::with_weight(problem.weight_function,
+                    [&](auto weight) { time_parts<decltype(weight)>(problem, repetitions, parts); });
 }
 
 double multiply_rate(bool pairs, double seconds) {

@@ -161,10 +161,8 @@ struct DecodeSplit {
         take_scores(place, lane, shared.scores[lane.warp][buffer], scores);
       }
       const RowPeak* peaks = kReadsKeys ? nullptr : shared.peaks;
-      if (attention.weight_function == WeightFunction::kSoftmax)
-        weigh<core::Exponential>(attention.reweight, peaks, lane, scores, state);
-      else
-        weigh<core::SoftPlus>(attention.reweight, peaks, lane, scores, state);
+      core::with_weight(attention.weight_function,
+                        [&](auto weight) { weigh<decltype(weight)>(attention.reweight, peaks, lane, scores, state); });
       if constexpr (kReadsValues) {
         const Words4 packed = Products::pack_weights(scores);
         add_divisors(scores, state);

@@ -1,9 +1,9 @@
-// Weights relative to a reference that follows the row's largest score, for both weight functions.
+// Weights relative to a reference that follows the row's largest score, for any weight function.
 //
-// Softmax subtracts the maximum so that exp does not overflow. Softplus needs no maximum in fp32, but its weights go
-// into the product with V as 16-bit numbers, and fp16 ends at 65504 and at 6e-8: so they are divided by the power of
-// two just below the weight of the largest score. Both follow from `largest` alone, so partial sums over keys can be
-// merged.
+// Softmax subtracts the maximum so that exp does not overflow. A weight function without a shift needs no maximum in
+// fp32, but its weights go into the product with V as 16-bit numbers, and fp16 ends at 65504 and at 6e-8: so they are
+// divided by the power of two just below the weight of the largest score. Both follow from `largest` alone, so partial
+// sums over keys can be merged.
 #pragma once
 
 #include <cmath>
@@ -14,41 +14,43 @@
 
 namespace sightline::cuda {
 
-template <class Weight>
+template <class Weight, bool kShifted = Weight::kShifted>
 struct Relative;
 
-template <>
-struct Relative<core::Exponential> {
+template <class Weight>
+struct Relative<Weight, true> {
   SIGHTLINE_INLINE float reference(float largest) { return largest; }
   // What `weight` wants to know of a reference; before the first visible key there is none.
   SIGHTLINE_INLINE float operand(float reference) { return reference == -INFINITY ? 0.0f : reference; }
   SIGHTLINE_INLINE float weight(float score, float operand) {
-    return core::Exponential::forward(core::Scalar{score - operand}).value;
+    return Weight::forward(core::Scalar{score - operand}).value;
   }
   // The factor of sums when the reference moves.
   SIGHTLINE_INLINE float change(float before, float after) {
-    return before == after ? 1.0f : core::Exponential::forward(core::Scalar{before - after}).value;
+    return before == after ? 1.0f : Weight::forward(core::Scalar{before - after}).value;
   }
-  SIGHTLINE_INLINE float log_of_unit(float reference) { return operand(reference); }
+  SIGHTLINE_INLINE float log_of_unit(float reference) {
+    return operand(reference) + static_cast<float>(Weight::kLogUnit);
+  }
 };
 
-template <>
-struct Relative<core::SoftPlus> {
+template <class Weight>
+struct Relative<Weight, false> {
   SIGHTLINE_INLINE float reference(float largest) {
     core::Scalar mantissa;
-    const float exponent = core::split_exponent(core::SoftPlus::forward(core::Scalar{largest}), mantissa).value;
+    const float exponent = core::split_exponent(Weight::forward(core::Scalar{largest}), mantissa).value;
     return exponent < -126.0f ? -126.0f : exponent > 126.0f ? 126.0f : exponent;
   }
   SIGHTLINE_INLINE float operand(float reference) { return power_of_two(-reference); }
   SIGHTLINE_INLINE float weight(float score, float operand) {
-    return core::SoftPlus::forward(core::Scalar{score}).value * operand;
+    return Weight::forward(core::Scalar{score}).value * operand;
   }
   SIGHTLINE_INLINE float change(float before, float after) {
     const float exponent = before - after;
     return exponent < -126.0f ? 0.0f : power_of_two(exponent > 126.0f ? 126.0f : exponent);
   }
   SIGHTLINE_INLINE float log_of_unit(float reference) {
-    return reference * core::kLn2 + static_cast<float>(core::SoftPlus::kLogUnit);
+    return reference * core::kLn2 + static_cast<float>(Weight::kLogUnit);
   }
 
  private:
@@ -58,24 +60,22 @@ struct Relative<core::SoftPlus> {
 };
 
 SIGHTLINE_INLINE float reference_of(WeightFunction function, float largest) {
-  return function == WeightFunction::kSoftmax ? Relative<core::Exponential>::reference(largest)
-                                              : Relative<core::SoftPlus>::reference(largest);
+  return core::with_weight(function, [&](auto weight) { return Relative<decltype(weight)>::reference(largest); });
 }
 SIGHTLINE_INLINE float change_of_reference(WeightFunction function, float before, float after) {
-  return function == WeightFunction::kSoftmax ? Relative<core::Exponential>::change(before, after)
-                                              : Relative<core::SoftPlus>::change(before, after);
+  return core::with_weight(function, [&](auto weight) { return Relative<decltype(weight)>::change(before, after); });
 }
 // A weighted value whose row's weights have become 0 is gone, even if it was infinite.
 SIGHTLINE_INLINE float rescaled(float sum, float change) { return change == 0.0f ? 0.0f : sum * change; }
 
 SIGHTLINE_INLINE float relative_weight(WeightFunction function, float score, float reference) {
-  return function == WeightFunction::kSoftmax
-             ? Relative<core::Exponential>::weight(score, Relative<core::Exponential>::operand(reference))
-             : Relative<core::SoftPlus>::weight(score, Relative<core::SoftPlus>::operand(reference));
+  return core::with_weight(function, [&](auto weight) {
+    using Of = Relative<decltype(weight)>;
+    return Of::weight(score, Of::operand(reference));
+  });
 }
 SIGHTLINE_INLINE float log_of_unit(WeightFunction function, float reference) {
-  return function == WeightFunction::kSoftmax ? Relative<core::Exponential>::log_of_unit(reference)
-                                              : Relative<core::SoftPlus>::log_of_unit(reference);
+  return core::with_weight(function, [&](auto weight) { return Relative<decltype(weight)>::log_of_unit(reference); });
 }
 
 // Section 2 of MATH.md, what a row's second sweep needs: mean and peak of its relative weights.

@@ -43,7 +43,7 @@ SIGHTLINE_DEVICE OfKeys<bool> live_keys(const AttentionProblem& problem, int64_t
   return live;
 }
 
-// Products to scores, in place. A key that a row does not see has score -inf, for which both weight functions are 0.
+// Products to scores, in place. A key that a row does not see has score -inf, for which every weight function is 0.
 SIGHTLINE_DEVICE void finish_scores(const AttentionProblem& problem, const RowInfo* rows, const Lane& lane,
                                     int32_t tile, const OfKeys<bool>& live, const OfKeys<float>& inverse_norms,
                                     ScoreTile& scores) {

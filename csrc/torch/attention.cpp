@@ -156,9 +156,7 @@ void set_up_options(Options& options, AttentionProblem& problem) {
   problem.causal = options.causal;
   problem.window_left = window(options.window_left);
   problem.window_right = window(options.window_right);
-  STD_TORCH_CHECK(options.weight_function == 0 || options.weight_function == 1,
-                  "weight_function: expected 0 (softmax) or 1 (softplus)");
-  problem.weight_function = static_cast<WeightFunction>(options.weight_function);
+  problem.weight_function = weight_function_of(options.weight_function);
   problem.length_scale = options.length_scale;
   problem.normalize_qk = options.normalize_qk;
   problem.softcap = static_cast<float>(options.softcap);

@@ -1,13 +1,28 @@
 // The sizes of query, key and value: what the CPU and the CUDA binding of attention check alike.
 #pragma once
 
+#include <string>
+
 #include "core/problem.h"
+#include "core/weights.h"
 #include "torch/tensors.h"
 
 namespace sightline::binding {
 
 // Rows and keys are counted in 32 bits, tiles of up to 64 beyond the last included.
 constexpr int64_t kLargestIndex = INT32_MAX - 64;
+
+inline WeightFunction weight_function_of(int64_t number) {
+  const auto name_of = [](int64_t known) {
+    return core::with_weight(static_cast<WeightFunction>(known), [](auto weight) { return decltype(weight)::kName; });
+  };
+  if (number >= 0 && number < kWeightFunctions) return static_cast<WeightFunction>(number);
+  std::string known;
+  for (int64_t index = 0; index < kWeightFunctions; ++index)
+    known += (index > 0 ? " or " : "") + std::to_string(index) + " (" + name_of(index) + ")";
+  STD_TORCH_CHECK(false, "weight_function: expected ", known);
+  return WeightFunction::kSoftmax;
+}
 
 inline void set_up_sizes(const Tensor& query, const Tensor& key, const Tensor& value, AttentionProblem& problem) {
   STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),

@@ -104,9 +104,7 @@ void take_scalars(ArgumentReader& arguments, cuda::DecodeProblem& problem) {
   attention.window_left = window(arguments.take<int64_t>());
   attention.window_right = window(arguments.take<int64_t>());
   problem.scale = static_cast<float>(arguments.take<double>());
-  const auto function = arguments.take<int64_t>();
-  STD_TORCH_CHECK(function == 0 || function == 1, "weight_function: expected 0 (softmax) or 1 (softplus)");
-  attention.weight_function = static_cast<WeightFunction>(function);
+  attention.weight_function = weight_function_of(arguments.take<int64_t>());
   attention.length_scale = arguments.take<bool>();
   attention.normalize_qk = arguments.take<bool>();
   attention.softcap = static_cast<float>(arguments.take<double>());
@@ -126,9 +124,9 @@ void attention_decode(StableIValue* stack, uint64_t, uint64_t) {
   set_up_tensors(call, device);
 
   AttentionProblem& attention = call.problem.attention;
-  STD_TORCH_CHECK(attention.sinks == nullptr ||
-                      (attention.weight_function == WeightFunction::kSoftmax && attention.reweight.power == 0.0f),
-                  "sinks: expected softmax without re-weighting");
+  STD_TORCH_CHECK(
+      attention.sinks == nullptr || (core::is_shifted(attention.weight_function) && attention.reweight.power == 0.0f),
+      "sinks: expected softmax without re-weighting");
   const int64_t batch = attention.batch, heads = attention.heads, rows = attention.queries,
                 width = attention.value_width;
   Tensor output = empty_on(device, {batch, heads, rows, width}, {rows * heads * width, width, heads * width, 1},

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sightline.observe import Observe
-from sightline.weighting import Softmax, Softplus
+from sightline.weighting import EXPECTED_WEIGHTING, Softmax, Weighting
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
@@ -198,8 +198,8 @@ def _check_value(value: torch.Size, key: torch.Size) -> None:
 
 
 def _check_weighting(weighting: Any, scale: Any, query: torch.Size) -> None:
-    if not isinstance(weighting, (Softmax, Softplus)):
-        raise _wrong_type("weighting", "a Softmax, Softplus, LSSA() or LSSAR()", weighting)
+    if not isinstance(weighting, Weighting):
+        raise _wrong_type("weighting", EXPECTED_WEIGHTING, weighting)
     if weighting.normalize_qk and scale is None and query[3] == 1:
         raise ValueError(
             "scale: expected a number or a tensor (H,), got None; ln(D), the default, is 0 at head width 1"
@@ -266,7 +266,7 @@ def _check_alibi_slopes(alibi_slopes: Any, query: Tensor) -> None:
         )
 
 
-def _check_sinks(sinks: Any, query: Tensor, weighting: Softmax | Softplus) -> None:
+def _check_sinks(sinks: Any, query: Tensor, weighting: Weighting) -> None:
     _check_per_head("sinks", sinks, query)
     if not isinstance(weighting, Softmax) or weighting.reweight is not None:
         raise NotImplementedError(f"sinks: expected a Softmax weighting without reweight, got {weighting}")

@@ -20,13 +20,13 @@ from sightline.ops import (
     takes_decode_shortcut,
 )
 from sightline.ops.autocast import autocast_dtype, without_autocast
-from sightline.weighting import Softmax, Softplus
+from sightline.weighting import WEIGHTINGS, Softmax, Weighting
 
 if native_library().loaded:
     from sightline.ops.attention import call_attention
     from sightline.ops.triton_attention import call_attention_triton
 
-_WEIGHT_FUNCTIONS = {"softmax": 0, "softplus": 1}
+_WEIGHT_FUNCTIONS = {kind: number for number, kind in enumerate(WEIGHTINGS)}
 _DEFAULT = Softmax()
 # The reference materialises rows x N; this many numbers at once when it stands in for a kernel.
 _REFERENCE_CHUNK = 1 << 24
@@ -37,7 +37,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     *,
-    weighting: Softmax | Softplus = _DEFAULT,
+    weighting: Weighting = _DEFAULT,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
@@ -226,7 +226,7 @@ def attention_rows(
     key: Tensor,
     rows: Tensor,
     *,
-    weighting: Softmax | Softplus = _DEFAULT,
+    weighting: Weighting = _DEFAULT,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
@@ -282,14 +282,14 @@ def window_sides(window: tuple[int | None, int | None] | None) -> tuple[int, int
     return -1 if left is None else left, -1 if right is None else right
 
 
-def scale_number(scale: float | Tensor | None, weighting: Softmax | Softplus, query: Tensor) -> float:
+def scale_number(scale: float | Tensor | None, weighting: Weighting, query: Tensor) -> float:
     if scale is None:
         width = query.shape[3]
         return math.log(width) if weighting.normalize_qk else 1.0 / math.sqrt(width)
     return 1.0 if isinstance(scale, Tensor) else float(scale)
 
 
-def weighting_scalars(weighting: Softmax | Softplus) -> tuple[int, bool, bool, float, float, float, int]:
+def weighting_scalars(weighting: Weighting) -> tuple[int, bool, bool, float, float, float, int]:
     """The weighting as the operator's scalars: weight_function to reweight_exempt_rows."""
     softcap = getattr(weighting, "softcap", None)
     reweight = weighting.reweight

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias, get_args
 
 # Beyond these float32 arithmetic has nothing left to compute with.
 SMALLEST_SOFTCAP = 1e-6
@@ -158,10 +158,14 @@ def LSSAR(power: float = 15.0) -> Softplus:
     return Softplus(reweight=Reweight(power))
 
 
-_KINDS: dict[str, type[Softmax | Softplus]] = {"softmax": Softmax, "softplus": Softplus}
+Weighting: TypeAlias = Softmax | Softplus
+
+# By kind, in the order of the operator's numbers (WeightFunction in csrc/core/weights.h).
+WEIGHTINGS: dict[str, type[Weighting]] = {option_type.kind: option_type for option_type in get_args(Weighting)}
+EXPECTED_WEIGHTING = f"a {', '.join(option_type.__name__ for option_type in WEIGHTINGS.values())}, LSSA() or LSSAR()"
 
 
-def _to_dict(weighting: Softmax | Softplus) -> dict[str, Any]:
+def _to_dict(weighting: Weighting) -> dict[str, Any]:
     options = {field.name: getattr(weighting, field.name) for field in fields(weighting)}
     if weighting.reweight is not None:
         options["reweight"] = weighting.reweight.to_dict()
@@ -176,7 +180,7 @@ def _build(option_type: type[Any], name: str, options: Mapping[str, Any]) -> Any
     return option_type(**options)
 
 
-def weighting_from_dict(options: Mapping[str, Any]) -> Softmax | Softplus:
+def weighting_from_dict(options: Mapping[str, Any]) -> Weighting:
     """The weighting that `to_dict` wrote, for example from a JSON file; options that are missing take their defaults.
 
     Raises TypeError where `options` (or its "reweight") is no mapping, ValueError for an unknown kind or option.
@@ -188,12 +192,12 @@ def weighting_from_dict(options: Mapping[str, Any]) -> Softmax | Softplus:
         raise TypeError(f"weighting: expected a mapping as to_dict gives it, got {options!r}")
     remaining = dict(options)
     kind = remaining.pop("kind", None)
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(f"weighting: expected kind to be one of {', '.join(_KINDS)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in WEIGHTINGS:
+        raise ValueError(f"weighting: expected kind to be one of {', '.join(WEIGHTINGS)}, got {kind!r}")
     reweight = remaining.get("reweight")
     if reweight is not None:
         if not isinstance(reweight, Mapping):
             raise TypeError(f"weighting.reweight: expected None or a mapping, got {reweight!r}")
         remaining["reweight"] = _build(Reweight, "weighting.reweight", reweight)
-    weighting: Softmax | Softplus = _build(_KINDS[kind], "weighting", remaining)
+    weighting: Weighting = _build(WEIGHTINGS[kind], "weighting", remaining)
     return weighting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sightline as sl
 from sightline.ops.attention import ATTENTION, ATTENTION_BACKWARD
+from sightline.reference.attention import WEIGHT_FUNCTIONS
+from sightline.weighting import WEIGHTINGS as WEIGHTING_TYPES
 
 WEIGHTINGS = {
     "softmax": sl.Softmax(),
@@ -357,3 +360,17 @@ def test_raw_operator_refuses_what_would_read_out_of_bounds(problem):
         options["key_mask"] = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="expected"):
         ATTENTION(*operator_arguments(query, key, value, **options))
+
+
+def test_options_reference_and_triton_know_the_same_weight_functions():
+    assert list(WEIGHT_FUNCTIONS) == list(WEIGHTING_TYPES)
+    weights = pytest.importorskip("sightline.triton.weights")
+    assert list(weights.WEIGHT_FUNCTIONS) == list(WEIGHTING_TYPES)
+
+
+@pytest.mark.parametrize("number", [-1, len(WEIGHTING_TYPES), 2**40])
+def test_the_library_names_every_weight_function_and_refuses_others(number):
+    with pytest.raises(RuntimeError, match="weight_function: expected ") as refusal:
+        ATTENTION(*operator_arguments(*make_inputs(), weight_function=number))
+    names = re.findall(r"(\d+) \((\w+)\)", str(refusal.value))
+    assert names == [(str(place), name) for place, name in enumerate(WEIGHTING_TYPES)]

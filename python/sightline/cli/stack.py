@@ -16,6 +16,7 @@ from torch.nn import functional
 import sightline as sl
 from sightline.cli.bench_settings import StackShape
 from sightline.cli.corpus import VOCABULARY
+from sightline.weighting import Weighting
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -56,7 +57,7 @@ def sdpa_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 def attention_rows() -> dict[str, Attention]:
     """The implementations that the benchmark compares, by the names of `ROW_LABELS`, each causal."""
 
-    def weighted(weighting: sl.Softmax | sl.Softplus) -> Attention:
+    def weighted(weighting: Weighting) -> Attention:
         return lambda query, key, value: sl.attention(query, key, value, weighting=weighting, causal=True)
 
     return {

@@ -18,7 +18,7 @@ from sightline.cli.bench_settings import StackShape, WrongArgumentError
 from sightline.cli.corpus import VOCABULARY, Corpus
 from sightline.cli.measure import seconds_of, synchronize
 from sightline.cli.stack import SEED
-from sightline.weighting import Softmax, Softplus
+from sightline.weighting import Weighting
 
 # A Llama small enough for two processor cores at 16K tokens; its tokens are bytes.
 _SIZES = {
@@ -29,7 +29,7 @@ _SIZES = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-WEIGHTINGS: dict[str, Softmax | Softplus] = {"softmax": sl.Softmax(), "lssa": sl.LSSA(), "lssar": sl.LSSAR()}
+WEIGHTINGS: dict[str, Weighting] = {"softmax": sl.Softmax(), "lssa": sl.LSSA(), "lssar": sl.LSSAR()}
 
 
 @dataclass(frozen=True)

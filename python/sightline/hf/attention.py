@@ -23,7 +23,7 @@ from sightline.hf.settings import read_settings
 from sightline.hf.visibility import Visibility
 from sightline.observe import AttentionStats, Observe
 from sightline.ops import decode_token
-from sightline.weighting import Reweight, Softmax, Softplus
+from sightline.weighting import WEIGHTINGS, Reweight, Softmax, Weighting
 
 _STATISTICS = Observe(log_normalizer=True)
 _CACHED = "_sightline_weighting"
@@ -153,7 +153,7 @@ def _new_token(
     key: Tensor,
     value: Tensor,
     mask: Visibility | Tensor | None,
-    weighting: Softmax | Softplus,
+    weighting: Weighting,
     scaling: float | None,
     sinks: Tensor | None,
 ) -> Tensor | None:
@@ -186,7 +186,7 @@ def _mask_options(
     is_causal: bool | None,
     sliding_window: int | None,
     cu_seq_lens_q: Tensor | None,
-    weighting: Softmax | Softplus,
+    weighting: Weighting,
 ) -> tuple[dict[str, Any], bool]:
     """What `sightline.attention` is told of visibility, and whether batch entries are to be laid end to end for it."""
     if mask is None:
@@ -217,7 +217,7 @@ def _mask_options(
 
 def _weighting(
     module: nn.Module, scaling: float | None, softcap: float | None, has_sinks: bool, width: int
-) -> Softmax | Softplus:
+) -> Weighting:
     """The weighting of this layer, with the model's softcap in it; read again whenever config.sightline changes."""
     # Not getattr: a config of transformers looks in many places for what it does not have, for every layer and token.
     settings = None if module.config is None else vars(module.config).get("sightline")
@@ -229,9 +229,9 @@ def _weighting(
         return _traced(settings, layer, softcap)
     weighting = _read(settings, layer, softcap)
     replaced = {}
-    if weighting.normalize_qk or isinstance(weighting, Softplus):
+    if weighting.normalize_qk or not isinstance(weighting, Softmax):
         replaced["scaling"] = scaling is not None and abs(scaling * width**0.5 - 1) > 1e-6
-    if isinstance(weighting, Softplus):
+    if not isinstance(weighting, Softmax):
         replaced.update(softcap=softcap is not None, sinks=has_sinks)
     _say_what_is_replaced(module, weighting, [name for name, is_set in replaced.items() if is_set])
     setattr(module, _CACHED, (copy.deepcopy(settings), softcap, weighting))
@@ -244,7 +244,7 @@ def forget_weightings(model: nn.Module) -> None:
         vars(module).pop(_CACHED, None)
 
 
-def _read(settings: Any, layer: int | None, softcap: float | None) -> Softmax | Softplus:
+def _read(settings: Any, layer: int | None, softcap: float | None) -> Weighting:
     weighting = read_settings(settings, layer)
     if isinstance(weighting, Softmax) and weighting.softcap is None and softcap is not None:
         return dataclasses.replace(weighting, softcap=softcap)
@@ -253,24 +253,22 @@ def _read(settings: Any, layer: int | None, softcap: float | None) -> Softmax | 
 
 @torch._dynamo.assume_constant_result
 def _read_as_constants(settings: Any, layer: int | None, softcap: float | None) -> tuple[Any, ...]:
-    """The fields of the weighting: a compiler takes numbers for constants, but not what it would have to trace."""
+    """The options of the weighting: a compiler takes numbers for constants, but not what it would have to trace."""
     weighting = _read(settings, layer, softcap)
     reweight = weighting.reweight
-    fields = None if reweight is None else (reweight.power, reweight.offset, reweight.exempt_rows)
-    softcap = getattr(weighting, "softcap", None)
-    return weighting.kind, weighting.length_scale, weighting.normalize_qk, softcap, fields
+    sharpening = None if reweight is None else (reweight.power, reweight.offset, reweight.exempt_rows)
+    names = [field.name for field in dataclasses.fields(weighting) if field.name != "reweight"]
+    return weighting.kind, sharpening, tuple((name, getattr(weighting, name)) for name in names)
 
 
-def _traced(settings: Any, layer: int | None, softcap: float | None) -> Softmax | Softplus:
+def _traced(settings: Any, layer: int | None, softcap: float | None) -> Weighting:
     """What `_read` gives, in a graph."""
-    kind, length_scale, normalize_qk, softcap, fields = _read_as_constants(settings, layer, softcap)
-    reweight = None if fields is None else Reweight(*fields)
-    if kind == Softplus.kind:
-        return Softplus(length_scale=length_scale, normalize_qk=normalize_qk, reweight=reweight)
-    return Softmax(length_scale=length_scale, normalize_qk=normalize_qk, softcap=softcap, reweight=reweight)
+    kind, sharpening, options = _read_as_constants(settings, layer, softcap)
+    reweight = None if sharpening is None else Reweight(*sharpening)
+    return WEIGHTINGS[kind](reweight=reweight, **dict(options))
 
 
-def _say_what_is_replaced(module: nn.Module, weighting: Softmax | Softplus, replaced: list[str]) -> None:
+def _say_what_is_replaced(module: nn.Module, weighting: Weighting, replaced: list[str]) -> None:
     if replaced and type(module) not in _warned_types:
         _warned_types.add(type(module))
         warnings.warn(
@@ -359,7 +357,7 @@ def _is_causal_without_mask(
     return causal
 
 
-def _checked_mask(module: nn.Module, mask: Any, weighting: Softmax | Softplus) -> Tensor:
+def _checked_mask(module: nn.Module, mask: Any, weighting: Weighting) -> Tensor:
     """A user's mask with what it hides as False or -inf: a finite bias would be a visible key."""
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
         came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sightline.weighting import Softmax, Softplus, weighting_from_dict
+from sightline.weighting import Softmax, Weighting, weighting_from_dict
 
 NAME = "sightline"
 VERSION = 1
@@ -18,9 +18,7 @@ VERSION = 1
 _SOFTMAX = Softmax()
 
 
-def write_settings(
-    weighting: Softmax | Softplus, layers: Mapping[int, Softmax | Softplus] | None = None
-) -> dict[str, Any]:
+def write_settings(weighting: Weighting, layers: Mapping[int, Weighting] | None = None) -> dict[str, Any]:
     """The value of `config.sightline` for this weighting, with single layers of their own where `layers` is given.
 
     >>> from sightline import LSSA
@@ -33,7 +31,7 @@ def write_settings(
     return settings
 
 
-def read_settings(settings: Any, layer: int | None = None) -> Softmax | Softplus:
+def read_settings(settings: Any, layer: int | None = None) -> Weighting:
     """The weighting that `config.sightline` gives the layer of this index.
 
     Raises TypeError or ValueError, naming config.sightline, where it is not what `write_settings` writes.

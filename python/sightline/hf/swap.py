@@ -7,7 +7,7 @@ import gc
 import operator
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -15,15 +15,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sightline.hf.attention import forget_weightings
 from sightline.hf.interface import attention_modules
 from sightline.hf.settings import NAME, write_settings
-from sightline.weighting import Softmax, Softplus
+from sightline.weighting import EXPECTED_WEIGHTING, Softmax, Weighting
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-Weighting: TypeAlias = Softmax | Softplus
 
 _RECORD = "_sightline_restore"
 # Who swapped a config, by its id: as long as that model lives, so does the config.
 _owners: weakref.WeakValueDictionary[int, PreTrainedModel] = weakref.WeakValueDictionary()
-_EXPECTED = "a Softmax, Softplus, LSSA() or LSSAR()"
 
 
 def swap_attention(
@@ -213,8 +211,8 @@ def _chosen_layers(weighting: Any, layers: Any) -> dict[int, Weighting] | None:
         chosen = dict(weighting)
         name = "weighting"
     else:
-        if not isinstance(weighting, (Softmax, Softplus)):
-            raise TypeError(f"weighting: expected {_EXPECTED}, got {weighting!r}")
+        if not isinstance(weighting, Weighting):
+            raise TypeError(f"weighting: expected {EXPECTED_WEIGHTING}, got {weighting!r}")
         if layers is None:
             return None
         if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
@@ -224,10 +222,8 @@ def _chosen_layers(weighting: Any, layers: Any) -> dict[int, Weighting] | None:
     for index, value in chosen.items():
         if isinstance(index, bool) or not isinstance(index, int):
             raise TypeError(f"{name}: expected indices of layers, got {index!r}")
-        if not isinstance(value, (Softmax, Softplus)):
-            raise TypeError(
-                f"weighting: expected a Softmax, Softplus, LSSA() or LSSAR() for layer {index}, got {value!r}"
-            )
+        if not isinstance(value, Weighting):
+            raise TypeError(f"weighting: expected {EXPECTED_WEIGHTING} for layer {index}, got {value!r}")
     if not chosen:
         raise ValueError(f"{name}: expected at least one layer, got none")
     return chosen

@@ -105,7 +105,7 @@ def _softplus_function(
     return weight, normalizer, torch.zeros_like(normalizer)
 
 
-_WEIGHT_FUNCTIONS = {"softmax": _softmax_function, "softplus": _softplus_function}
+WEIGHT_FUNCTIONS = {"softmax": _softmax_function, "softplus": _softplus_function}
 
 
 def _reweighted(plain: Tensor, weight: Tensor, normalizer: Tensor, count: Tensor, reweight: Any) -> Tensor:
@@ -195,7 +195,7 @@ def attention_weights(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
 
-    weight, normalizer, shift = _WEIGHT_FUNCTIONS[weighting.kind](scores, visible, count, sinks)
+    weight, normalizer, shift = WEIGHT_FUNCTIONS[weighting.kind](scores, visible, count, sinks)
     empty = (count == 0) | (normalizer == 0)
     divisor = torch.where(empty, 1, normalizer)
     silent = -torch.inf if sinks is None else sinks.detach().to(dtype).view(1, -1, 1, 1)

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from sightline.triton.compat import interpretable
 from sightline.triton.problem import Heads, Mask, Problem, Variant
+from sightline.weighting import WEIGHTINGS
 
 LARGEST_WIDTH = 256
 _LARGEST_INDEX = 2**31 - 65536 - 1  # FIRST_UNSEEN of rows.py and a tile stay beyond it
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_FUNCTIONS = tuple(WEIGHTINGS)
 _LARGEST_WHOLE_POWER = 64
 
 
@@ -195,7 +197,7 @@ def make_variant(query: Tensor, value: Tensor, options: Options) -> Variant:
         row_tile=0,
         key_tile=0,
         dtype=_DTYPES[query.dtype],
-        softplus=options.weight_function == 1,
+        function=_FUNCTIONS[options.weight_function],
         length_scale=options.length_scale,
         normalize_qk=options.normalize_qk,
         causal=options.causal,

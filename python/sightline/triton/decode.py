@@ -90,7 +90,7 @@ def merge_spreads(variant: tl.constexpr, parts, rows):
         part_shift = tl.load(source)
         largest = tl.maximum(largest, tl.load(source + parts.rows))
         part_normalizer = tl.load(source + 2 * parts.rows)
-        if variant.softplus:
+        if not variant.shifted:
             normalizer = normalizer + part_normalizer
         else:
             raised = tl.maximum(shift, part_shift)
@@ -175,7 +175,7 @@ def merge_splits(problem, parts, output, log_normalizer, saved, units, variant: 
             source = parts.sums + tl.cast(split, tl.int64) * 3 * parts.rows + rows.index
             part_shift = tl.load(source)
             raised = tl.maximum(shift, part_shift)
-            if variant.softplus:
+            if not variant.shifted:
                 # Exponents of two, which scale the weighted values and not the normaliser.
                 decay = tl.exp2(shift - raised)
                 growth = tl.exp2(part_shift - raised)

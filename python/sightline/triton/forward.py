@@ -34,7 +34,6 @@ from sightline.triton.sweeps import (
     start_spread,
     start_sums,
 )
-from sightline.triton.weights import LOG_UNIT
 
 
 @triton.jit
@@ -96,7 +95,7 @@ def store_log_normalizer(variant: tl.constexpr, log_normalizer, rows, shift, nor
     """ln Z; -inf for a row that sees nothing (its sink's logit where there is one, which is then the shift)."""
     empty = normalizer == 0.0
     result = tl.log(tl.where(empty, 1.0, normalizer))
-    result = result + (LOG_UNIT if variant.softplus else shift)
+    result = result + (shift if variant.shifted else variant.log_unit)
     tl.store(log_normalizer + rows.index, tl.where(empty, float("-inf"), result), mask=rows.live)
 
 
@@ -112,7 +111,7 @@ def store_plain_rows(problem, variant: tl.constexpr, output, log_normalizer, sav
     store_log_normalizer(variant, log_normalizer, rows, shift, sums.normalizer)
     if variant.saves:
         kept_shift = tl.zeros_like(shift)
-        if not variant.softplus:
+        if variant.shifted:
             kept_shift = tl.where(shift == float("-inf"), 0.0, shift)
         tl.store(saved.rows + rows.index * 2, kept_shift, mask=rows.live)
         tl.store(saved.rows + rows.index * 2 + 1, sums.normalizer, mask=rows.live)

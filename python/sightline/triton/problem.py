@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sightline.triton.weights import WEIGHT_FUNCTIONS
+
 
 class Heads(NamedTuple):
     """A (batch, head, row, column) tensor whose last axis is contiguous; strides count elements."""
@@ -85,7 +87,7 @@ class Variant:
     row_tile: int
     key_tile: int
     dtype: str  # "fp32", "fp16" or "bf16"
-    softplus: bool
+    function: str  # the weight function: a name of WEIGHT_FUNCTIONS
     length_scale: bool
     normalize_qk: bool
     causal: bool
@@ -104,6 +106,16 @@ class Variant:
     descriptors: bool  # keys and values are loaded by tensor descriptors; before a tile is chosen: may be
     specialized: bool  # warps of their own load, multiply and weigh; before a tile is chosen: may be
     safe: bool  # non-finite operands meet only weights that are not 0
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the weight function takes the row's largest score off."""
+        return WEIGHT_FUNCTIONS[self.function].shifted
+
+    @property
+    def log_unit(self) -> float:
+        """The logarithm of the weight function's unit."""
+        return WEIGHT_FUNCTIONS[self.function].log_unit
 
     @property
     def needs_count(self) -> bool:

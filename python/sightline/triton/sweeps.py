@@ -25,7 +25,7 @@ from sightline.triton.weights import FLAT_ROW, LOG2_E, positive_part, reweigh, w
 class Sums(NamedTuple):
     """What rows have gathered. A `*_lost` is the rounding error of its sum, for add_compensated."""
 
-    shift: Any  # softmax: the running maximum; softplus in fp16: a running exponent of two; else 0
+    shift: Any  # of a shifted function the running maximum; else in fp16 a running exponent of two, or 0
     normalizer: Any
     normalizer_lost: Any
     rounded: Any  # the sum of the weights as rounded for the product, in the scale of `value_sum`
@@ -93,7 +93,7 @@ def attend(
     values = sums.value_sum
     values_lost = sums.value_sum_lost
     # Triton 3.7 splits this loop among warps if one sum beside the values shrinks with them: all have to be one tensor.
-    PACKED: tl.constexpr = variant.specialized and not variant.softplus
+    PACKED: tl.constexpr = variant.specialized and variant.shifted
     if PACKED:
         packed = tl.join(tl.join(normalizer, rounded), tl.join(normalizer_lost, tl.zeros_like(rounded)))
     for first_key in tl.range(start, stop, variant.key_tile, warp_specialize=variant.specialized):
@@ -101,7 +101,7 @@ def attend(
         key_vectors = load_key_tile(problem, variant, MASKED, descriptors, rows, first_key)
         key_factor = key_factors(problem, variant, MASKED, rows, keys, key_vectors)
         scores = score_tile(problem, variant, MASKED, rows, factor, queries, keys, key_vectors, key_factor)
-        if variant.softplus:
+        if not variant.shifted:
             weights = weigh(scores, 0.0, variant)
             tile_sum = tl.sum(weights, 1)
             if variant.dtype == "fp16":
@@ -127,7 +127,7 @@ def attend(
             packed = tl.join(totals, lost)
         else:
             normalizer, normalizer_lost = add_compensated(normalizer, normalizer_lost, tile_sum)
-        if not variant.softplus or variant.dtype == "fp16":
+        if variant.shifted or variant.dtype == "fp16":
             shift = raised
             if variant.safe:
                 # An infinite value whose weight has shrunk to nothing is gone.
@@ -205,7 +205,7 @@ def measure(
             is_last = first_key + variant.key_tile >= stop
             shared = keep_maxima(variant, maxima, place, is_last, shared, top)
         largest = tl.maximum(largest, top)
-        if variant.softplus:
+        if not variant.shifted:
             weights = weigh(scores, 0.0, variant)
         else:
             base = finite_shift(largest)
@@ -375,7 +375,7 @@ def start_sums(problem, variant: tl.constexpr, rows, WITH_SINK: tl.constexpr):
     values = tl.full((variant.row_tile, variant.block_value_width), 0.0, tl.float32)
     values_lost = values if variant.dtype == "fp32" else zeros
     normalizer = zeros
-    if variant.softplus:
+    if not variant.shifted:
         shift = zeros - 126.0 if variant.dtype == "fp16" else zeros
     else:
         shift = zeros + float("-inf")
@@ -390,7 +390,7 @@ def start_spread(variant: tl.constexpr, rows):
     """Nothing measured yet."""
     zeros = tl.zeros(rows.query.shape, tl.float32)
     nothing = zeros + float("-inf")
-    return Spread(zeros if variant.softplus else nothing, nothing, zeros, zeros)
+    return Spread(nothing if variant.shifted else zeros, nothing, zeros, zeros)
 
 
 @triton.jit

@@ -204,7 +204,7 @@ def _width_of(variant: Variant) -> int:
 def names_of(kernel: str, variant: Variant) -> tuple[str, ...]:
     """The names under which the tables know a kernel, the most special first."""
     if not variant.reweight:
-        return (f"softplus {kernel}", kernel) if variant.softplus else (kernel,)
+        return (f"{variant.function} {kernel}", kernel)
     saving = (f"saving {kernel}",) if variant.saves else ()
     return (*saving, f"sharp {kernel}", kernel)
 
@@ -233,9 +233,9 @@ def can_be_specialized(variant: Variant) -> bool:
     options = (variant.masked_everywhere, variant.documents, variant.window_left, variant.softcap, variant.dropout)
     if len(widths) != 1 or any(options):
         return False
-    if variant.softplus:
+    if variant.function == "softplus":
         return variant.dtype == "bf16" and widths <= {64, 128} and (not variant.reweight or variant.whole_power > 0)
-    return variant.dtype != "fp32" and widths == {64} and not variant.reweight
+    return variant.function == "softmax" and variant.dtype != "fp32" and widths == {64} and not variant.reweight
 
 
 def choose_tile(kernel: str, variant: Variant) -> Tile:

@@ -41,11 +41,10 @@ def kind(kernel: str, variant: Variant) -> str:
 
     Sides of a window, masks, dropout and the like share the tile of the plain call.
     """
-    weight = "softplus" if variant.softplus else "softmax"
     options = ("reweight", "saves", "normalize_qk", "causal")
     marks = [name for name in options if getattr(variant, name)]
     widths = f"{variant.block_width}x{variant.block_value_width}"
-    return "-".join([kernel, weight, *marks, variant.dtype, widths])
+    return "-".join([kernel, variant.function, *marks, variant.dtype, widths])
 
 
 @functools.cache

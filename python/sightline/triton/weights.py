@@ -3,17 +3,28 @@
 Softplus is one exp2 and a polynomial on the FMA units: max(s, 0) + ln(1 + y) with y = exp(-|s|). Its weights and slopes
 come in units of ln 2, as those of csrc/core/weights.h: the unit cancels in every weight, log2(1 + y) = y P(y) needs no
 factor, and a row with one key and score 0 gets exactly 1. The special-function unit is the limit on Hopper, so a second
-operation on it would cost as much as the matrix work. A masked score is -inf and both functions give exactly 0 for it.
+operation on it would cost as much as the matrix work. A masked score is -inf and every function gives exactly 0 for it.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+
+class WeightFunction(NamedTuple):
+    """What kernels must know of a weight function beside its values; as in csrc/core/weights.h."""
+
+    shifted: bool  # the row's largest score is taken off first: phi(s - t) is phi(s) phi(-t)
+    log_unit: float  # the logarithm of the unit in which the weights come
+
+
+WEIGHT_FUNCTIONS = {"softmax": WeightFunction(True, 0.0), "softplus": WeightFunction(False, math.log(math.log(2.0)))}
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The logarithm of the unit in which softplus comes, ln(ln 2).
-LOG_UNIT = tl.constexpr(-0.36651292058166432)
 FLAT_ROW = tl.constexpr(2.0**-16)
 
 # log2(1 + y) = y P(y) on [0, 1]: kLog2OnePlus of csrc/core/polynomials.h (tools/fit_polynomials.py). Single constants,
@@ -69,33 +80,39 @@ def log2_one_plus(y):
 
 
 @triton.jit
-def softplus_of(scores, decay, variant: tl.constexpr):
-    """Softplus in units of ln 2; `decay` is e^-|s|."""
-    if variant.dtype == "fp32":
-        return tl.maximum(scores, 0.0) * LOG2_E + log2_one_plus(decay)
+def softplus(scores, variant: tl.constexpr, DERIVED: tl.constexpr):
+    """(phi(s), phi'(s)) of softplus in units of ln 2; without DERIVED the first twice."""
+    decay = tl.exp2(tl.abs(scores) * -LOG2_E)
+    rest = log2_one_plus(decay) if variant.dtype == "fp32" else log2_one_plus_short(decay)
+    weight = tl.maximum(scores, 0.0) * LOG2_E + rest
+    slope = weight
+    if DERIVED:
+        slope = tl.where(scores < 0.0, decay, 1.0) * LOG2_E / (1.0 + decay)
+    return weight, slope
+
+
+@triton.jit
+def weigh_scores(scores, shift, variant: tl.constexpr, DERIVED: tl.constexpr):
+    """(phi(s), phi'(s)) of the variant's weight function, relative to e^shift where it is shifted."""
+    if variant.function == "softplus":
+        return softplus(scores, variant, DERIVED)
     else:
-        return tl.maximum(scores, 0.0) * LOG2_E + log2_one_plus_short(decay)
+        tl.static_assert(variant.function == "softmax")
+        weight = tl.exp2((scores - shift) * LOG2_E)
+        return weight, weight
 
 
 @triton.jit
 def weigh(scores, shift, variant: tl.constexpr):
-    """phi(s), softplus in units of ln 2, for softmax exp(s - shift); `shift` broadcasts to the scores and is finite."""
-    if variant.softplus:
-        return softplus_of(scores, tl.exp2(tl.abs(scores) * -LOG2_E), variant)
-    else:
-        return tl.exp2((scores - shift) * LOG2_E)
+    """phi(s) in the unit of its weight function; `shift` broadcasts to the scores and is finite."""
+    weight, _ = weigh_scores(scores, shift, variant, False)
+    return weight
 
 
 @triton.jit
 def weigh_with_derivative(scores, shift, variant: tl.constexpr):
     """(phi(s), phi'(s)) from one exp2."""
-    if variant.softplus:
-        decay = tl.exp2(tl.abs(scores) * -LOG2_E)
-        slope = tl.where(scores < 0.0, decay, 1.0) * LOG2_E / (1.0 + decay)
-        return softplus_of(scores, decay, variant), slope
-    else:
-        weight = tl.exp2((scores - shift) * LOG2_E)
-        return weight, weight
+    return weigh_scores(scores, shift, variant, True)
 
 
 @triton.jit
