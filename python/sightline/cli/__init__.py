@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; `sys.argv[1:]` by default.
 
     Returns:
-        0 on success, 1 when a row of `bench` failed, 130 after Ctrl-C.
+        0 on success, 1 when a row of `bench` or `demo` failed, 130 after Ctrl-C.
 
     Raises:
         SystemExit: with code 2 and one line on stderr for wrong input, with code 0 after `--help` and `--version`.

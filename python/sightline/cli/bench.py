@@ -208,7 +208,7 @@ def run(request: RequestedBench, command: Sequence[str]) -> int:
         benchmark.run()
     except KeyboardInterrupt:
         interrupted = True
-    with _deaf_to_interrupts():
+    with deaf_to_interrupts():
         benchmark.progress.close()
         document = _document(benchmark, command, interrupted=interrupted)
         _write(document, settings)
@@ -221,7 +221,7 @@ def run(request: RequestedBench, command: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def deaf_to_interrupts() -> Iterator[None]:
     """A second Ctrl-C while results are written would lose them."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

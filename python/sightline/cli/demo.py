@@ -21,9 +21,9 @@ import torch
 
 import sightline as sl
 from sightline.cli import environment, limits, report
-from sightline.cli.bench import choose_device
+from sightline.cli.bench import choose_device, deaf_to_interrupts
 from sightline.cli.bench_settings import WrongArgumentError
-from sightline.cli.corpus import documentation_strings, read_corpus
+from sightline.cli.corpus import Corpus, documentation_strings, read_corpus
 from sightline.cli.demo_settings import DemoSettings
 from sightline.cli.measure import Spread, interleave, repetitions_within
 from sightline.cli.peak_memory import describe_error
@@ -76,12 +76,11 @@ class _Throughput:
         self.settings, self.model = settings, model
         self.times: dict[tuple[int, str], list[Times]] = {}
         self.reasons: dict[tuple[int, str], str] = {}
+        self.failed: set[tuple[int, str]] = set()
         rows = len(ROW_LABELS)
         self.progress = Progress(sum(rows * length**2 for length in settings.lengths))
 
-    def run(self, text: Path | None) -> None:
-        longest = max(self.settings.lengths)
-        corpus = read_corpus(text, _BYTES_PER_TOKEN * longest)
+    def run(self, corpus: Corpus) -> None:
         for length in self.settings.lengths:
             tokens = self.model.tokens(corpus, length)
             runs = {}
@@ -99,6 +98,8 @@ class _Throughput:
                 if isinstance(sample, Exception):
                     self.reasons[length, row] = describe_error(sample)
                     self.times.pop((length, row), None)
+                    if not isinstance(sample, torch.OutOfMemoryError):
+                        self.failed.add((length, row))
                 else:
                     self.times.setdefault((length, row), []).append(sample)
 
@@ -139,7 +140,9 @@ class _Throughput:
         record: dict[str, Any] = {"row": row, "label": ROW_LABELS[row], "tokens": length}
         samples = self._samples(length, row)
         if not samples:
-            return {**record, "status": "skipped", "reason": self.reasons.get((length, row), "not reached")}
+            reason = self.reasons.get((length, row))
+            status = "failed" if (length, row) in self.failed else "skipped" if reason else "not reached"
+            return {**record, "status": status, "reason": reason}
         baseline = self._samples(length, "sdpa")
         record.update(status="measured", reason=None, repetitions=len(samples))
         for part, tokens in (("prefill", length), ("decoding", self.settings.new_tokens)):
@@ -172,7 +175,7 @@ def throughput_table(results: Sequence[dict[str, Any]]) -> str:
 def _table_row(result: dict[str, Any]) -> str:
     label = f"  {result['label']:<18}"
     if result["status"] != "measured":
-        return f"{label}  {result['status']} ({result['reason']})"
+        return f"{label}  {result['status']}" + (f" ({result['reason']})" if result["reason"] else "")
     cells = ""
     for part, width in (("prefill", 18), ("decoding", 20)):
         ratio = result[f"{part}_ratio_to_sdpa"]
@@ -185,7 +188,8 @@ def run(settings: DemoSettings, command: Sequence[str]) -> int:
     """Run both parts, print them, write `demo.json`.
 
     Returns:
-        0, also where rows were skipped with a reason.
+        0 when everything was measured or skipped with a reason, 1 when a row failed, 130 when Ctrl-C ended it early;
+        what was measured until then is written all the same.
 
     Raises:
         WrongArgumentError: transformers is missing, the device, model or text is not there.
@@ -197,6 +201,10 @@ def run(settings: DemoSettings, command: Sequence[str]) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = choose_device(settings.device)
+    try:
+        corpus = read_corpus(settings.text, _BYTES_PER_TOKEN * max(settings.lengths))
+    except (OSError, ValueError) as error:
+        raise WrongArgumentError(f"argument --text: {error}") from None
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     document: dict[str, Any] = {
@@ -219,18 +227,25 @@ def run(settings: DemoSettings, command: Sequence[str]) -> int:
         flush=True,
     )
     throughput = _Throughput(settings, model)
+    interrupted = False
     try:
-        throughput.run(settings.text)
-    except (OSError, ValueError) as error:
-        raise WrongArgumentError(f"argument --text: {error}") from None
-    finally:
+        throughput.run(corpus)
+    except KeyboardInterrupt:
+        interrupted = True
+    with deaf_to_interrupts():
         throughput.progress.close()
-    document["results"] = throughput.results()
-    print(throughput_table(document["results"]))
-    path = settings.output / "demo.json"
-    report.write_json(document, path)
-    print(f"\nwritten: {path}", flush=True)
-    return 0
+        document["interrupted"] = interrupted
+        document["results"] = throughput.results()
+        print(throughput_table(document["results"]))
+        path = settings.output / "demo.json"
+        report.write_json(document, path)
+        print(f"\nwritten: {path}", flush=True)
+    statuses = [found["status"] for found in document["results"]]
+    if interrupted:
+        finished = f"{statuses.count('measured')} of {len(statuses)} rows were measured and written"
+        print(f"sightline demo: interrupted; {finished}", file=sys.stderr)
+        return 130
+    return 1 if "failed" in statuses else 0
 
 
 def _embeddings(count: int) -> dict[str, Any]:
