@@ -150,11 +150,16 @@ def random_problem(sizes: Sizes, dtype: torch.dtype, **options: Any) -> Problem:
     return Problem(*random_inputs(sizes, dtype), options)
 
 
-def clustered_problem(dtype: torch.dtype, queries: int = 64, keys: int = 640, **options: Any) -> Problem:
-    """Keys near one of five directions, a stretch of keys for each, and rows that look for one of them."""
+def clustered_problem(
+    dtype: torch.dtype, queries: int = 64, keys: int = 640, scale_of_rows: int = 1, **options: Any
+) -> Problem:
+    """Keys near one of five directions, a stretch of keys for each, and rows that look for one of them.
+
+    `scale_of_rows`: by how much more than 32 rows one after the other look for the same.
+    """
     centres = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1) * 4.0
     key = centres.repeat_interleave(keys // 5, 0) + 0.3 * torch.randn(1, 2, keys, 16)
-    wanted = torch.arange(queries) // 32 % 5
+    wanted = torch.arange(queries) // (32 * scale_of_rows) % 5
     query = centres[wanted] + 0.3 * torch.randn(1, 4, queries, 16)
     value = torch.randn(1, 2, keys, 16)
     return Problem(query.to(dtype), key.to(dtype), value.to(dtype), options)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -21,7 +20,8 @@ from torch import Tensor
 import sightline as sl
 from gpu import cases, peers
 from gpu.cases import IN_A_GRAPH, Case
-from gpu.steps import DONE_VARIABLE, record
+from gpu.steps import found_before, record
+from gpu.watch import EXIT_CODE, Watch
 from sightline.cli.measure import Spread, attention_flops, interleave, matmul_peak
 from sightline.cli.peak_memory import describe_error
 
@@ -38,6 +38,25 @@ PREFIX = 512  # tokens of a recurrence that are compared with its formula: later
 
 Call = Callable[[], Any]
 Capture = Callable[[Call], Call]
+
+
+class LostDeviceError(RuntimeError):
+    """An implementation left the device useless to this process, as an access outside of memory does."""
+
+    def __init__(self, implementation: str, why: str) -> None:
+        super().__init__(why)
+        self.implementation = implementation
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether the device answers no more."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return True
+    return False
 
 
 def inputs_of(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,10 +159,17 @@ def measure_case(
     device: torch.device,
     timer: Callable[..., float] = seconds_per_call,
     capture: Capture = replayed,
+    left_out: Mapping[str, str] | None = None,
+    begin: Callable[[str], None] = lambda name: None,
+    over: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Any]:
     """Times of all implementations of a case, in turns: {implementation: seconds and rates, or the error}.
 
-    Decoding, whose kernels are shorter than what launches them, is timed as called and as a CUDA graph.
+    Decoding, whose kernels are shorter than what launches them, is timed as called and as a CUDA graph. `left_out`:
+    implementations that are not to run, and why; `begin` hears of each that does, and `over` watches it.
+
+    Raises:
+        LostDeviceError: an implementation took the device with it.
     """
     names = implementations
     if case.direction == "decode":
@@ -152,21 +178,34 @@ def measure_case(
     results: dict[str, Any] = {}
     runs: dict[str, Callable[[], float]] = {}
     slowest = 0.0
+
+    def told(name: str, failure: Exception) -> str:
+        why = describe_error(failure)[:300]
+        if is_lost(device):
+            raise LostDeviceError(name, why)
+        return why
+
+    def watched(name: str, run: Callable[[], float]) -> float:
+        with over(name):
+            return run()
+
     for name in names:
         plain = name.removesuffix(IN_A_GRAPH)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
-        error = peers.needs_too_much(plain, case, free)
+        error = (left_out or {}).get(name) or peers.needs_too_much(plain, case, free)
         if error is None:
+            begin(name)
             try:
-                call = make_call(plain, case, inputs)
-                call = call if name == plain else capture(call)
-                timer(call, 1, _ordered(name, case))
-                once = timer(call, 1, _ordered(name, case))
+                with over(name):
+                    call = make_call(plain, case, inputs)
+                    call = call if name == plain else capture(call)
+                    timer(call, 1, _ordered(name, case))
+                    once = timer(call, 1, _ordered(name, case))
             except Exception as failure:
-                error = describe_error(failure)[:300]
+                error = told(name, failure)
             else:
                 calls = max(1, min(100, int(SAMPLE_SECONDS / max(once, 1e-7))))
-                runs[name] = partial(timer, call, calls, _ordered(name, case))
+                runs[name] = partial(watched, name, partial(timer, call, calls, _ordered(name, case)))
                 slowest += once * calls
         if error is not None:
             results[name] = {"error": error}
@@ -174,7 +213,7 @@ def measure_case(
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _, name, sample in interleave(runs, dict.fromkeys(runs, rounds)):
         if isinstance(sample, Exception):
-            results[name] = {"error": describe_error(sample)[:300]}
+            results[name] = {"error": told(name, sample)}
         else:
             samples[name].append(sample)
     for name, seconds in samples.items():
@@ -212,7 +251,8 @@ def measure_peaks(device: torch.device) -> None:
     record({"kind": "peaks", "name": "copy", "gigabytes_per_second": 2 * source.numel() / best / 1e9})
 
 
-def _settle_torch() -> None:
+def settle_torch() -> None:
+    """The settings under which peers are measured."""
     # Every shape is a kernel of its own to FlexAttention; a graph that is differentiated again keeps its buffers; and
     # filling fresh memory is no part of being deterministic here, where every kernel writes all of its output.
     for module, setting, value in (
@@ -226,14 +266,33 @@ def _settle_torch() -> None:
 
 
 def measure_group(group: cases.Group, device: torch.device) -> None:
-    """Measure the cases of a group that are not done yet, and hand over each as it is done."""
-    done = set(json.loads(os.environ.get(DONE_VARIABLE, "[]")))
+    """Measure the cases of a group that are not done yet, and hand over each as it is done.
+
+    Raises:
+        SystemExit: an implementation took the device with it; the next child leaves it out of its case.
+    """
+    before = found_before()
+    watch = Watch(group.name, before)
     for case in group.cases:
-        if group.key(case) not in done:
-            results = measure_case(case, group.implementations, device)
-            found = {"label": case.name, **asdict(case), "results": results}
-            record({"kind": "cases", "name": group.key(case), **found})
-            torch.cuda.empty_cache()
+        key = group.key(case)
+        if key in before.get("cases", {}):
+            continue
+        names = cases.with_graphs(group.implementations)
+        try:
+            results = measure_case(
+                case,
+                group.implementations,
+                device,
+                left_out=watch.left_out(key, names),
+                begin=partial(watch.begin, key),
+                over=partial(watch.over, key),
+            )
+        except LostDeviceError as error:
+            watch.lose(key, error.implementation, str(error), for_good=True)
+            watch.begin("", "")
+            raise SystemExit(EXIT_CODE) from error
+        record({"kind": "cases", "name": key, "label": case.name, **asdict(case), "results": results})
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -242,7 +301,7 @@ def main() -> None:
     parser.add_argument("group", help="a group of gpu.cases, or peaks")
     name = parser.parse_args().group
     device = torch.device("cuda")
-    _settle_torch()
+    settle_torch()
     if name == "peaks":
         measure_peaks(device)
         return

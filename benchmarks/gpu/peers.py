@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sightline as sl
 from gpu.cases import Case
+from sightline.weighting import Weighting
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,7 +30,7 @@ _PAIR_BYTES = {"forward": 12, "backward": 28, "forward+backward": 28}
 _MEMORY_SHARE = 0.6
 
 
-def weighting_of(name: str) -> sl.Softmax | sl.Softplus:
+def weighting_of(name: str) -> Weighting:
     """What an implementation computes, for its check against the exact weights."""
     return WEIGHTINGS.get(name.rpartition("-")[2], sl.Softmax())
 

@@ -11,17 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from gpu import cases
-from gpu.steps import DONE_VARIABLE, PASSED_VARIABLE, Step
+from gpu.steps import PASSED_VARIABLE, Step
 
 # Seconds. Together they stay under ten minutes; a build of missing libraries comes out of the same ten.
-PARTS = {"tests": 230.0, "sanitize": 70.0, "bench": 270.0}
+PARTS = {"tests": 190.0, "sanitize": 80.0, "bench": 310.0}
+# The findings of each part, and the folders whose code they depend on.
+KINDS = {
+    "tests": ("tests",),
+    "sanitize": (),
+    "bench": ("peaks", "skips", "cases", "warm", "running", "lost"),
+    "tune": ("tiles",),
+}
+_BENCHMARKS = ("python/sightline", "benchmarks/gpu")
+_FOLDERS = {"tests": ("python/sightline", "tests"), "sanitize": _BENCHMARKS, "bench": _BENCHMARKS, "tune": _BENCHMARKS}
 # Of a part that is run by name, tuning always: the whole time is its own.
 ALONE_LIMIT = 580.0
 WHOLE_LIMIT = 590.0
 BUILD_LIMIT = 300.0
 DESCRIBE_LIMIT = 90.0
 _MOST_WORKERS = 12  # processes that test at once on one GPU
-_TEST_LIMIT = 240  # seconds of one test, which may compile a dozen kernels; a worker that exceeds it is ended
+_TEST_LIMIT = 90  # seconds of one test, which may compile a dozen kernels; a worker that exceeds it is ended
+_RESTARTS = 4  # of a group of cases whose child was lost with one of its implementations
 _NO_TESTS_LEFT = 5  # pytest's exit code
 # Files, and the share of the part's time that they may take; what is cut off goes on in the next call.
 _TESTS = {
@@ -29,20 +39,26 @@ _TESTS = {
     "decoding": (("tests/ops/test_decode.py",), 0.45),
     "kernels": (("tests/triton/kernels",), 1.0),
 }
-_SANITIZERS = ("memcheck", "racecheck", "synccheck")
+# Tools, and what they watch: racecheck reports the reductions that Triton's compiler writes, which are not ours.
+_SANITIZERS = {"memcheck": (), "racecheck": ("--native",), "synccheck": ()}
 _CUDA_FOLDER = "/usr/local/cuda/bin"  # of the toolkit, which is often not on PATH
 
 
 def environment(root: Path) -> dict[str, str]:
-    """What every child is told: where the modules are, this tree before whatever else is installed."""
+    """What every child is told: where the modules are, this tree before whatever else is installed or named."""
     folders = (root / "python", root / "benchmarks", root / "tests")
-    return {"PYTHONPATH": ":".join(map(str, folders)), "PYTHONUNBUFFERED": "1"}
+    named = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": ":".join([*map(str, folders), *([named] if named else [])]), "PYTHONUNBUFFERED": "1"}
 
 
-def fingerprint(root: Path) -> str:
-    """A hash of everything that findings depend on: results of other code are not continued."""
+def fingerprints(root: Path) -> dict[str, str]:
+    """A hash for each part of the code that its findings depend on: results of other code are not continued."""
+    return {part: _fingerprint(root, folders) for part, folders in _FOLDERS.items()}
+
+
+def _fingerprint(root: Path, folders: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for folder in ("python/sightline", "benchmarks/gpu", "tests"):
+    for folder in folders:
         for path in sorted((root / folder).rglob("*")):
             if path.suffix in (".py", ".so") and path.is_file():
                 digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
@@ -96,22 +112,27 @@ def test_steps(
 
 
 def sanitize_steps(python: str, root: Path) -> list[Step]:
-    """compute-sanitizer over one call of every kernel, each tool by itself."""
+    """One call of every kernel, first alone, which compiles them, then under each tool of compute-sanitizer."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=_CUDA_FOLDER)
     unavailable = None if tool else "there is no compute-sanitizer"
     # Without torch's caching allocator every tensor is an allocation of its own, whose bounds are watched.
     told = environment(root) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # Torch asks the driver for what it may not have; such answers are no errors of a kernel.
+    options = ("--report-api-errors", "no", "--error-exitcode", "9")
     return [
-        Step(
-            "sanitize",
-            name,
-            (tool or "", "--tool", name, "--error-exitcode", "9", python, "-m", "gpu.sanitize"),
-            90.0,
-            told,
-            unavailable=unavailable,
-            unavailable_where="Device not supported",
-        )
-        for name in _SANITIZERS
+        Step("sanitize", "no tool", (python, "-m", "gpu.sanitize"), 90.0, told),
+        *(
+            Step(
+                "sanitize",
+                name,
+                (tool or "", "--tool", name, *options, python, "-m", "gpu.sanitize", *watched),
+                90.0,
+                told,
+                unavailable=unavailable,
+                unavailable_where="Device not supported",
+            )
+            for name, watched in _SANITIZERS.items()
+        ),
     ]
 
 
@@ -130,16 +151,32 @@ def tune_steps(python: str, root: Path) -> list[Step]:
     ]
 
 
+def restore_tiles(root: Path, findings: Mapping[str, Any]) -> None:
+    """Give a machine the tiles that an earlier one of its kind was tuned to."""
+    found: Mapping[str, Any] = findings.get("tiles", {})
+    path = tiles_file(root)
+    if path.exists() or not found:
+        return
+    some = next(iter(found.values()))
+    content = {name: some[name] for name in ("kernels", "target")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**content, "tiles": {name: tile["tile"] for name, tile in found.items()}}, indent=1))
+
+
 def bench_steps(python: str, root: Path, findings: Mapping[str, Any]) -> list[Step]:
-    """The yardsticks, tile skipping, then every group of cases; cases measured before are left out by the child."""
+    """All kernels compiled, the yardsticks, tile skipping, then every group of cases.
+
+    What was measured before is left out by the child. Compiling is of this machine, whatever earlier calls have done.
+    """
+    restore_tiles(root, findings)
     told = environment(root) | {"SIGHTLINE_TUNING": str(tiles_file(root))}
-    names: Iterable[str] = findings.get("cases", {})
-    told_more = told | {DONE_VARIABLE: json.dumps(list(names))}
+    mark = root / "build" / "gpu-check" / f"compiled-{fingerprints(root)['bench']}"
     return [
+        Step("bench", "compile", (python, "-m", "gpu.warm", str(mark)), 150.0, told, every_call=True),
         Step("bench", "peaks", (python, "-m", "gpu.measure", "peaks"), 40.0, told),
         Step("bench", "tile skipping", (python, "-m", "gpu.skips"), 40.0, told),
         *(
-            Step("bench", group.name, (python, "-m", "gpu.measure", group.name), group.limit, told_more)
+            Step("bench", group.name, (python, "-m", "gpu.measure", group.name), group.limit, told, restarts=_RESTARTS)
             for group in cases.groups()
         ),
     ]

@@ -1,10 +1,11 @@
 """What compute-sanitizer watches: one call of every kernel on a small shape, compared with the reference.
 
-compute-sanitizer --tool memcheck python -m gpu.sanitize
+compute-sanitizer --tool memcheck python -m gpu.sanitize [--native]
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -13,10 +14,12 @@ from torch import Tensor
 
 import sightline as sl
 from sightline.ops import decode_refusal
+from sightline.weighting import Weighting
 
 WEIGHTINGS = (sl.Softmax(), sl.LSSA(), sl.LSSAR())
+# Ragged sizes of one tile and of several, the second in the shapes that models have.
+SHAPES = ((torch.float16, 64, 70, 130), (torch.bfloat16, 128, 300, 520))
 ALLOWED_ERROR = 2e-2
-LENGTHS = (70, 41)  # of two caches of 130 keys
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -24,11 +27,17 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def check(weighting: sl.Softmax | sl.Softplus, device: torch.device, backend: str = "triton") -> list[float]:
-    """Relative errors of forward, the three gradients, and decoding, all at ragged sizes with grouped heads."""
+def check(
+    weighting: Weighting,
+    device: torch.device,
+    backend: str = "triton",
+    shape: tuple[torch.dtype, int, int, int] = SHAPES[0],
+) -> list[float]:
+    """Relative errors of forward and the three gradients at ragged sizes with grouped heads."""
+    dtype, width, queries, keys = shape
     query, key, value = (
-        torch.randn(2, heads, rows, 64, dtype=torch.float16, device=device)
-        for heads, rows in ((4, 70), (2, 130), (2, 130))
+        torch.randn(2, heads, rows, width, dtype=dtype, device=device)
+        for heads, rows in ((4, queries), (2, keys), (2, keys))
     )
     upstream = torch.randn_like(query)
     results = []
@@ -36,16 +45,23 @@ def check(weighting: sl.Softmax | sl.Softplus, device: torch.device, backend: st
         leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
         output = sl.attention(*leaves, weighting=weighting, causal=True, backend=name)
         results.append([output.detach(), *torch.autograd.grad(output, leaves, upstream)])
-    errors = [relative_error(actual, expected) for actual, expected in zip(*results, strict=True)]
-    lengths = torch.tensor(LENGTHS, device=device)
-    row = query[:, :, :1]
-    decoders = [backend] if decode_refusal(row, key, value) is not None else [backend, "native"]
+    return [relative_error(actual, expected) for actual, expected in zip(*results, strict=True)]
+
+
+def check_decoding(
+    weighting: Weighting, device: torch.device, backend: str, shape: tuple[torch.dtype, int, int, int] = SHAPES[0]
+) -> list[float]:
+    """The relative error of one row against two ragged caches."""
+    dtype, width, queries, keys = shape
+    row = torch.randn(2, 4, 1, width, dtype=dtype, device=device)
+    key, value = (torch.randn(2, 2, keys, width, dtype=dtype, device=device) for _ in range(2))
+    lengths = torch.tensor((queries, keys - 89), device=device)
     with torch.no_grad():
-        expected = sl.attention(row, key, value, weighting=weighting, key_lengths=lengths, backend="reference")
-        for name in decoders:
-            actual = sl.attention(row, key, value, weighting=weighting, key_lengths=lengths, backend=name)
-            errors.append(relative_error(actual, expected))
-    return errors
+        actual, expected = (
+            sl.attention(row, key, value, weighting=weighting, key_lengths=lengths, backend=name)
+            for name in (backend, "reference")
+        )
+    return [relative_error(actual, expected)]
 
 
 def check_recurrence(causal: bool, device: torch.device, backend: str = "triton") -> list[float]:
@@ -60,15 +76,31 @@ def check_recurrence(causal: bool, device: torch.device, backend: str = "triton"
     return [relative_error(actual, expected) for actual, expected in zip(*results, strict=True)]
 
 
+def calls(device: torch.device, native: bool) -> dict[str, Callable[[], list[float]]]:
+    """What is watched: every kernel, or the library's own CUDA kernels alone."""
+    found: dict[str, Callable[[], list[float]]] = {}
+    for shape in SHAPES:
+        dtype, width, _, keys = shape
+        row, cache = (torch.empty(2, 2, rows, width, dtype=dtype, device=device) for rows in (1, keys))
+        with_native = decode_refusal(row, cache, cache) is None
+        for weighting in WEIGHTINGS:
+            name = f"{weighting}, {str(dtype).removeprefix('torch.')}, D = {width}"
+            if with_native:
+                found[f"decoding (CUDA), {name}"] = partial(check_decoding, weighting, device, "native", shape)
+            if not native:
+                found[name] = partial(check, weighting, device, shape=shape)
+                found[f"decoding, {name}"] = partial(check_decoding, weighting, device, "triton", shape)
+    if not native:
+        for causal in (True, False):
+            found[f"recurrence, {causal=}"] = partial(check_recurrence, causal, device)
+    return found
+
+
 def main() -> None:
     """Call every kernel; a wrong result ends with an exception."""
-    device = torch.device("cuda")
-    calls: dict[str, Callable[[], list[float]]] = {
-        str(weighting): partial(check, weighting, device) for weighting in WEIGHTINGS
-    }
-    for causal in (True, False):
-        calls[f"recurrence, {causal=}"] = partial(check_recurrence, causal, device)
-    for name, call in calls.items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--native", action="store_true", help="the library's own CUDA kernels alone")
+    for name, call in calls(torch.device("cuda"), parser.parse_args().native).items():
         errors = call()
         torch.cuda.synchronize()
         print(name, [f"{error:.1e}" for error in errors], flush=True)

@@ -15,13 +15,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 RECORDS_VARIABLE = "SIGHTLINE_RECORDS"
-# What earlier calls found and a child leaves out: a JSON list of cases, and a file with one of tests.
-DONE_VARIABLE = "SIGHTLINE_DONE_CASES"
+# What earlier children found, for those that leave it out: the document itself, and a file with a list of tests.
+FOUND_VARIABLE = "SIGHTLINE_FOUND"
 PASSED_VARIABLE = "SIGHTLINE_PASSED_TESTS"
 _GRACE = 5.0  # seconds between asking a group of processes to end and ending it
 _TAIL = 4000  # characters of a failed step's output that are kept
@@ -34,7 +34,8 @@ class Step:
     """A command and the seconds it may take.
 
     `accepts` holds the exit codes that count as passed. `unavailable`: why the step cannot run here, None where it can;
-    `unavailable_where`: words in the output of a failure by which it says so itself.
+    `unavailable_where`: words in the output of a failure by which it says so itself. `restarts`: how often a child that
+    failed is started again, to go on behind what it found. `every_call`: run again even where it has passed before.
     """
 
     part: str
@@ -45,6 +46,8 @@ class Step:
     accepts: tuple[int, ...] = (0,)
     unavailable: str | None = None
     unavailable_where: str | None = None
+    restarts: int = 0
+    every_call: bool = False
 
     @property
     def key(self) -> str:
@@ -68,6 +71,15 @@ def record(finding: dict[str, Any]) -> None:
         print(line, end="", flush=True)
     else:
         os.write(int(number), line.encode())
+
+
+def found_before() -> dict[str, Any]:
+    """In a child: the findings so far, by kind and name; empty without a parent."""
+    path = os.environ.get(FOUND_VARIABLE)
+    if path is None or not Path(path).exists():
+        return {}
+    findings: dict[str, Any] = json.loads(Path(path).read_text())["findings"]
+    return findings
 
 
 def run_step(step: Step, limit: float, keep: Callable[[dict[str, Any]], None], folder: Path) -> Outcome:
@@ -123,7 +135,8 @@ def _pass_on(records: BinaryIO, keep: Callable[[dict[str, Any]], None]) -> None:
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """End the child and everything it started, which shares its process group."""
-    for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
+    # A process that is stuck in the driver does not end even then; it must not hold up the others.
+    for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, _GRACE)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -137,16 +150,28 @@ class Document:
         self.path = path
         self.content = fresh
 
-    def resume(self) -> bool:
-        """Take over what an earlier call found, if it measured the same code on the same device; whether it did."""
+    def resume(self, kinds: Mapping[str, Sequence[str]]) -> bool:
+        """Take over what an earlier call found with the same versions on the same kind of device; whether it did.
+
+        Parts whose code has changed since begin again; `kinds`: the kinds of findings of each. What cannot be continued
+        is set aside.
+        """
         try:
             earlier = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+            same = all(earlier[name] == self.content[name] for name in ("schema", "versions"))
+            same = same and earlier["device"]["name"] == self.content["device"]["name"]
+            marks = dict(earlier["fingerprints"])
+        except (OSError, ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            with contextlib.suppress(OSError):
+                self.path.replace(self.path.with_suffix(".earlier.json"))
             return False
-        identity = ("schema", "fingerprint", "device", "versions")
-        if any(earlier.get(name) != self.content.get(name) for name in identity):
-            return False
-        self.content = earlier
+        fingerprints = self.content["fingerprints"]
+        self.content = {**earlier, "fingerprints": fingerprints}
+        for part, mark in fingerprints.items():
+            if marks.get(part) != mark:
+                self.forget(part, *kinds[part])
         return True
 
     def write(self) -> None:
@@ -167,11 +192,12 @@ class Document:
         self.content["steps"][step.key] = asdict(outcome)
         self.write()
 
-    def forget(self, part: str, kind: str) -> None:
+    def forget(self, part: str, *kinds: str) -> None:
         """Drop the findings of a part, which no longer hold."""
         steps = self.content["steps"]
         self.content["steps"] = {key: step for key, step in steps.items() if not key.startswith(f"{part}/")}
-        self.content["findings"].pop(kind, None)
+        for kind in kinds:
+            self.content["findings"].pop(kind, None)
         self.write()
 
     def unfinished(self) -> list[str]:
@@ -181,7 +207,7 @@ class Document:
 
     def is_settled(self, step: Step) -> bool:
         """Whether a step has passed already, or cannot run here."""
-        return self.content["steps"].get(step.key, {}).get("status") in SETTLED
+        return not step.every_call and self.content["steps"].get(step.key, {}).get("status") in SETTLED
 
 
 def run_part(
@@ -198,12 +224,17 @@ def run_part(
         if document.is_settled(step):
             say(f"{step.key}: done before")
             continue
-        left = end - clock()
-        if left < _LEAST and step.unavailable is None:
-            document.settle(step, Outcome("not reached", 0.0, "the time of its part was up"))
-            say(f"{step.key}: not reached")
-            continue
-        outcome = run_step(step, min(step.limit, left), document.keep, folder)
-        document.settle(step, outcome)
-        first_line = outcome.detail.partition("\n")[0]
-        say(f"{step.key}: {outcome.status}, {outcome.seconds:.0f} s" + (f" ({first_line})" if first_line else ""))
+        told = replace(step, environment={**step.environment, FOUND_VARIABLE: str(document.path.absolute())})
+        for attempt in range(1 + step.restarts):
+            left = end - clock()
+            if left < _LEAST and step.unavailable is None:
+                if attempt == 0:
+                    document.settle(step, Outcome("not reached", 0.0, "the time of its part was up"))
+                    say(f"{step.key}: not reached")
+                break
+            outcome = run_step(told, min(step.limit, left), document.keep, folder)
+            document.settle(step, outcome)
+            first_line = outcome.detail.partition("\n")[0]
+            say(f"{step.key}: {outcome.status}, {outcome.seconds:.0f} s" + (f" ({first_line})" if first_line else ""))
+            if outcome.status != "failed":
+                break

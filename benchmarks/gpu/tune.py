@@ -12,12 +12,13 @@ import torch
 import sightline as sl
 from gpu import cases, measure, peers
 from gpu.steps import record
-from sightline.triton.tuning import TunedTiles, tuning_file
+from sightline.triton.tuning import TunedTiles, kernels_fingerprint, target_name, tuning_file
+from sightline.weighting import Weighting
 
 LENGTH = 8192
 
 
-def tune(weighting: sl.Softmax | sl.Softplus, case: cases.Case, device: torch.device, backend: str = "triton") -> None:
+def tune(weighting: Weighting, case: cases.Case, device: torch.device, backend: str = "triton") -> None:
     """One inference, one forward with gradients, and its backward, on the shape of a case."""
     inputs = measure.inputs_of(case, device)
     with torch.inference_mode():
@@ -28,9 +29,10 @@ def tune(weighting: sl.Softmax | sl.Softplus, case: cases.Case, device: torch.de
 
 
 def record_tiles() -> None:
-    """Hand over every tile that stands in the file."""
+    """Hand over every tile that stands in the file, and for which kernels and target it does."""
+    written = {"kernels": kernels_fingerprint(), "target": target_name()}
     for name, tile in TunedTiles(tuning_file()).tiles.items():
-        record({"kind": "tiles", "name": name, "tile": list(tile), "text": str(tile)})
+        record({"kind": "tiles", "name": name, "tile": list(tile), "text": str(tile), **written})
 
 
 def main() -> None:

@@ -25,13 +25,12 @@ void launch_decode(const DecodeProblem& problem, Launcher& launcher) {
   if (packed_rows(attention) == 0) return;
   if (problem.visible_keys != nullptr)
     launcher.template launch<CountVisibleKeys>(attention.queries, attention.batch, 1, problem);
-  const int64_t width = core::larger(attention.head_width, attention.value_width);
-  // Rows that are not whole 16-byte words are rare and slow anyway: one width serves them all.
+  const int64_t width = kernel_width(problem);
   if (!problem.vectorized)
     launch_splits<T, kWidestHead, false>(problem, launcher);
-  else if (width <= 64)
+  else if (width == 64)
     launch_splits<T, 64, true>(problem, launcher);
-  else if (width <= 128)
+  else if (width == 128)
     launch_splits<T, 128, true>(problem, launcher);
   else
     launch_splits<T, kWidestHead, true>(problem, launcher);

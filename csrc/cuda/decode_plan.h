@@ -5,24 +5,25 @@
 
 namespace sightline::cuda {
 
-// More splits than fill the machine once cost a partial result each. Fewer lengthen the sums of one warp: fp32 sums
-// stay accurate to the dtype over this many keys.
-constexpr int64_t kBlocksPerProcessor = 3;
+// All blocks are to run at once: one more than the machine holds would start when the others end, and take as long
+// again. Fewer splits lengthen the sums of one warp: fp32 sums stay accurate to the dtype over this many keys.
 constexpr int64_t kFewestKeysPerSplit = kWarps * kKeyTile * 2;
 constexpr int64_t kMostKeysPerWarp16Bit = 8192;
 constexpr int64_t kMostKeysPerWarpFloat32 = 2048;
 
 inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-inline int64_t choose_splits(const AttentionProblem& problem, int64_t processors) {
+inline int64_t choose_splits(const DecodeProblem& decoding, int64_t processors) {
+  const AttentionProblem& problem = decoding.attention;
   int64_t span = problem.keys;  // what the rows of a block can see at most
   const int64_t right = problem.causal ? 0 : problem.window_right;
   if (problem.window_left >= 0 && right >= 0) span = core::smaller(span, problem.window_left + right + problem.queries);
-  const int64_t longest = kWarps * (problem.dtype == DType::kFloat32 ? kMostKeysPerWarpFloat32 : kMostKeysPerWarp16Bit);
+  const bool is_float32 = problem.dtype == DType::kFloat32;
+  const int64_t longest = kWarps * (is_float32 ? kMostKeysPerWarpFloat32 : kMostKeysPerWarp16Bit);
   const int64_t fewest = core::larger(divide_up(span, longest), 1);
   const int64_t most = core::larger(divide_up(span, kFewestKeysPerSplit), 1);
   const int64_t blocks = core::larger(problem.batch * problem.key_heads * row_blocks(problem), 1);
-  const int64_t wanted = divide_up(processors * kBlocksPerProcessor, blocks);
+  const int64_t wanted = processors * blocks_per_processor(is_float32, kernel_width(decoding)) / blocks;
   return core::larger(fewest, core::smaller(wanted, most));
 }
 
@@ -38,7 +39,7 @@ inline void plan_decode(DecodeProblem& problem, int64_t processors, int64_t spli
   const int64_t bytes = attention.dtype == DType::kFloat32 ? 4 : 2;
   problem.vectorized = is_aligned(attention.key, attention.head_width, bytes) &&
                        is_aligned(attention.value, attention.value_width, bytes);
-  problem.splits = splits > 0 ? splits : choose_splits(attention, processors);
+  problem.splits = splits > 0 ? splits : choose_splits(problem, processors);
 }
 
 // Cuts the workspace into its arrays and returns its size; with a null base only the size.

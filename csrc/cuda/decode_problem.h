@@ -21,6 +21,11 @@ constexpr int kThreads = 128;
 constexpr int kWidthStep = 64;  // columns of a value tile
 constexpr int kWidestHead = 256;
 
+// Blocks that a multiprocessor holds at once. Registers limit them: the sums alone take 32, 64 or 128 of them.
+constexpr int blocks_per_processor(bool is_float32, int64_t kernel_width) {
+  return is_float32 || kernel_width > 128 ? 2 : kernel_width > 64 ? 3 : 4;
+}
+
 // What the keys of one split gave to one row. `weights` is relative to the reference that `largest` implies
 // (relative_weight.h); `divisor` is the sum of the weights as they were rounded for the product with V.
 struct alignas(16) RowPartial {
@@ -49,6 +54,11 @@ SIGHTLINE_INLINE int64_t group_rows(const AttentionProblem& problem) {
 }
 SIGHTLINE_INLINE int64_t row_blocks(const AttentionProblem& problem) {
   return (group_rows(problem) + kRowBlock - 1) / kRowBlock;
+}
+// Rows that are not whole 16-byte words are rare and slow anyway: the widest kernel serves them all.
+SIGHTLINE_INLINE int64_t kernel_width(const DecodeProblem& problem) {
+  const int64_t width = core::larger(problem.attention.head_width, problem.attention.value_width);
+  return !problem.vectorized || width > 128 ? kWidestHead : width > 64 ? 128 : 64;
 }
 SIGHTLINE_INLINE int64_t packed_rows(const AttentionProblem& problem) {
   return problem.batch * problem.heads * problem.queries;

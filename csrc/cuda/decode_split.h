@@ -30,8 +30,7 @@ struct DecodeSplit {
   using Products =
       std::conditional_t<kIsFloat32, ProductsFloat32<kWidth, kVector, kReadsValues>, Products16Bit<T, kWidth, kVector>>;
   static constexpr int kBlockThreads = kThreads;
-  // Registers limit this: the sums alone take 32, 64 or 128 of them.
-  static constexpr int kBlocksPerProcessor = kIsFloat32 || kWidth > 128 ? 2 : kWidth > 64 ? 3 : 4;
+  static constexpr int kBlocksPerProcessor = blocks_per_processor(kIsFloat32, kWidth);
   static constexpr int kMergeStride = kWidthStep + 4;
 
   struct alignas(8) Floats2 {

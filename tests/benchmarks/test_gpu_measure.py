@@ -158,10 +158,12 @@ def test_cases_that_are_done_are_left_out(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(cases, "groups", lambda: iter([group]))
     monkeypatch.setattr(measure, "seconds_per_call", wall_clock)
     monkeypatch.setattr(measure, "measure_case", partial(measure.measure_case, timer=wall_clock))
-    monkeypatch.setenv(measure.DONE_VARIABLE, json.dumps([group.key(SMALL)]))
+    before = {"cases": {group.key(SMALL): {}}}
+    monkeypatch.setattr(measure, "found_before", lambda: before)
     measure.measure_group(group, CPU)
-    (line,) = capsys.readouterr().out.splitlines()
-    found = json.loads(line)
+    running, found = map(json.loads, capsys.readouterr().out.splitlines())
+    last = {"kind": "running", "name": "small", "case": group.key(group.cases[1]), "implementation": "lssa"}
+    assert running == last
     assert found["name"] == group.key(group.cases[1])
     assert found["results"]["lssa"]["tflops"] > 0
     findings = {"cases": {found["name"]: found}, "peaks": {"float32": {"tflops": 1.0}}}
@@ -172,11 +174,21 @@ def test_cases_that_are_done_are_left_out(monkeypatch: pytest.MonkeyPatch, capsy
     assert share.endswith("%")
 
 
+@pytest.mark.parametrize("shape", sanitize.SHAPES, ids=["fp16", "bf16"])
 @pytest.mark.parametrize("weighting", sanitize.WEIGHTINGS, ids=["softmax", "lssa", "lssar"])
-def test_what_the_sanitizer_watches_is_right(weighting: Any) -> None:
-    errors = sanitize.check(weighting, CPU, backend="native")
-    assert len(errors) >= 5
+def test_what_the_sanitizer_watches_is_right(weighting: Any, shape: Any) -> None:
+    errors = sanitize.check(weighting, CPU, "native", shape) + sanitize.check_decoding(weighting, CPU, "native", shape)
+    assert len(errors) == 5
     assert all(math.isfinite(error) and error <= sanitize.ALLOWED_ERROR for error in errors)
+
+
+def test_the_sanitizer_watches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = sanitize.calls(CPU, native=False)
+    assert len(everything) == 2 * 3 * 2 + 2
+    monkeypatch.setattr(sanitize, "decode_refusal", lambda *arguments: None)
+    assert all("CUDA" in name for name in sanitize.calls(CPU, native=True))
+    assert len(sanitize.calls(CPU, native=True)) == 6
+    assert len(sanitize.calls(CPU, native=False)) == len(everything) + 6
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -204,12 +216,15 @@ def test_tuned_tiles_are_findings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tune, "tuning_file", lambda: tmp_path / "tiles.json")
-    monkeypatch.setattr("sightline.triton.tuning.target_name", lambda: "cuda-90")
+    for owner in ("sightline.triton.tuning", "gpu.tune"):
+        monkeypatch.setattr(f"{owner}.target_name", lambda: "cuda-90")
     tune.TunedTiles(tmp_path / "tiles.json").keep("a kind", Tile(64, 32, 8, 2, descriptors=True))
     tune.record_tiles()
     finding = json.loads(capsys.readouterr().out)
     text = "64 x 32, 8 warps, 2 stages, descriptors"
-    assert finding == {"kind": "tiles", "name": "a kind", "tile": [64, 32, 8, 2, True, False], "text": text}
+    written = {"kernels": tune.kernels_fingerprint(), "target": "cuda-90"}
+    expected = {"kind": "tiles", "name": "a kind", "tile": [64, 32, 8, 2, True, False], "text": text, **written}
+    assert finding == expected
     assert summary.tile_rows({"tiles": {finding.pop("name"): finding}}) == [["a kind", text]]
 
 

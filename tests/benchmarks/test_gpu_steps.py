@@ -15,6 +15,7 @@ from gpu.steps import Document, Step, run_part, run_step
 ROOT = Path(__file__).parents[2]
 RECORD = "from gpu.steps import record; "
 CHILD = {"PYTHONPATH": str(ROOT / "benchmarks")}
+KINDS = {"part": ("things",)}
 
 
 def step(code: str, *, name: str = "one", limit: float = 60.0, **options: object) -> Step:
@@ -27,7 +28,7 @@ def finding(name: str, **fields: object) -> str:
 
 @pytest.fixture
 def document(tmp_path: Path) -> Document:
-    identity = {"schema": "s", "fingerprint": "f", "device": {"name": "d"}, "versions": {}}
+    identity = {"schema": "s", "fingerprints": {"part": "f"}, "device": {"name": "d"}, "versions": {}}
     return Document(tmp_path / "found.json", {**identity, "steps": {}, "findings": {}})
 
 
@@ -138,7 +139,7 @@ def test_a_later_call_goes_on_where_the_first_stopped(document: Document, tmp_pa
     once = f"open({str(marks)!r}, 'a').write('x'); "
     run(document, step(once + finding("a")), step("import time; time.sleep(600)", name="two", limit=1.0))
     later = Document(document.path, {**document.content, "steps": {}, "findings": {}})
-    assert later.resume()
+    assert later.resume(KINDS)
     said = run(later, step(once + finding("a")), step(finding("b"), name="two"))
     assert marks.read_text() == "x"
     assert said[0] == "part/one: done before"
@@ -146,17 +147,56 @@ def test_a_later_call_goes_on_where_the_first_stopped(document: Document, tmp_pa
     assert stored(later)["steps"]["part/two"]["status"] == "passed"
 
 
-@pytest.mark.parametrize("changed", ["fingerprint", "device", "versions", "schema"])
-def test_findings_of_other_code_or_another_machine_are_not_continued(document: Document, changed: str) -> None:
+@pytest.mark.parametrize(
+    ("changed", "value"), [("device", {"name": "e"}), ("versions", {"torch": "3"}), ("schema", "t")]
+)
+def test_findings_of_another_machine_are_set_aside(document: Document, changed: str, value: object) -> None:
     run(document, step(finding("a")))
-    later = Document(document.path, {**document.content, changed: "other", "steps": {}, "findings": {}})
-    assert not later.resume()
+    before = document.path.read_text()
+    later = Document(document.path, {**document.content, changed: value, "steps": {}, "findings": {}})
+    assert not later.resume(KINDS)
     assert later.content["findings"] == {}
+    assert document.path.with_suffix(".earlier.json").read_text() == before
+
+
+def test_parts_whose_code_has_changed_begin_again_and_others_go_on(document: Document) -> None:
+    run(document, step(finding("a")))
+    document.content["fingerprints"]["others"] = "g"
+    document.keep({"kind": "others", "name": "b"})
+    device = {"name": "d", "threads": 3}
+    fingerprints = {"part": "changed", "others": "g"}
+    fresh = {**document.content, "fingerprints": fingerprints, "device": device, "steps": {}, "findings": {}}
+    later = Document(document.path, fresh)
+    assert later.resume({**KINDS, "others": ("others",)})
+    assert later.content["findings"] == {"others": {"b": {}}}
+    assert later.content["steps"] == {}
+    assert later.content["fingerprints"] == fingerprints
 
 
 def test_a_file_cut_in_two_is_not_continued(document: Document) -> None:
     document.path.write_text('{"schema": "s", "fing')
-    assert not document.resume()
+    assert not document.resume(KINDS)
+
+
+def test_a_child_that_failed_is_started_again_and_knows_what_it_found(document: Document) -> None:
+    code = (
+        "from gpu.steps import found_before\n"
+        "number = len(found_before().get('things', {}))\n"
+        "record({'kind': 'things', 'name': str(number)})\n"
+        "raise SystemExit(3 * (number < 2))"
+    )
+    said = run(document, step("\n" + code, restarts=5))
+    assert [line.partition(",")[0] for line in said] == ["part/one: failed"] * 2 + ["part/one: passed"]
+    assert set(stored(document)["findings"]["things"]) == {"0", "1", "2"}
+    assert len(run(document, step("raise SystemExit(1)", name="two", restarts=1))) == 2
+    assert stored(document)["steps"]["part/two"]["status"] == "failed"
+
+
+def test_what_belongs_to_the_machine_runs_in_every_call(document: Document, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    for _ in range(2):
+        run(document, step(f"open({str(marks)!r}, 'a').write('x')", every_call=True))
+    assert marks.read_text() == "xx"
 
 
 def test_half_a_line_is_not_taken_for_a_finding(document: Document) -> None:

@@ -124,6 +124,18 @@ def test_sinks(decode: Decode, option: str, dtype: torch.dtype) -> None:
     assert_decode_is_close(decode, problem, sl.Softmax())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "width", "most"), [(torch.bfloat16, 128, 3), (torch.float16, 192, 2), (torch.float32, 64, 2)]
+)
+def test_all_blocks_run_at_once(bench: ModuleType, dtype: torch.dtype, width: int, most: int) -> None:
+    """As many splits as fill 132 multiprocessors, each of which holds `most` blocks, and no more."""
+    heads = 8
+    query, key, value = (torch.randn(1, heads, rows, width, dtype=dtype) for rows in (1, 6400, 6400))
+    arrays = map(_array, (query, key, value))
+    splits = bench.attention_decode(*arrays, str(dtype).removeprefix("torch."), {}, 0)[2]
+    assert heads * splits <= 132 * most < heads * (splits + 1)
+
+
 @by_turn("width", [1, 2, 7, 16, 31, 40, 64, 72, 128, 200, 256])
 def test_every_width(decode: Decode, width: int, weighting: Any, dtype: torch.dtype) -> None:
     for value_width in {width, 48}:
