@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import sightline as sl
 from sightline.observe import AttentionStats, Observe
 
 FLAGS = [
@@ -134,6 +135,26 @@ def test_statistics_are_a_tree_of_their_tensors() -> None:
     assert torch.equal(doubled.entropy, 2 * entropy)
     assert doubled.distance is None
     assert pytree.treespec_loads(pytree.treespec_dumps(structure)) == structure
+
+
+def test_statistics_pass_through_vmap_and_functional_gradients() -> None:
+    query, key, value = torch.randn(3, 3, 1, 2, 4, 8).unbind()
+    observe = Observe(log_normalizer=True)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, AttentionStats]:
+        return sl.attention(query, key, value, observe=observe)
+
+    output, stats = torch.vmap(attend)(query, key, value)
+    expected, alone = attend(query[1], key[1], value[1])
+    torch.testing.assert_close(output[1], expected)
+    torch.testing.assert_close(stats.log_normalizer[1], alone.log_normalizer)
+
+    def total(query: Tensor) -> tuple[Tensor, AttentionStats]:
+        output, stats = attend(query, key[1], value[1])
+        return output.sum(), stats
+
+    _, found = torch.func.grad(total, has_aux=True)(query[1])
+    torch.testing.assert_close(found.log_normalizer, alone.log_normalizer)
 
 
 def test_leaves_are_named_by_their_fields() -> None:

@@ -189,3 +189,24 @@ def test_doctests(name):
     failures, tests = doctest.testmod(importlib.import_module(f"sightline.{name}"))
     assert tests > 0
     assert failures == 0
+
+
+def test_float64_keeps_its_precision():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 2, 7, 6, dtype=torch.float64)
+    positions = sl.position.grid_positions(7)
+    theta = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    wide, _, gain = sl.position.md_lrpe(query, key, positions, theta)
+    assert wide.dtype == gain.dtype == torch.float64
+    angles = positions.double() * theta
+    expected = torch.cat([query * angles.cos(), query * angles.sin()], -1)
+    torch.testing.assert_close(wide, expected, rtol=1e-14, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda theta: sl.position.md_lrpe(query, key, positions, theta)[0], theta)
+    assert sl.position.md_lrpe(query.bfloat16(), key.bfloat16(), positions)[2].dtype == torch.float32
+
+
+def test_a_grid_of_one_position_gives_its_decay_a_gradient_of_zero():
+    coefficient, decay = torch.rand(2, 1, requires_grad=True).unbind()
+    sl.position.md_tpe(torch.randn(2, 1, 1, 4), coefficient, decay).sum().backward()
+    found = torch.autograd.grad(sl.position.md_tpe(torch.randn(2, 1, 4), coefficient, decay).sum(), decay)
+    assert float(found[0]) == 0.0

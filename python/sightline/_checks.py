@@ -355,7 +355,10 @@ def _refuse_backend(backend: Any) -> None:
 
 
 def _wrong_type(name: str, expected: str, got: Any) -> TypeError:
-    return TypeError(f"{name}: expected {expected}, got {type(got).__name__}")
+    kind = type(got)
+    # numpy.bool is no bool, and would be called one.
+    owner = "numpy." if kind.__module__ == "numpy" else ""
+    return TypeError(f"{name}: expected {expected}, got {owner}{kind.__name__}")
 
 
 def _short(value: object) -> str:

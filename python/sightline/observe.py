@@ -183,14 +183,20 @@ def _describe(value: object) -> str:
     return repr(value)
 
 
-# The tree carries all fields, in their order; the context is that order, so that an exported program saved by one
-# version is refused by another that has other fields instead of being read wrongly.
+# The tree carries the fields that are there: what maps over a tree (vmap, torch.func) takes tensors alone. Its context
+# names them, so that an exported program of a version with other fields is refused instead of being read wrongly.
+def _present(stats: AttentionStats) -> list[str]:
+    return [name for name in FIELDS if getattr(stats, name) is not None]
+
+
 def _flatten(stats: AttentionStats) -> tuple[list[Any], list[str]]:
-    return [getattr(stats, name) for name in FIELDS], list(FIELDS)
+    names = _present(stats)
+    return [getattr(stats, name) for name in names], names
 
 
 def _flatten_with_keys(stats: AttentionStats) -> tuple[list[tuple[pytree.KeyEntry, Any]], list[str]]:
-    return [(pytree.GetAttrKey(name), getattr(stats, name)) for name in FIELDS], list(FIELDS)
+    values, names = _flatten(stats)
+    return [(pytree.GetAttrKey(name), value) for name, value in zip(names, values, strict=True)], names
 
 
 def _unflatten(values: Any, names: list[str]) -> AttentionStats:

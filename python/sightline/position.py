@@ -101,8 +101,8 @@ def md_lrpe(
             default.
 
     Returns:
-        query (B, H, N, 2 D) and key (B, Hk, N, 2 D) in their dtypes, key_gain (B, Hk, N, 2 D) in float32. The
-        recurrence takes widths up to 512, so D up to 256.
+        query (B, H, N, 2 D) and key (B, Hk, N, 2 D) in their dtypes, key_gain (B, Hk, N, 2 D) in float32, or in
+        float64 for queries in float64. The recurrence takes widths up to 512, so D up to 256.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or shape; the message names it.
@@ -137,7 +137,7 @@ def md_lrpe(
         theta = lrpe_frequencies(width, positions.shape[-1], device=query.device)
     angles = lrpe_angles(positions, theta, width)
     angles = angles.expand(batch, length, width).unsqueeze(1)
-    rotation = torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+    rotation = torch.cat([angles.cos(), angles.sin()], dim=-1).to(torch.promote_types(query.dtype, torch.float32))
     doubled = torch.cat([query, query], dim=-1)
     gain = rotation.expand(batch, key.shape[1], length, 2 * width)
     return (doubled * rotation).to(query.dtype), torch.cat([key, key], dim=-1), gain
@@ -181,7 +181,9 @@ def md_tpe(x: Tensor, coefficient: Tensor, decay: Tensor) -> Tensor:
     # In 16 bits a decay near 1 is another decay after a few hundred positions, and every step of the sum rounds.
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide, decays = x.to(dtype), decay.to(dtype).repeat_interleave(share)
-    total = sum(_decayed_sum(wide, decays, axis) for axis in range(1, x.dim() - 1))
+    # A grid of one position decays nothing; its decay has a gradient all the same, of 0.
+    nothing = decays[:0].sum()
+    total = sum((_decayed_sum(wide, decays, axis) for axis in range(1, x.dim() - 1)), nothing)
     return (total * coefficient.to(dtype).repeat_interleave(share)).to(x.dtype)
 
 

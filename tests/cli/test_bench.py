@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -223,6 +225,7 @@ def test_without_matplotlib_the_json_is_written_and_the_remedy_named(sightline, 
         (["--lengths", "1024,many"], "--lengths"),
         (["--lengths", "1024,0"], "--lengths"),
         (["--lengths", ""], "--lengths"),
+        (["--lengths", "1024,2147483584"], "--lengths"),
         (["--text", "missing.txt"], "--text"),
         (["--text", "empty.txt"], "--text"),
         (["--text", "."], "--text"),
@@ -232,10 +235,12 @@ def test_without_matplotlib_the_json_is_written_and_the_remedy_named(sightline, 
         (["--head-dim", "7"], "--head-dim"),
         (["--layers", "-1"], "--layers"),
         (["--threads", "two"], "--threads"),
+        (["--threads", "2147483648"], "--threads"),
         (["--repetitions", "0"], "--repetitions"),
         (["--time-limit", "0"], "--time-limit"),
         (["--time-limit", "nan"], "--time-limit"),
         (["--memory-limit", "much"], "--memory-limit"),
+        (["--memory-limit", "1e400"], "--memory-limit"),
         (["--device", "abacus"], "--device"),
         (["--device", "cuda:99"], "--device"),
         (["--no-such-argument"], "--no-such-argument"),
@@ -292,3 +297,53 @@ def test_ctrl_c_half_way_writes_what_was_measured(tmp_path):
     assert document["interrupted"] is True
     statuses = {(found["tokens"], found["status"]) for found in document["results"]}
     assert statuses == {(32, "measured"), (64, "not reached")}
+
+
+def test_results_replace_earlier_ones_whole_or_not_at_all(monkeypatch, sightline_here, tmp_path):
+    before = '{"old": 1}'
+    folder = tmp_path / "sightline-bench"
+    folder.mkdir()
+    (folder / "bench.json").write_text(before)
+    write = Path.write_text
+
+    def full(self, text, *arguments, **options):
+        write(self, text[:10], *arguments, **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    result = sightline_here("bench", *SMALL, "--lengths", "32", "--repetitions", "1")
+    assert result.returncode == 1
+    assert "sightline LSSAR" in result.stdout
+    assert result.stderr.splitlines()[-1] == "sightline bench: error: [Errno 28] No space left on device"
+    assert [path.name for path in folder.iterdir()] == ["bench.json"]
+    assert (folder / "bench.json").read_text() == before
+
+
+def test_a_length_that_no_memory_holds_is_skipped_and_the_others_measured(sightline_here, tmp_path):
+    result = sightline_here("bench", *SMALL, "--lengths", "32,2147483583", "--repetitions", "1")
+    assert result.returncode == 0, result.stderr
+    statuses = {(found["tokens"] > 32, found["status"]) for found in load(tmp_path / "sightline-bench")["results"]}
+    assert statuses == {(False, "measured"), (True, "skipped")}
+
+
+def test_what_was_measured_is_written_whatever_ends_the_run(monkeypatch, sightline_here, tmp_path):
+    context = Corpus.context
+
+    def fails(self, length):
+        if length == 64:
+            raise MemoryError
+        return context(self, length)
+
+    monkeypatch.setattr(Corpus, "context", fails)
+    monkeypatch.setattr(bench._Benchmark, "_first_run", lambda self, row, length: 0.01)
+    with pytest.raises(MemoryError):
+        sightline_here("bench", *SMALL, "--lengths", "32,64", "--repetitions", "1")
+    statuses = {(found["tokens"], found["status"]) for found in load(tmp_path / "sightline-bench")["results"]}
+    assert statuses == {(32, "measured"), (64, "not reached")}
+
+
+def test_outside_of_the_main_thread_results_are_written_too(tmp_path):
+    arguments = [*SMALL, "--lengths", "32", "--repetitions", "1", "--output", str(tmp_path / "found")]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, ["bench", *arguments]).result() == 0
+    assert load(tmp_path / "found")["results"]

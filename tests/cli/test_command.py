@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
+import sys
 
+import pytest
 import torch
 
 import sightline as sl
 from sightline import ops
+from sightline.cli.progress import Progress
 
 
 def test_version_is_the_packages_own(sightline):
@@ -58,3 +63,29 @@ def test_info_gives_every_backend_a_reason(sightline_here):
     for name, (available, reason) in ops.backend_status().items():
         line = next(line for line in result.stdout.splitlines() if line.split()[:1] == [name] and reason in line)
         assert ("not available" in line) is not available
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+@pytest.mark.parametrize("output", ["closed pipe", "/dev/full"])
+def test_output_that_nobody_takes_ends_without_a_traceback(output):
+    command = [sys.executable, "-m", "sightline", "info"]
+    if output == "closed pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open(output, os.O_WRONLY)
+    try:
+        result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    finally:
+        os.close(writing)
+    assert result.returncode == 1
+    said = "" if output == "closed pipe" else "sightline info: error: [Errno 28] No space left on device\n"
+    assert result.stderr == said
+
+
+def test_progress_without_stderr_is_silence(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    progress = Progress(1.0)
+    progress.show("a row")
+    progress.advance(1.0)
+    progress.close()

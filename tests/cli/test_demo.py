@@ -114,3 +114,25 @@ def test_ctrl_c_half_way_writes_what_was_measured(monkeypatch, sightline_here, t
     assert document["interrupted"] is True
     statuses = [(found["row"], found["status"]) for found in document["results"] if found["tokens"] == 48]
     assert statuses == [(row, "measured" if row in ROWS[:3] else "not reached") for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("SIGHTLINE_BACKEND", "nothing", "SIGHTLINE_BACKEND"), ("SIGHTLINE_BACKEND", "triton", "triton")],
+)
+def test_backend_that_cannot_run_is_one_line(monkeypatch, sightline_here, name, value, message):
+    monkeypatch.setenv(name, value)
+    result = sightline_here("demo", *SMALL, "--lengths", "24")
+    assert result.returncode == 2
+    assert result.stderr.startswith("sightline demo: error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_damaged_model_is_one_line(sightline_here, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "model.safetensors").write_bytes(b"no weights")
+    result = sightline_here("demo", *SMALL, "--model", "own", "--lengths", "24")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("sightline demo: error: argument --model: cannot load own: ")

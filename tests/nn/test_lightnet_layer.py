@@ -165,7 +165,7 @@ def test_toeplitz_positions_are_a_causal_filter():
         ),
         (
             lambda: LightNetAttention(32, 4, position_axes=2)(torch.rand(1, 5, 32), positions=torch.ones(5, 3)),
-            "positions: expected 2 axes, got 3",
+            "positions: expected a tensor (N, 2) or (B, N, 2), got shape (5, 3)",
         ),
     ],
 )
@@ -251,3 +251,18 @@ def test_bad_options_are_refused_by_name(
 def test_what_the_limits_allow_runs(options: dict[str, Any]) -> None:
     hidden = torch.randn(1, 3, options.get("embed_dim", 32))
     assert LAYERS["block"](**options)(hidden).shape == hidden.shape
+
+
+@pytest.mark.parametrize(
+    ("hidden", "positions", "error", "message"),
+    [
+        (torch.zeros(3, 32), None, ValueError, r"hidden: expected shape \(B, N, 32\), got \(3, 32\)"),
+        (torch.zeros(1, 3, 16), None, ValueError, r"hidden: expected shape \(B, N, 32\), got \(1, 3, 16\)"),
+        (torch.zeros(1, 3, 32), torch.tensor([5, 6, 7]), ValueError, r"positions: expected a tensor \(N, 1\) or"),
+        (torch.zeros(1, 3, 32), [5, 6, 7], TypeError, r"positions: expected a tensor .*, got list"),
+    ],
+)
+def test_wrong_input_of_the_layer_is_refused_by_its_own_name(hidden, positions, error, message):
+    layer = sl.nn.LightNetAttention(32, 4, position_axes=1)
+    with pytest.raises(error, match=message):
+        layer(hidden, positions=positions)

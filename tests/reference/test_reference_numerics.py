@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sightline.reference import attention, attention_weights, dropout_keep
 from sightline.weighting import LSSA, LSSAR, Softmax
@@ -140,3 +142,15 @@ def test_lower_precisions_give_their_own_dtype_close_to_float64(
     # Re-weighting multiplies the rounding of the scores by its power.
     bound = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.2}[dtype]
     assert (output.double() - expected).norm() <= bound * expected.norm()
+
+
+def test_what_is_only_pretended_or_traced_is_not_read() -> None:
+    with FakeTensorMode():
+        tensors = [torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+        attention(*tensors, weighting=Softmax())[0].sum().backward()
+        assert all(tensor.grad.shape == tensor.shape for tensor in tensors)
+    first, second = torch.randn(2, 3, 1, 2, 4, 8, dtype=torch.float64)
+    second[2, ..., 1, :] = math.inf
+    graph = make_fx(lambda *tensors: attention(*tensors, weighting=Softmax())[0])(*first)
+    for tensors in (first, second):
+        torch.testing.assert_close(graph(*tensors), attention(*tensors, weighting=Softmax())[0], equal_nan=True)

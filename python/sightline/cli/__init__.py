@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -65,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; `sys.argv[1:]` by default.
 
     Returns:
-        0 on success, 1 when a row of `bench` or `demo` failed, 130 after Ctrl-C.
+        0 on success, 1 when a row of `bench` or `demo` failed, 130 after Ctrl-C;
+        1 too where the output cannot be written.
 
     Raises:
         SystemExit: with code 2 and one line on stderr for wrong input, with code 0 after `--help` and `--version`.
@@ -79,20 +82,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parsed = _parser().parse_args(arguments)
     try:
-        if parsed.command == "info":
-            from sightline.cli import info
-
-            return info.run(as_json=parsed.json)
-        if parsed.command == "demo":
-            from sightline.cli import demo
-
-            return demo.run(demo_settings.settings_from(parsed), command=["sightline", *arguments])
-        from sightline.cli import bench
-
-        return bench.run(bench_settings.request_from(parsed), command=["sightline", *arguments])
+        code = _run(parsed, arguments)
+        sys.stdout.flush()
+        return code
     except bench_settings.WrongArgumentError as error:
         print(f"sightline {parsed.command}: error: {error}", file=sys.stderr)
         raise SystemExit(WRONG_INPUT) from None
     except KeyboardInterrupt:
         print(f"sightline {parsed.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:
+        # Nobody reads on (`sightline info | head -1`), which needs no words, or a disk is full, which does.
+        _leave_stdout_alone()
+        if not isinstance(error, BrokenPipeError):
+            print(f"sightline {parsed.command}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(parsed: argparse.Namespace, arguments: list[str]) -> int:
+    if parsed.command == "info":
+        from sightline.cli import info
+
+        return info.run(as_json=parsed.json)
+    if parsed.command == "demo":
+        from sightline.cli import demo
+
+        return demo.run(demo_settings.settings_from(parsed), command=["sightline", *arguments])
+    from sightline.cli import bench
+
+    return bench.run(bench_settings.request_from(parsed), command=["sightline", *arguments])
+
+
+def _leave_stdout_alone() -> None:
+    """What is still to be written would fail once more when Python ends, with a traceback."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

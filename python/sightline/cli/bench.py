@@ -6,11 +6,9 @@ at all; then the rows take turns in this process, so that a drifting machine dri
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 
 from sightline import ops
 from sightline.cli import environment, limits, report
-from sightline.cli.bench_settings import BenchSettings, RequestedBench, WrongArgumentError
+from sightline.cli.bench_settings import BenchSettings, RequestedBench, WrongArgumentError, first_line
 from sightline.cli.corpus import VOCABULARY, Corpus, read_corpus
 from sightline.cli.measure import interleave, matmul_peak, matmul_size, repetitions_within
 from sightline.cli.peak_memory import MeasurementError, describe_error, measure_peak
@@ -62,25 +60,22 @@ class _Benchmark:
     def run(self) -> None:
         """Measure all rows at all lengths, shortest first, filling `measurements` as it goes."""
         for length in self.settings.lengths:
-            context = self.corpus.context(length)
-            expected = {
-                row: seconds for row in self.attention if (seconds := self._first_run(row, context)) is not None
-            }
-            self._take_turns(context, expected)
+            expected = {row: seconds for row in self.attention if (seconds := self._first_run(row, length)) is not None}
+            if expected:
+                self._take_turns(self.corpus.context(length), expected)
 
     def measure_peak_rate(self) -> None:
         """Keep the best matrix-product rate seen so far: measured once, a busy moment would flatter every row."""
         self.peak_gflops = max(self.peak_gflops, matmul_peak(self.dtype, self.device))
 
-    def _first_run(self, row: str, context: bytes) -> float | None:
+    def _first_run(self, row: str, length: int) -> float | None:
         """Measure a row's memory; returns the expected seconds of one run, or None when the row takes no part."""
-        length = len(context)
         measurement = self.measurements[length, row]
         self.progress.show(f"{length:,} tokens: memory of {ROW_LABELS[row]}")
         measurement.skipped = self._skip_reason(row, length)
         if measurement.skipped is None:
             try:
-                seconds = self._measure_memory(measurement, context)
+                seconds = self._measure_memory(measurement, self.corpus.context(length))
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 measurement.skipped = f"memory: {length:,} tokens do not fit into that of the device"
@@ -199,35 +194,21 @@ def run(request: RequestedBench, command: Sequence[str]) -> int:
 
     try:
         benchmark = _Benchmark(settings, corpus, device)
-    except (ValueError, NotImplementedError) as error:
-        raise WrongArgumentError(str(error)) from None
-    interrupted = False
-    print(_heading(benchmark), flush=True)
-    try:
+    except (ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: also torch's, where memory ends
+        raise WrongArgumentError(first_line(error)) from None
+
+    def measure() -> None:
         benchmark.measure_peak_rate()
         benchmark.run()
-    except KeyboardInterrupt:
-        interrupted = True
-    with deaf_to_interrupts():
+
+    def written(interrupted: bool) -> list[str]:
         benchmark.progress.close()
         document = _document(benchmark, command, interrupted=interrupted)
         _write(document, settings)
-    if interrupted:
-        statuses = [result["status"] for result in document["results"]]
-        finished = f"{statuses.count('measured')} of {len(statuses)} rows were measured and written"
-        print(f"sightline bench: interrupted; {finished}", file=sys.stderr)
-        return 130
-    return 1 if any(result["status"] == "failed" for result in document["results"]) else 0
+        return [result["status"] for result in document["results"]]
 
-
-@contextlib.contextmanager
-def deaf_to_interrupts() -> Iterator[None]:
-    """A second Ctrl-C while results are written would lose them."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    print(_heading(benchmark), flush=True)
+    return report.run_and_write("bench", measure, written)
 
 
 def _heading(benchmark: _Benchmark) -> str:
@@ -298,8 +279,7 @@ def _document(benchmark: _Benchmark, command: Sequence[str], *, interrupted: boo
 
 def _write(document: dict[str, Any], settings: BenchSettings) -> None:
     json_path, picture_path = settings.output / "bench.json", settings.output / "bench.png"
-    report.write_json(document, json_path)
-    print(report.table(document["results"]))
+    report.print_and_write(report.table(document["results"]), document, json_path)
     written = [str(json_path)]
     try:
         draw(document, picture_path)

@@ -7,6 +7,7 @@ has been asked for one: `BenchSettings.on`.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,8 @@ GPU_LENGTHS = tuple(1024 << step for step in range(2, 11))  # 4K to 1M
 QUICK_LENGTHS = (128, 256, 512)
 
 _UNIT_PREFIXES = " KMGT"
+_MOST_THREADS = 4096
+_LONGEST = 2**31 - 65  # what the kernels can count
 
 
 class WrongArgumentError(ValueError):
@@ -121,6 +124,18 @@ class RequestedBench:
         )
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def thread_count(text: str) -> int:
+    number = positive_integer(text)
+    if number > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {_MOST_THREADS} threads, got {text!r}")
+    return number
+
+
 def positive_integer(text: str) -> int:
     try:
         number = int(text)
@@ -143,6 +158,8 @@ def context_lengths(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from None
     if min(lengths) < 1:
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
+    if max(lengths) > _LONGEST:
+        raise argparse.ArgumentTypeError(f"expected lengths of at most {_LONGEST}, got {text!r}")
     return tuple(sorted(set(lengths)))
 
 
@@ -186,7 +203,8 @@ def byte_size(text: str) -> int:
     size = 0
     if match:
         decimal = match[4] and not match[3]
-        size = int(number * (1000 if decimal else 1024) ** _UNIT_PREFIXES.index(match[2].upper() or " "))
+        scaled = number * (1000 if decimal else 1024) ** _UNIT_PREFIXES.index(match[2].upper() or " ")
+        size = int(scaled) if math.isfinite(scaled) else 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 8GiB or 512MiB, got {text!r}")
     return size
@@ -218,7 +236,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     by_device("--dtype", dtype_name, "DTYPE", ", ".join(DTYPES), lambda d: d.dtype)
     by_device("--decode", _count, "STEPS", "tokens generated after each context, timed apart", lambda d: d.decode_steps)
     add("--device", device_name, "DEVICE", "auto", "auto (cuda when there is one), cpu, cuda or cuda:INDEX")
-    add("--threads", whole, "T", decided_later, "CPU threads (default: torch's choice)")
+    add("--threads", thread_count, "T", decided_later, "CPU threads (default: torch's choice)")
     add("--repetitions", whole, "R", decided_later, "rounds at each length, fewer within --time-limit (default: 5)")
     limit = "for one row at one length; where one run needs more, it is skipped"
     by_device("--time-limit", positive_seconds, "SECONDS", limit, lambda d: d.time_limit)

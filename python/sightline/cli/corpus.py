@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -52,7 +53,8 @@ def read_corpus(path: Path | None, length: int) -> Corpus:
     else:
         source, remedy = str(path), ""
         with path.open("rb") as file:
-            tokens = file.read(length)
+            size = os.fstat(file.fileno()).st_size  # 0 of a pipe
+            tokens = file.read(min(length, size) if size else length)
     if not tokens:
         raise ValueError(f"expected text, but {source} is empty{remedy}")
     return Corpus(source, tokens)

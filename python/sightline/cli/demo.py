@@ -21,8 +21,8 @@ import torch
 
 import sightline as sl
 from sightline.cli import environment, limits, report
-from sightline.cli.bench import choose_device, deaf_to_interrupts
-from sightline.cli.bench_settings import WrongArgumentError
+from sightline.cli.bench import choose_device
+from sightline.cli.bench_settings import WrongArgumentError, first_line
 from sightline.cli.corpus import Corpus, documentation_strings, read_corpus
 from sightline.cli.demo_settings import DemoSettings
 from sightline.cli.measure import Spread, interleave, repetitions_within
@@ -31,6 +31,7 @@ from sightline.cli.progress import Progress
 from sightline.cli.sentence_model import embed, load_sentence_model
 from sightline.cli.stack import ROW_LABELS
 from sightline.cli.whole_model import Times, WholeModel
+from sightline.ops import choose_backend
 
 SCHEMA = "sightline-demo/1"
 _SHORTEST_PASSAGE = 80  # characters
@@ -82,15 +83,18 @@ class _Throughput:
 
     def run(self, corpus: Corpus) -> None:
         for length in self.settings.lengths:
-            tokens = self.model.tokens(corpus, length)
-            runs = {}
+            rows = []
             for row in ROW_LABELS:
                 reason = self._skip_reason(row, length)
                 if reason is None:
-                    runs[row] = partial(self.model.time, row, tokens, self.settings.new_tokens)
+                    rows.append(row)
                 else:
                     self.reasons[length, row] = reason
                     self.progress.advance(length**2)
+            if not rows:
+                continue
+            tokens = self.model.tokens(corpus, length)
+            runs = {row: partial(self.model.time, row, tokens, self.settings.new_tokens) for row in rows}
             repetitions = {row: self._repetitions(row, length) for row in runs}
             for turn, row, sample in interleave(runs, repetitions):
                 self.progress.show(f"{length:,} tokens: {ROW_LABELS[row]}, round {turn}")
@@ -205,6 +209,11 @@ def run(settings: DemoSettings, command: Sequence[str]) -> int:
         corpus = read_corpus(settings.text, _BYTES_PER_TOKEN * max(settings.lengths))
     except (OSError, ValueError) as error:
         raise WrongArgumentError(f"argument --text: {error}") from None
+    try:
+        dtype = getattr(torch, settings.dtype)
+        choose_backend(torch.empty(1, 1, 1, 1, dtype=dtype, device=device), "auto")
+    except (ValueError, RuntimeError) as error:
+        raise WrongArgumentError(first_line(error)) from None
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     document: dict[str, Any] = {
@@ -227,25 +236,16 @@ def run(settings: DemoSettings, command: Sequence[str]) -> int:
         flush=True,
     )
     throughput = _Throughput(settings, model)
-    interrupted = False
-    try:
-        throughput.run(corpus)
-    except KeyboardInterrupt:
-        interrupted = True
-    with deaf_to_interrupts():
+
+    def written(interrupted: bool) -> list[str]:
         throughput.progress.close()
-        document["interrupted"] = interrupted
-        document["results"] = throughput.results()
-        print(throughput_table(document["results"]))
+        document.update(interrupted=interrupted, results=throughput.results())
         path = settings.output / "demo.json"
-        report.write_json(document, path)
+        report.print_and_write(throughput_table(document["results"]), document, path)
         print(f"\nwritten: {path}", flush=True)
-    statuses = [found["status"] for found in document["results"]]
-    if interrupted:
-        finished = f"{statuses.count('measured')} of {len(statuses)} rows were measured and written"
-        print(f"sightline demo: interrupted; {finished}", file=sys.stderr)
-        return 130
-    return 1 if "failed" in statuses else 0
+        return [found["status"] for found in document["results"]]
+
+    return report.run_and_write("demo", partial(throughput.run, corpus), written)
 
 
 def _embeddings(count: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sightline.cli.bench_settings import (
     dtype_name,
     positive_integer,
     positive_seconds,
+    thread_count,
 )
 
 DEFAULT_LENGTHS = (1024, 4096, 16384)
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--passages", positive_integer, "P", 64, "passages for the sentence model")
     add("--dtype", dtype_name, "DTYPE", DTYPES[0], ", ".join(DTYPES))
     add("--device", device_name, "DEVICE", "auto", "auto (cuda when there is one), cpu, cuda or cuda:INDEX")
-    add("--threads", positive_integer, "T", later, "CPU threads (default: torch's choice)")
+    add("--threads", thread_count, "T", later, "CPU threads (default: torch's choice)")
     add("--repetitions", positive_integer, "R", later, "rounds at each length, fewer within --time-limit (default: 3)")
     add(
         "--time-limit",

@@ -20,11 +20,13 @@ class Progress:
     def __init__(self, total: float, stream: TextIO | None = None) -> None:
         self._total = total
         self._done = 0.0
-        self._stream = sys.stderr if stream is None else stream
-        self._is_terminal = self._stream.isatty()
+        self._stream: TextIO | None = sys.stderr if stream is None else stream
+        self._is_terminal = self._stream is not None and self._stream.isatty()
 
     def show(self, label: str) -> None:
-        """Say what runs now."""
+        """Say what runs now; to nobody where stderr is closed."""
+        if self._stream is None:
+            return
         share = min(1.0, self._done / self._total) if self._total else 1.0
         if self._is_terminal:
             filled = round(share * _BAR_WIDTH)
@@ -41,6 +43,6 @@ class Progress:
 
     def close(self) -> None:
         """Clear the bar so that what follows starts on an empty line."""
-        if self._is_terminal:
+        if self._stream is not None and self._is_terminal:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

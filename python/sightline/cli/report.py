@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,8 +97,17 @@ def record(
 
 
 def write_json(document: dict[str, Any], path: Path) -> None:
-    """Write the document, readable for people too."""
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    """Write the document, readable for people too; a file that is there is replaced whole or not at all.
+
+    Raises:
+        OSError: there is no room for it, or no right to write.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -126,3 +140,59 @@ def _table_row(result: dict[str, Any]) -> str:
         f"{result['attention_gflops']:>10,.0f}{'-' if share is None else f'{share:.0%}':>9}"
         + (f"{result['decode']['tokens_per_second']['median']:>18,.1f}" if "decode" in result else "")
     )
+
+
+def print_and_write(text: str, document: dict[str, Any], path: Path) -> None:
+    """Write the document, then print its table, or the other way round where it cannot be written.
+
+    Raises:
+        OSError: it cannot be written, or nobody reads what is printed.
+    """
+    try:
+        write_json(document, path)
+    except OSError:
+        print(text, flush=True)
+        raise
+    print(text, flush=True)
+
+
+def run_and_write(command: str, measure: Callable[[], None], write: Callable[[bool], list[str]]) -> int:
+    """Measure, then write what was measured, whatever ended it.
+
+    Args:
+        command: its name, for what is said on stderr.
+        measure: the work.
+        write: writes what there is, told whether Ctrl-C ended the work, and returns the status of every row.
+
+    Returns:
+        The exit code: 1 where a row failed, 130 after Ctrl-C, else 0.
+    """
+    interrupted = False
+    try:
+        measure()
+    except KeyboardInterrupt:
+        interrupted = True
+    except BaseException:
+        with _deaf_to_interrupts():
+            write(False)
+        raise
+    with _deaf_to_interrupts():
+        statuses = write(interrupted)
+    if interrupted:
+        finished = f"{statuses.count('measured')} of {len(statuses)} rows were measured and written"
+        print(f"sightline {command}: interrupted; {finished}", file=sys.stderr)
+        return 130
+    return int("failed" in statuses)
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """A second Ctrl-C while results are written would lose them. Only the main thread hears it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sightline as sl
-from sightline.cli.bench_settings import StackShape, WrongArgumentError
+from sightline.cli.bench_settings import StackShape, WrongArgumentError, first_line
 from sightline.cli.corpus import VOCABULARY, Corpus
 from sightline.cli.measure import seconds_of, synchronize
 from sightline.cli.stack import SEED
@@ -66,9 +66,8 @@ class WholeModel:
             try:
                 self.model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
                 self._tokenizer = AutoTokenizer.from_pretrained(name)
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise WrongArgumentError(f"argument --model: cannot load {name}: {reason}") from None
+            except Exception as error:  # of transformers, its file formats or the model's own code
+                raise WrongArgumentError(f"argument --model: cannot load {name}: {first_line(error)}") from None
         self.model.to(device=device, dtype=dtype).eval()
         self._last_logits_only = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._swapped = False

@@ -112,8 +112,12 @@ class LightNetAttention(nn.Module):
         default is 0, 1, 2, ..., from 0 also with an `initial_state`: to go on, pass the positions that follow. The
         other arguments are those of `sightline.additive_recurrence`.
 
-        Raises ValueError for positions that are missing, or given to a layer without.
+        Raises ValueError for positions that are missing or of the wrong shape, or given to a layer without, and for
+        hidden states that are not (B, N, embed_dim).
         """
+        if hidden.dim() != 3 or hidden.shape[2] != self.q_proj.in_features:
+            expected = f"(B, N, {self.q_proj.in_features})"
+            raise ValueError(f"hidden: expected shape {expected}, got {tuple(hidden.shape)}")
         query = functional.silu(self.q_proj(hidden)).unflatten(-1, (self.num_heads, self.key_dim)).transpose(1, 2)
         key = self.k_proj(hidden).unflatten(-1, (self.num_key_heads, self.key_dim)).transpose(1, 2)
         value = self.v_proj(hidden).unflatten(-1, (self.num_key_heads, self.head_dim)).transpose(1, 2)
@@ -147,8 +151,11 @@ class LightNetAttention(nn.Module):
             if self.position_axes != 1:
                 raise ValueError(f"positions: expected a tensor (N, {self.position_axes}), got None")
             return grid_positions(hidden.shape[1], device=hidden.device)
-        if positions.shape[-1] != self.position_axes:
-            raise ValueError(f"positions: expected {self.position_axes} axes, got {positions.shape[-1]}")
+        expected = f"a tensor (N, {self.position_axes}) or (B, N, {self.position_axes})"
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"positions: expected {expected}, got {type(positions).__name__}")
+        if positions.dim() not in (2, 3) or positions.shape[-1] != self.position_axes:
+            raise ValueError(f"positions: expected {expected}, got shape {tuple(positions.shape)}")
         return positions
 
 

@@ -14,7 +14,10 @@ from torch import Tensor
 
 def _is_readable(x: Tensor) -> bool:
     """Whether Python may branch on the numbers in x: not while they are traced, mapped or only pretended."""
-    return not (torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active())
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    # A mode that takes every operator may trace (make_fx) or only pretend (FakeTensorMode); so may a tensor subclass.
+    pretended = x.is_meta or type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
+    return not (traced or pretended)
 
 
 class PairProduct(torch.autograd.Function):
