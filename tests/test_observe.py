@@ -186,3 +186,17 @@ def test_repr_shows_shapes_instead_of_numbers() -> None:
     stats = AttentionStats(max_key=torch.zeros(2, 8, 128, dtype=torch.int64))
     assert repr(stats) == "AttentionStats(max_key=(2, 8, 128) int64)"
     assert repr(Observe(entropy=True, top_k=2)) == "Observe(entropy=True, top_k=2)"
+
+
+def test_what_is_saved_beside_weights_is_loaded_as_weights_are() -> None:
+    query = torch.randn(1, 2, 4, 8)
+    observe = Observe(log_normalizer=True)
+    _, stats = sl.attention(query, query, query, observe=observe)
+    saved = [observe, sl.LSSAR(3), sl.Softmax(softcap=5)]
+    file = io.BytesIO()
+    torch.save([*saved, stats], file)
+    file.seek(0)
+    *loaded, found = torch.load(file, weights_only=True)
+    assert loaded == saved
+    assert torch.equal(found.log_normalizer, stats.log_normalizer)
+    assert found.entropy is None

@@ -20,11 +20,14 @@ from sightline.ops import (
     takes_decode_shortcut,
 )
 from sightline.ops.autocast import autocast_dtype, without_autocast
-from sightline.weighting import WEIGHTINGS, Softmax, Weighting
+from sightline.weighting import WEIGHTINGS, Reweight, Softmax, Weighting
 
 if native_library().loaded:
     from sightline.ops.attention import call_attention
     from sightline.ops.triton_attention import call_attention_triton
+
+# torch.load takes them with weights_only=True, its default.
+torch.serialization.add_safe_globals([AttentionStats, Observe, Reweight, *WEIGHTINGS.values()])
 
 _WEIGHT_FUNCTIONS = {kind: number for number, kind in enumerate(WEIGHTINGS)}
 _DEFAULT = Softmax()
