@@ -83,11 +83,14 @@ def log2_one_plus(y):
 def softplus(scores, variant: tl.constexpr, DERIVED: tl.constexpr):
     """(phi(s), phi'(s)) of softplus in units of ln 2; without DERIVED the first twice."""
     decay = tl.exp2(tl.abs(scores) * -LOG2_E)
-    rest = log2_one_plus(decay) if variant.dtype == "fp32" else log2_one_plus_short(decay)
-    weight = tl.maximum(scores, 0.0) * LOG2_E + rest
-    slope = weight
     if DERIVED:
         slope = tl.where(scores < 0.0, decay, 1.0) * LOG2_E / (1.0 + decay)
+    if variant.dtype == "fp32":
+        weight = tl.maximum(scores, 0.0) * LOG2_E + log2_one_plus(decay)
+    else:
+        weight = tl.maximum(scores, 0.0) * LOG2_E + log2_one_plus_short(decay)
+    if not DERIVED:
+        slope = weight
     return weight, slope
 
 
