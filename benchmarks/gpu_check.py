@@ -22,6 +22,7 @@ from typing import Any
 
 from gpu import plan, summary
 from gpu.steps import Document, Step, run_part, run_step
+from gpu.watch import given_up
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unfinished := document.unfinished():
         print(f"not finished: {len(unfinished)} of the steps; the same call again goes on with them")
     failed = any(step["status"] == "failed" for step in document.content["steps"].values())
-    return int(failed or bool(document.content["findings"].get("lost")))
+    return int(failed or bool(given_up(document.content["findings"])))
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def measure_group(group: cases.Group, device: torch.device) -> None:
             )
         except LostDeviceError as error:
             watch.lose(key, error.implementation, str(error), for_good=True)
-            watch.begin("", "")
+            watch.begin(None, None)
             raise SystemExit(EXIT_CODE) from error
         record({"kind": "cases", "name": key, "label": case.name, **asdict(case), "results": results})
         torch.cuda.empty_cache()

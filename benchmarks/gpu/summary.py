@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu.cases import OURS, RECURRENCE, SDPA, Case, groups
+from gpu.watch import given_up
 
 SCHEMA = "sightline-gpu/1"
 UNMEASURED = "unmeasured"
@@ -219,7 +220,7 @@ def text_table(document: dict[str, Any]) -> str:
     lines.append("tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     failures = [(name, test) for name, test in findings.get("tests", {}).items() if test["outcome"] == "failed"]
     lines += [f"  failed: {name} (SIGHTLINE_TEST_SEED={test.get('seed')})" for name, test in failures[:20]]
-    lines += [f"  lost: {name} ({found['why']})" for name, found in findings.get("lost", {}).items()]
+    lines += [f"  lost: {name} ({why})" for name, why in given_up(findings).items()]
     lines += [f"  {key}: {step['status']}" for key, step in steps.items() if step["status"] != "passed"]
     return "\n".join(lines)
 

@@ -26,6 +26,12 @@ _COMPILED = ("softmax", "lssa", "lssar", "cuda", "triton", "flex", "flash", "rec
 Call = tuple[cases.Case, str]
 
 
+def kernels_of(case: cases.Case, name: str) -> tuple[object, ...]:
+    """What cases have in common that are computed by the same kernels."""
+    direction = case.direction.removeprefix("forward+")
+    return name, case.operation, case.dtype, case.head_dim, case.causal, direction
+
+
 def shares(count: int) -> list[list[Call]]:
     """The calls to make, for so many processes: those that share kernels in one, the longest rows first."""
     families: dict[tuple[object, ...], list[Call]] = defaultdict(list)
@@ -33,8 +39,7 @@ def shares(count: int) -> list[list[Call]]:
         for name in group.implementations:
             if name.partition("-")[0] in _COMPILED:
                 for case in group.cases:
-                    kernels = (name, case.operation, case.dtype, case.head_dim, case.causal, case.direction)
-                    families[kernels].append((case, name))
+                    families[kernels_of(case, name)].append((case, name))
     found: list[list[Call]] = [[] for _ in range(count)]
     for family in sorted(families.values(), key=len, reverse=True):
         min(found, key=len).extend(dict.fromkeys(family))

@@ -19,6 +19,12 @@ CHANCES = 2
 EXIT_CODE = 5
 
 
+def given_up(found: Mapping[str, Any]) -> dict[str, str]:
+    """What is left out from now on, of all groups, and why: "case, implementation" to the reason."""
+    lost: Mapping[str, Any] = found.get("lost", {})
+    return {name: entry["why"] for name, entry in lost.items() if entry["times"] >= CHANCES}
+
+
 class Watch:
     """Watches the implementations of one group of cases; `found`: what earlier children handed over."""
 
@@ -26,7 +32,7 @@ class Watch:
         self.group, self.longest = group, longest
         self.lost: dict[str, dict[str, Any]] = dict(found.get("lost", {}))
         last = found.get("running", {}).get(group)
-        if last is not None and last["case"] not in found.get("cases", {}):
+        if last is not None and last["case"] is not None and last["case"] not in found.get("cases", {}):
             self.lose(last["case"], last["implementation"], "its process ended")
 
     def lose(self, case: str, implementation: str, why: str, for_good: bool = False) -> None:
@@ -38,11 +44,11 @@ class Watch:
 
     def left_out(self, case: str, implementations: Iterable[str]) -> dict[str, str]:
         """The implementations that have had their chances, and what became of them."""
-        earlier = {name: self.lost.get(f"{case}, {name}", {"times": 0}) for name in implementations}
-        return {name: f"lost: {found['why']}" for name, found in earlier.items() if found["times"] >= CHANCES}
+        why = given_up({"lost": self.lost})
+        return {name: f"lost: {why[key]}" for name in implementations if (key := f"{case}, {name}") in why}
 
-    def begin(self, case: str, implementation: str) -> None:
-        """Say what runs from now on."""
+    def begin(self, case: str | None, implementation: str | None) -> None:
+        """Say what runs from now on; None: nothing that the next child should hold responsible."""
         record({"kind": "running", "name": self.group, "case": case, "implementation": implementation})
 
     @contextmanager
@@ -51,8 +57,7 @@ class Watch:
 
         def give_up() -> None:
             self.lose(case, implementation, f"it did not come back in {self.longest:.0f} s")
-            # The next child would count it once more.
-            record({"kind": "running", "name": self.group, "case": None, "implementation": None})
+            self.begin(None, None)
             os._exit(EXIT_CODE)
 
         timer = threading.Timer(self.longest, give_up)

@@ -115,6 +115,18 @@ def test_after_tuning_the_benchmarks_are_measured_again(
     assert list(document["steps"]) == ["tune/only"]
 
 
+def test_what_was_lost_makes_the_check_fail(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for times, code in ((1, 0), (2, 1)):
+        finding = {"kind": "lost", "name": "a case, lssa", "times": times, "why": "w"}
+        said = f"from gpu.steps import record; record({finding!r})"
+        step = Step("bench", str(times), (sys.executable, "-c", said), 60.0, plan.environment(ROOT))
+        monkeypatch.setattr(check, "steps_of", lambda *arguments, step=step: [step])
+        assert check.main(["--results", str(tmp_path), "--part", "bench"]) == code
+    assert "lost: a case, lssa (w)" in capsys.readouterr().out
+
+
 def test_a_failed_step_makes_the_check_fail(
     check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

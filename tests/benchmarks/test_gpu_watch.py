@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import cases, measure, peers, plan, warm, watch
+from gpu import cases, measure, peers, plan, summary, warm, watch
 from gpu.cases import Case
 
 import sightline as sl
@@ -40,6 +40,13 @@ def test_what_ran_when_a_process_ended_has_a_second_chance(capsys: pytest.Captur
     assert records(capsys) == []
 
 
+def test_what_had_a_second_chance_and_took_it_is_no_failure() -> None:
+    found = {"lost": {"a, lssa": {"times": 1, "why": "w"}, "a, softmax": {"times": watch.CHANCES, "why": "v"}}}
+    assert watch.given_up(found) == {"a, softmax": "v"}
+    assert watch.given_up({}) == {}
+    assert "lost: a, softmax (v)" in summary.text_table({"findings": found, "steps": {}, "device": {"name": "d"}})
+
+
 def test_what_does_not_come_back_ends_its_process_and_is_named() -> None:
     code = "import time; from gpu.watch import Watch\nwith Watch('small', {}, 0.2).over('a', 'lssa'): time.sleep(60)"
     result = subprocess.run(
@@ -47,6 +54,7 @@ def test_what_does_not_come_back_ends_its_process_and_is_named() -> None:
     )
     assert result.returncode == watch.EXIT_CODE
     lost, running = map(json.loads, result.stdout.splitlines())
+    assert watch.Watch("small", {"running": {"small": running}}).lost == {}
     assert lost == {"kind": "lost", "name": "a, lssa", "times": 1, "why": "it did not come back in 0 s"}
     assert running["case"] is None
 
@@ -83,7 +91,9 @@ def test_a_lost_device_ends_the_child_and_the_next_one_leaves_its_cause_out(
     for finding in records(capsys):
         found.setdefault(finding.pop("kind"), {})[finding.pop("name")] = finding
     measure.measure_group(GROUP, CPU)
-    (case,) = [finding for finding in records(capsys) if finding["kind"] == "cases"]
+    again = records(capsys)
+    assert {finding["kind"] for finding in again} == {"running", "cases"}
+    (case,) = [finding for finding in again if finding["kind"] == "cases"]
     assert case["results"]["lssa"] == {"error": "lost: RuntimeError: an illegal memory access"}
     assert "seconds" in case["results"]["softmax"]
 
@@ -102,8 +112,7 @@ def test_every_kernel_is_compiled_ahead_by_one_process() -> None:
     owners: dict[object, set[int]] = {}
     for index, share in enumerate(shares):
         for case, name in share:
-            kernels = (name, case.operation, case.dtype, case.head_dim, case.causal, case.direction)
-            owners.setdefault(kernels, set()).add(index)
+            owners.setdefault(warm.kernels_of(case, name), set()).add(index)
     assert all(len(found) == 1 for found in owners.values())
     assert max(map(len, shares)) < 2 * min(map(len, shares))
 
