@@ -18,6 +18,10 @@ def test_causal_must_be_a_boolean(causal: Any) -> None:
     assert refusal(TypeError, causal=causal).startswith("causal: expected True or False, got ")
 
 
+def test_a_boolean_of_numpy_is_not_called_bool() -> None:
+    assert refusal(TypeError, causal=np.True_) == "causal: expected True or False, got numpy.bool"
+
+
 @pytest.mark.parametrize("window", [4, "10", (1.0, 2), (True, 1), ("1", None), {1, 2}, torch.tensor([1, 2])], ids=str)
 def test_window_must_be_a_pair_of_integers(window: Any) -> None:
     assert refusal(TypeError, window=window).startswith("window: expected None or a pair (left, right)")

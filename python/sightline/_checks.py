@@ -7,6 +7,7 @@ reads the numbers inside a tensor, so that none synchronises with a device or br
 
 from __future__ import annotations
 
+import builtins
 from typing import Any
 
 import torch
@@ -357,7 +358,8 @@ def _refuse_backend(backend: Any) -> None:
 def _wrong_type(name: str, expected: str, got: Any) -> TypeError:
     kind = type(got)
     # numpy.bool is no bool, and would be called one.
-    owner = "numpy." if kind.__module__ == "numpy" else ""
+    is_namesake = kind.__module__ != "builtins" and hasattr(builtins, kind.__name__)
+    owner = f"{kind.__module__}." if is_namesake else ""
     return TypeError(f"{name}: expected {expected}, got {owner}{kind.__name__}")
 
 

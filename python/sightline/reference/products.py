@@ -14,10 +14,10 @@ from torch import Tensor
 
 def _is_readable(x: Tensor) -> bool:
     """Whether Python may branch on the numbers in x: not while they are traced, mapped or only pretended."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
     # A mode that takes every operator may trace (make_fx) or only pretend (FakeTensorMode); so may a tensor subclass.
-    pretended = x.is_meta or type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
-    return not (traced or pretended)
+    return not x.is_meta and type(x) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
 
 
 class PairProduct(torch.autograd.Function):
