@@ -18,6 +18,7 @@ from page.gpu import gpu_section
 from page.markdown import markdown_table
 from page.models import stack_section, transformers_section
 from page.recurrence import recurrence_section
+from page.revision import revision_section
 from page.targets import by_machine
 from page.targets_section import targets_section
 
@@ -43,6 +44,7 @@ SECTIONS = {
     summary.SCHEMA: gpu_section,
     "sightline-recurrence/1": recurrence_section,
     "sightline-options/1": options_section,
+    "sightline-revision/1": revision_section,
 }
 
 
