@@ -19,7 +19,7 @@ PARTS = {"tests": 190.0, "sanitize": 80.0, "bench": 310.0}
 KINDS = {
     "tests": ("tests",),
     "sanitize": (),
-    "bench": ("peaks", "skips", "cases", "warm", "running", "lost"),
+    "bench": ("peaks", "skips", "cases", "compiled", "running", "lost"),
     "tune": ("tiles",),
 }
 _BENCHMARKS = ("python/sightline", "benchmarks/gpu")
@@ -172,7 +172,7 @@ def bench_steps(python: str, root: Path, findings: Mapping[str, Any]) -> list[St
     told = environment(root) | {"SIGHTLINE_TUNING": str(tiles_file(root))}
     mark = root / "build" / "gpu-check" / f"compiled-{fingerprints(root)['bench']}"
     return [
-        Step("bench", "compile", (python, "-m", "gpu.warm", str(mark)), 150.0, told, every_call=True),
+        Step("bench", "compile", (python, "-m", "gpu.compile_ahead", str(mark)), 150.0, told, every_call=True),
         Step("bench", "peaks", (python, "-m", "gpu.measure", "peaks"), 40.0, told),
         Step("bench", "tile skipping", (python, "-m", "gpu.skips"), 40.0, told),
         *(

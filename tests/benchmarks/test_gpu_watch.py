@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import cases, measure, peers, plan, summary, warm, watch
+from gpu import cases, compile_ahead, measure, peers, plan, summary, watch
 from gpu.cases import Case
 
 import sightline as sl
@@ -59,10 +59,16 @@ def test_what_does_not_come_back_ends_its_process_and_is_named() -> None:
     assert running["case"] is None
 
 
-def test_what_comes_back_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    with watch.Watch("small", {}).over("a", "lssa"):
-        pass
-    assert records(capsys) == []
+def test_what_comes_back_is_left_alone() -> None:
+    code = (
+        "import time; from gpu.watch import Watch\n"
+        "with Watch('small', {}, 0.2).over('a', 'lssa'): pass\n"
+        "time.sleep(0.6); print('alive')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=plan.environment(ROOT), capture_output=True, text=True, timeout=30
+    )
+    assert (result.returncode, result.stdout) == (0, "alive\n")
 
 
 def test_a_lost_device_ends_the_child_and_the_next_one_leaves_its_cause_out(
@@ -106,13 +112,13 @@ def test_every_kernel_is_compiled_ahead_by_one_process() -> None:
         for name in group.implementations
         if not name.startswith(("sdpa", "eager"))
     }
-    shares = warm.shares(14)
+    shares = compile_ahead.shares(14)
     assert sum(map(len, shares)) == len(planned)
     assert set().union(*shares) == planned
     owners: dict[object, set[int]] = {}
     for index, share in enumerate(shares):
         for case, name in share:
-            owners.setdefault(warm.kernels_of(case, name), set()).add(index)
+            owners.setdefault(compile_ahead.kernels_of(case, name), set()).add(index)
     assert all(len(found) == 1 for found in owners.values())
     assert max(map(len, shares)) < 2 * min(map(len, shares))
 
@@ -134,7 +140,7 @@ def test_what_is_compiled_ahead_is_called_as_it_is_measured(
 
     monkeypatch.setattr(peers, "make", make)
     case = Case(direction, "float32", 16, 48, True, 1, 2, 2)
-    warm.work([(case, "absent"), (case, "softmax")], CPU)
+    compile_ahead.work([(case, "absent"), (case, "softmax")], CPU)
     assert gradients == [direction == "backward"]
     missing, called = records(capsys)
     assert missing["error"] == "ModuleNotFoundError: no such package"

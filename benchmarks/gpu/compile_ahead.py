@@ -1,4 +1,4 @@
-"""Compile what the benchmarks call, in as many processes as there are processors: `python -m gpu.warm MARK`.
+"""Compile what the benchmarks call, in as many processes as there are processors: `python -m gpu.compile_ahead MARK`.
 
 Triton compiles a kernel in seconds, on one processor, and a benchmark calls some hundreds of them; left to themselves
 the groups would spend their limits on that. MARK is a file that says that this machine has done it: the kernels lie in
@@ -70,7 +70,7 @@ def work(share: list[Call], device: torch.device) -> None:
         except Exception as error:
             why = describe_error(error)[:300]
         seconds = round(time.perf_counter() - start, 2)
-        record({"kind": "warm", "name": f"{case.name}, {name}", "seconds": seconds, "error": why})
+        record({"kind": "compiled", "name": f"{case.name}, {name}", "seconds": seconds, "error": why})
         if why is not None and measure.is_lost(device):
             raise SystemExit(f"{case.name}, {name}: {why}")
         if device.type == "cuda":
@@ -90,7 +90,7 @@ def main() -> None:
     if arguments.mark.exists():
         return
     count = max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
-    command = [sys.executable, "-m", "gpu.warm", str(arguments.mark), "--share"]
+    command = [sys.executable, "-m", "gpu.compile_ahead", str(arguments.mark), "--share"]
     workers = [subprocess.Popen([*command, str(index), str(count)], close_fds=False) for index in range(count)]
     codes = [worker.wait() for worker in workers]
     if any(codes):
