@@ -2,9 +2,10 @@
 
     python benchmarks/recurrence_ratio.py --lengths 1024,4096 --dtypes float32,bfloat16
 
-Implementations take turns in one process, so that ratios hold on a machine that drifts; memory is measured in fresh
-processes. What does not fit into memory is left out, with the reason in its place. docs/performance.md is made from the
-results by render.py.
+Implementations take turns in one process, so that ratios hold on a machine that drifts, and with --sweeps every case
+comes up several times in a run, so that a disturbance of minutes does not decide it; what the machine multiplied and
+read is measured at the start of each. Memory is measured in fresh processes. What does not fit into memory is left out,
+with the reason in its place. docs/performance.md is made from the results by render.py.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from command_line import CPU, say, whole_numbers, write_document
+from machine_rates import bench_module, multiply_rates, read_rate
 from recurrence_peers import CAUSAL, UNORDERED, backward_pass, decoding_steps, forward_pass, random_inputs
 from rounds import sample_in_rounds
 
-from sightline.cli.environment import available_memory
+from sightline.cli.environment import available_memory, instruction_sets
 from sightline.cli.measure import Spread, seconds_of
 from sightline.cli.peak_memory import measure_peak
 
 SCHEMA = "sightline-recurrence/1"
 DECODING_CALLS = 50
+READ_BYTES = 512 * 2**20
 MEMORY_SHARE = 0.95  # of what is available: the rest is for the program itself
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -63,7 +67,7 @@ def in_turns(
     limit: float,
     calls_per_run: int = 1,
 ) -> list[dict[str, Any]]:
-    """Seconds of every call in turns, with the ratio of the others' medians to the first one's.
+    """Rows of the seconds that every call took, in turns, in the order of the calls: one sweep's.
 
     limit: about so many seconds, at the cost of repetitions.
     """
@@ -79,19 +83,57 @@ def in_turns(
     samples = sample_in_rounds({name: partial(run, call) for name, call in calls.items()}, repetitions, limit)
     if samples.errors:
         raise RuntimeError(f"{what}: {samples.errors}")
-    own = Spread.of(next(iter(samples.values.values()))).median
-    return [result_of(what, case, name, seconds, own) for name, seconds in samples.values.items()]
+    return [row_of(what, case, name, seconds) for name, seconds in samples.values.items()]
 
 
-def result_of(what: str, case: dict[str, Any], name: str, seconds: list[float], own: float) -> dict[str, Any]:
-    """One row: repeated measurements in seconds, and the ratio of their median to `own`."""
-    spread = Spread.of(seconds)
-    found = {"measurement": what, **case, "implementation": name, "repetitions": len(seconds)}
-    return found | {"seconds": asdict(spread), "ratio": spread.median / own}
+def row_of(what: str, case: dict[str, Any], name: str, seconds: list[float]) -> dict[str, Any]:
+    """What one implementation took in one sweep."""
+    return {"measurement": what, **case, "implementation": name, "samples": seconds}
 
 
-def measure(options: argparse.Namespace, dtype_name: str) -> list[dict[str, Any]]:
-    """Everything that is measured in turns in one dtype."""
+def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results in the order of the first sweep: repetitions and spread of the samples of all sweeps.
+
+    The ratio is that of the medians of an implementation and of the one that stands first in its case. A case that no
+    sweep had memory for keeps its error.
+    """
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    samples: dict[tuple[Any, ...], list[float]] = {}
+    errors: dict[tuple[Any, ...], str] = {}
+    for row in rows:
+        described = {name: value for name, value in row.items() if name not in ("samples", "error")}
+        key = tuple(described.values())
+        found.setdefault(key, described)
+        samples.setdefault(key, []).extend(row.get("samples", ()))
+        if "error" in row:
+            errors[key] = row["error"]
+    own: dict[tuple[Any, ...], float] = {}  # by case: the implementation is the last part of a key
+    for key, result in found.items():
+        if samples[key]:
+            spread = Spread.of(samples[key])
+            ratio = spread.median / own.setdefault(key[:-1], spread.median)
+            result |= {"repetitions": len(samples[key]), "seconds": asdict(spread), "ratio": ratio}
+        else:
+            result["error"] = errors[key]
+    return list(found.values())
+
+
+def machine_rates(threads: int) -> dict[str, Any] | None:
+    """What the machine multiplies in registers and reads now, or None without a development build."""
+    try:
+        bench = bench_module()
+    except FileNotFoundError:
+        return None
+    isa = instruction_sets()["chosen"]
+    memory = np.ones(READ_BYTES // 4, dtype=np.float32)
+    return {
+        "multiply_gflops": multiply_rates(bench, isa, threads),
+        "read_gigabytes_per_second": read_rate(bench, isa, memory, threads),
+    }
+
+
+def measure(options: argparse.Namespace, dtype_name: str, sweep: int = 0) -> list[dict[str, Any]]:
+    """Everything that is measured in turns in one dtype, once; rows for `pooled`."""
     dtype, heads, width = getattr(torch, dtype_name), options.heads, options.width
     repetitions, limit = options.repetitions, options.seconds_per_case
     shape = {"dtype": dtype_name, "batch": 1, "heads": heads, "width": width}
@@ -113,7 +155,7 @@ def measure(options: argparse.Namespace, dtype_name: str) -> list[dict[str, Any]
         steps, case = decoding_steps(batch, heads, width, dtype), shape | {"batch": batch, "length": 1}
         found += in_turns("decoding", steps, case, 5 * repetitions, limit, DECODING_CALLS)
     for length in options.long_lengths:
-        found += measure_long(options, shape | {"length": length})
+        found += measure_long(options, shape | {"length": length}, sweep)
     return found
 
 
@@ -140,8 +182,8 @@ def on_threads(threads: int, call: Callable[[], object]) -> object:
         torch.set_num_threads(before)
 
 
-def measure_long(options: argparse.Namespace, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """The causal forward pass of a long context, at one length beside a single pass of torch SDPA."""
+def measure_long(options: argparse.Namespace, case: dict[str, Any], sweep: int = 0) -> list[dict[str, Any]]:
+    """The causal forward pass of a long context, at one length of the first sweep beside a single pass of SDPA."""
     return_freed_memory()
     reason = want_of_memory(case)
     if reason:
@@ -156,9 +198,8 @@ def measure_long(options: argparse.Namespace, case: dict[str, Any]) -> list[dict
     found = in_turns("length", {"recurrence": call}, case, options.repetitions, options.seconds_per_case)
     if large:
         keep_freed_memory()
-    if case["length"] == options.sdpa_once:
-        seconds = seconds_of(forward_pass(CAUSAL["sdpa"], inputs), CPU)
-        found.append(result_of("length", case, "sdpa", [seconds], found[0]["seconds"]["median"]))
+    if case["length"] == options.sdpa_once and sweep == 0:
+        found.append(row_of("length", case, "sdpa", [seconds_of(forward_pass(CAUSAL["sdpa"], inputs), CPU)]))
     return found
 
 
@@ -216,7 +257,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=128, help="Dk and Dv")
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["float32", "bfloat16"])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--seconds-per-case", type=float, default=20.0, help="long calls are repeated less often")
+    parser.add_argument(
+        "--seconds-per-case", type=float, default=20.0, help="of a sweep: long calls are repeated less often"
+    )
+    parser.add_argument("--sweeps", type=int, default=1, help="how often every case comes up")
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--peak-length", type=int, default=1048576, help="N for memory, 0: leave it out")
     parser.add_argument("--name", help="name of the result file, by default from device and instruction set")
@@ -230,8 +274,13 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     memory = [measure_memory(options, dtype) for dtype in options.dtypes] if options.peak_length else []
     keep_freed_memory()
-    timings = [result for dtype in options.dtypes for result in measure(options, dtype)]
-    write_document(SCHEMA, {"timings": timings, "memory": memory}, name=options.name)
+    rates, rows = [], []
+    for sweep in range(options.sweeps):
+        say(f"sweep {sweep + 1} of {options.sweeps}")
+        rates.append(machine_rates(torch.get_num_threads()))
+        rows += [row for dtype in options.dtypes for row in measure(options, dtype, sweep)]
+    found = {"machine_rates": [rate for rate in rates if rate], "timings": pooled(rows), "memory": memory}
+    write_document(SCHEMA, found, name=options.name)
 
 
 if __name__ == "__main__":

@@ -126,8 +126,8 @@ class Tree:
         self.process.wait()
 
 
-def compare(before: Tree, after: Tree, case: Case, rounds: int, sample_seconds: float) -> dict[str, Any]:
-    """Times of a case in both trees, and the ratio of neighbouring ones: above 1 this tree is faster."""
+def sample(before: Tree, after: Tree, case: Case, rounds: int, sample_seconds: float) -> list[tuple[float, float]]:
+    """Times of a case in both trees, pairs of neighbours."""
     once = min(tree.seconds(case, 1) for tree in (before, after) for _ in range(2))
     calls = max(1, int(sample_seconds / once))
     pairs = []
@@ -135,30 +135,45 @@ def compare(before: Tree, after: Tree, case: Case, rounds: int, sample_seconds: 
         order = (before, after) if turn % 2 == 0 else (after, before)
         found = {id(tree): tree.seconds(case, calls) for tree in order}
         pairs.append((found[id(before)], found[id(after)]))
+    return pairs
+
+
+def compare(case: Case, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """The times of a case, and the ratio of neighbours: above 1 this tree is faster."""
     return {
         **asdict(case),
-        "calls": calls,
         "before": asdict(Spread.of([pair[0] for pair in pairs])),
         "after": asdict(Spread.of([pair[1] for pair in pairs])),
         "ratio": asdict(Spread.of([pair[0] / pair[1] for pair in pairs])),
     }
 
 
-def measure(revision: str, folder: Path, cases: Sequence[Case], rounds: int, sample_seconds: float) -> dict[str, Any]:
-    """Every case; what the libraries are is told by a hash of each."""
-    trees = Tree(folder.resolve()), Tree(OWN)
-    try:
-        found = []
-        for case in cases:
-            found.append(compare(*trees, case, rounds, sample_seconds))
-            say(f"{case.name}: {found[-1]['ratio']['median']:.3f}")
-    finally:
-        for tree in trees:
-            tree.end()
+def measure(
+    revision: str, folder: Path, cases: Sequence[Case], processes: int, rounds: int, sample_seconds: float
+) -> dict[str, Any]:
+    """Every case, in so many pairs of processes: what memory one of them was given may favour it for all its life."""
+    pairs: dict[Case, list[tuple[float, float]]] = {case: [] for case in cases}
+    for number in range(processes):
+        trees = Tree(folder.resolve()), Tree(OWN)
+        try:
+            for case in cases:
+                say(f"processes {number + 1} of {processes}: {case.name}")
+                pairs[case] += sample(*trees, case, rounds, sample_seconds)
+        finally:
+            for tree in trees:
+                tree.end()
+    found = [compare(case, pairs[case]) for case in cases]
     libraries = (path / "sightline" / "_lib" / "libsightline.so" for path in (folder, OWN))
     hashes = [hashlib.sha256(library.read_bytes()).hexdigest()[:12] for library in libraries]
     middle = statistics.median(entry["ratio"]["median"] for entry in found)
-    return {"before": revision, "libraries": hashes, "rounds": rounds, "median_ratio": middle, "timings": found}
+    return {
+        "before": revision,
+        "libraries": hashes,
+        "processes": processes,
+        "rounds": rounds,
+        "median_ratio": middle,
+        "timings": found,
+    }
 
 
 def main() -> None:
@@ -169,12 +184,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision", help="what the earlier tree is called")
     parser.add_argument("folder", type=Path, help="its python folder, built")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--processes", type=int, default=4, help="pairs of them, one after the other")
+    parser.add_argument("--rounds", type=int, default=6, help="of each pair")
     parser.add_argument("--sample-seconds", type=float, default=0.1, help="of calls between two turns")
     parser.add_argument("--name", help="name of the result file, by default from device and instruction set")
     options = parser.parse_args()
     try:
-        found = measure(options.revision, options.folder, CASES, options.rounds, options.sample_seconds)
+        found = measure(
+            options.revision, options.folder, CASES, options.processes, options.rounds, options.sample_seconds
+        )
     except FileNotFoundError as error:
         parser.error(str(error))
     write_document(SCHEMA, found, name=options.name)

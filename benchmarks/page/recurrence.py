@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from page.markdown import described, markdown_table, milliseconds
@@ -42,9 +43,30 @@ RECURRENCE_LABELS = {
 }
 
 
+def rates_of_the_run(document: dict[str, Any]) -> list[str]:
+    """What the machine multiplied and read at the start of every sweep, least and most."""
+    rates = document.get("machine_rates")
+    if not rates:
+        return []
+
+    def span(numbers: Iterable[float]) -> str:
+        found = sorted(numbers)
+        least, most = (f"{number:,.0f}" for number in (found[0], found[-1]))
+        return least if least == most else f"{least} - {most}"
+
+    multiplied = ", ".join(
+        f"{span(rate['multiply_gflops'][operands] for rate in rates)} GFLOP/s of {operands}"
+        for operands, most in rates[0]["multiply_gflops"].items()
+        if most
+    )
+    read = span(rate["read_gigabytes_per_second"] for rate in rates)
+    return [f"At the start of its sweeps the machine multiplied {multiplied} in registers and read {read} GB/s.", ""]
+
+
 def recurrence_section(document: dict[str, Any]) -> list[str]:
     """One run of recurrence_ratio.py."""
     lines = [f"## Additive recurrence on {document['device']['name']}", "", *described(document)]
+    lines += rates_of_the_run(document)
     for measurement, (title, ratio) in RECURRENCE_TABLES.items():
         rows = []
         for result in document["timings"]:

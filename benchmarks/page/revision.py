@@ -13,9 +13,9 @@ def revision_section(document: dict[str, Any]) -> list[str]:
         f"## Kernels beside those of revision {document['before']} on {document['device']['name']}",
         "",
         *described(document),
-        f"Two processes take turns call by call, {document['rounds']} rounds, one thread, B = 1, H = 8; attention is "
-        "causal with D = 64, the recurrence has Dk = Dv = 128. The ratio is that of neighbouring calls, above 1: now "
-        f"faster. Median of all cases: {document['median_ratio']:.3f}.",
+        f"{document['processes']} pairs of processes take turns, {document['rounds']} rounds each, one thread, B = 1, "
+        "H = 8; attention is causal with D = 64, the recurrence has Dk = Dv = 128. The ratio is that of neighbouring "
+        f"calls, above 1: now faster. Median of all cases: {document['median_ratio']:.3f}.",
         "",
     ]
     rows = [

@@ -133,8 +133,7 @@ static void pair_blocks(const uint16_t* a, int64_t a_stride, const uint32_t* b, 
 template <int kParts, bool kAccumulate, bool kAll = false>
 static void pair_products(const TileFactors* factors, int count, float* c, int64_t rows, int64_t lanes) {
   if constexpr (kHasTileUnit) {
-    Prefetches nothing;
-    tile_product<kParts, kParts, kAccumulate, kAll>(factors, count, c, lanes, rows, lanes, nothing);
+    tile_product<kParts, kParts, kAccumulate, kAll>(factors, count, c, lanes, rows, lanes);
   } else {
     static_assert(kParts == 1);
     for (int index = 0; index < count; ++index) {

@@ -6,6 +6,9 @@
 // strides, is the A operand of weights times V and of the gradients.
 #pragma once
 
+#include <type_traits>
+
+#include "cpu/prefetch.h"
 #include "cpu/row_math.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
@@ -17,16 +20,16 @@ struct Broadcast {
   int64_t depth_stride;
 };
 
-template <int kRows, int kVectors, bool kAccumulate>
+template <int kRows, int kVectors, bool kAccumulate, class Between = Nothing>
 SIGHTLINE_INLINE void product_block(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-                                    int64_t depth) {
+                                    int64_t depth, const Between& between = {}) {
   // Sums start at 0 and meet C at the end: adding tile sums to a running total loses less than one long chain.
   Vec sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 8
     for (int vector = 0; vector < kVectors; ++vector) sums[row][vector] = Vec::broadcast(0.0f);
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto add = [&](int64_t k) __attribute__((always_inline)) {
     Vec columns[kVectors];
 #pragma GCC unroll 8
     for (int vector = 0; vector < kVectors; ++vector)
@@ -38,6 +41,15 @@ SIGHTLINE_INLINE void product_block(Broadcast a, const float* b, int64_t b_strid
       for (int vector = 0; vector < kVectors; ++vector)
         sums[row][vector] = fma(scalar, columns[vector], sums[row][vector]);
     }
+  };
+  if constexpr (std::is_same_v<Between, Nothing>) {
+    for (int64_t k = 0; k < depth; ++k) add(k);
+  } else {
+    for (int64_t begin = 0; begin < depth; begin += kAskDepth) {
+      between();
+      const int64_t end = core::smaller(begin + kAskDepth, depth);
+      for (int64_t k = begin; k < end; ++k) add(k);
+    }
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row)
@@ -48,20 +60,14 @@ SIGHTLINE_INLINE void product_block(Broadcast a, const float* b, int64_t b_strid
     }
 }
 
-// What is done between two blocks of a product: nothing, or asking for memory.
-struct Nothing {
-  void operator()() const {}
-};
-
 template <int kVectors, bool kAccumulate, class Between>
 static void product_panel(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
                           int64_t depth, const Between& between) {
   constexpr int kRows = kRegisterTiles.product.rows;
   int64_t row = 0;
   for (; row + kRows <= rows; row += kRows) {
-    between();
     product_block<kRows, kVectors, kAccumulate>({a.data + row * a.row_stride, a.row_stride, a.depth_stride}, b,
-                                                b_stride, c + row * c_stride, c_stride, depth);
+                                                b_stride, c + row * c_stride, c_stride, depth, between);
   }
   const Broadcast rest{a.data + row * a.row_stride, a.row_stride, a.depth_stride};
   float* rest_c = c + row * c_stride;
@@ -114,6 +120,9 @@ static void product_of_chunk(Broadcast a, const float* b, int64_t b_stride, floa
 template <bool kAccumulate, int64_t kChunk = kDepthChunk, class Between = Nothing>
 static void product(Broadcast a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
                     int64_t columns, int64_t depth, const Between& between = {}) {
+  constexpr int64_t kLanes = kRegisterTiles.product.vectors * Vec::kWidth;
+  between.spread(rows / kRegisterTiles.product.rows * core::round_up(columns, kLanes) / kLanes *
+                 core::round_up(depth, kAskDepth) / kAskDepth);
   product_of_chunk<kAccumulate>(a, b, b_stride, c, c_stride, rows, columns, core::smaller(depth, kChunk), between);
   for (int64_t k = kChunk; k < depth; k += kChunk)
     product_of_chunk<true>({a.data + k * a.depth_stride, a.row_stride, a.depth_stride}, b + k * b_stride, b_stride, c,

@@ -40,6 +40,17 @@ struct TileFactors {
   int64_t depth;
 };
 
+// Products of parts are of order 0 (both are the first) and up.
+constexpr int orders_of_parts(int parts_a, int parts_b, bool all) {
+  return all ? parts_a + parts_b - 1 : parts_a > parts_b ? parts_a : parts_b;
+}
+constexpr int products_of_parts(int parts_a, int parts_b, bool all) {
+  int found = 0;
+  for (int a = 0; a < parts_a; ++a)
+    for (int b = 0; b < parts_b; ++b) found += a + b < orders_of_parts(parts_a, parts_b, all);
+  return found;
+}
+
 // A block of C: one or two tiles of 16 rows by one or two of 16 lanes.
 template <int kRowTiles, int kLaneTiles, bool kAccumulate>
 struct TileBlock {
@@ -87,10 +98,10 @@ struct TileBlock {
 
   // The sums of rows from `row` and lanes from `lane` stay in the tiles; those of the block before are stored on the
   // way.
-  template <int kPartsA, int kPartsB, bool kAll>
+  template <int kPartsA, int kPartsB, bool kAll, class Between>
   __attribute__((always_inline)) inline void multiply(const TileFactors* factors, int count, int64_t row, int64_t lane,
-                                                      float* before, const float* next) const {
-    constexpr int kOrders = kAll ? kPartsA + kPartsB - 1 : kPartsA > kPartsB ? kPartsA : kPartsB;
+                                                      float* before, const float* next, const Between& between) const {
+    constexpr int kOrders = orders_of_parts(kPartsA, kPartsB, kAll);
     check_tile(next, stride * 4, 16 * kRowTiles, 64 * kLaneTiles);
     tell_memory();
     bool first = true;
@@ -108,51 +119,55 @@ struct TileBlock {
           for (int tile = 0; tile < kLaneTiles; ++tile)
             check_tile(from_b + tile * b.panel, b.stride * 4, depth / 2, 64);
           int64_t k = 0;
+          between();
           if (first) {
             step<true>(from_a, a.stride, from_b, b.stride, b.panel, before, next);
             first = false;
             k = kPairDepth;
           }
-          for (; k < depth; k += kPairDepth)
+          for (; k < depth; k += kPairDepth) {
+            if (k > 0) between();
             step<false>(from_a + k, a.stride, from_b + k / 2 * b.stride, b.stride, b.panel, nullptr, nullptr);
+          }
         }
     }
   }
 };
 
 // Blocks of kLaneTiles tiles of lanes, all rows of C: two tiles of rows each, one at the end where it is left over.
-template <int kPartsA, int kPartsB, bool kAll, int kLaneTiles, bool kAccumulate>
+template <int kPartsA, int kPartsB, bool kAll, int kLaneTiles, bool kAccumulate, class Between>
 static void tile_panel(const TileFactors* factors, int count, int64_t lane, float* c, int64_t c_stride, int64_t rows,
-                       Prefetches& prefetches) {
-  constexpr int64_t kRowsPerBlock = 2;
+                       const Between& between) {
   const TileBlock<2, kLaneTiles, kAccumulate> block{c_stride};
   float* before = nullptr;
   int64_t row = 0;
   for (; row + 2 * kPairRows <= rows; row += 2 * kPairRows) {
-    prefetches.ask(kRowsPerBlock);
     float* target = c + row * c_stride + lane;
-    block.template multiply<kPartsA, kPartsB, kAll>(factors, count, row, lane, before, target);
+    block.template multiply<kPartsA, kPartsB, kAll>(factors, count, row, lane, before, target, between);
     before = target;
   }
   if (before != nullptr) block.finish(before);
   if (row == rows) return;
   const TileBlock<1, kLaneTiles, kAccumulate> last{c_stride};
-  prefetches.ask(kRowsPerBlock);
   float* target = c + row * c_stride + lane;
-  last.template multiply<kPartsA, kPartsB, kAll>(factors, count, row, lane, nullptr, target);
+  last.template multiply<kPartsA, kPartsB, kAll>(factors, count, row, lane, nullptr, target, between);
   last.finish(target);
 }
 
-// C (rows, lanes) = the sum of `count` products, at least one, or += with kAccumulate; asks for a few rows of
-// `prefetches` with every block.
-template <int kPartsA, int kPartsB, bool kAccumulate, bool kAll = false>
+// C (rows, lanes) = the sum of `count` products, at least one, or += with kAccumulate.
+template <int kPartsA, int kPartsB, bool kAccumulate, bool kAll = false, class Between = Nothing>
 static void tile_product(const TileFactors* factors, int count, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
-                         Prefetches& prefetches) {
-  for (int64_t lane = 0; lane < lanes; lane += 2 * kPanelLanes) {
+                         const Between& between = {}) {
+  int64_t steps = 0;
+  for (int factor = 0; factor < count; ++factor) steps += factors[factor].depth / kPairDepth;
+  constexpr int64_t kRows = 2 * kPairRows, kLanes = 2 * kPanelLanes;
+  between.spread(core::round_up(rows, kRows) / kRows * core::round_up(lanes, kLanes) / kLanes * steps *
+                 products_of_parts(kPartsA, kPartsB, kAll));
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
     if (lane + kPanelLanes < lanes)
-      tile_panel<kPartsA, kPartsB, kAll, 2, kAccumulate>(factors, count, lane, c, c_stride, rows, prefetches);
+      tile_panel<kPartsA, kPartsB, kAll, 2, kAccumulate>(factors, count, lane, c, c_stride, rows, between);
     else
-      tile_panel<kPartsA, kPartsB, kAll, 1, kAccumulate>(factors, count, lane, c, c_stride, rows, prefetches);
+      tile_panel<kPartsA, kPartsB, kAll, 1, kAccumulate>(factors, count, lane, c, c_stride, rows, between);
   }
 }
 
@@ -161,7 +176,7 @@ template <int kPartsA, int kPartsB, bool kAccumulate>
 static void tile_product(SplitRows a, SplitPairs b, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
                          int64_t depth, Prefetches& prefetches) {
   const TileFactors factors{a, b, depth};
-  tile_product<kPartsA, kPartsB, kAccumulate>(&factors, 1, c, c_stride, rows, lanes, prefetches);
+  tile_product<kPartsA, kPartsB, kAccumulate>(&factors, 1, c, c_stride, rows, lanes, AskFor{prefetches});
 }
 
 // The same where nobody asks for what is left of `prefetches`.

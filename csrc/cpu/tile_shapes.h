@@ -112,9 +112,8 @@ static_assert(kChunkRows % kTriangleRows == 0 && kTriangleRows % Vec::kWidth == 
 constexpr int64_t kScoreDepth = 16;
 // A chunk of fewer rows, as steep keys make it, costs less in fp32 than its state costs to be split for the tile unit.
 constexpr int kLeastSplitRows = 16;
-// Rows of the next chunk that are asked for with every block of a product: of 6 by 4 vectors, so that a product of a
-// chunk and a state of 128 by 128 asks for 60 of 64.
-constexpr int64_t kRowsAskedForPerBlock = 3;
+// Steps of a product's depth between two times that it asks for memory: about a hundred cycles.
+constexpr int64_t kAskDepth = 192 / (kRegisterTiles.product.rows * kRegisterTiles.product.vectors);
 // Columns of a state that stay in the second-level cache at Dk = 512.
 constexpr int64_t kLargestBlock = 256;
 // Without order a long sequence is cut into segments, at most so many of all heads together, of at least so many rows:

@@ -15,7 +15,9 @@ ARGUMENTS += ["--one-head-length", "40"]
 
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
-    return recurrence_ratio.measure(recurrence_ratio.arguments(ARGUMENTS), "float32")
+    options = recurrence_ratio.arguments(ARGUMENTS)
+    sweeps = [row for sweep in range(2) for row in recurrence_ratio.measure(options, "float32", sweep)]
+    return recurrence_ratio.pooled(sweeps)
 
 
 def rows(results: list[dict], measurement: str) -> list[tuple]:
@@ -49,6 +51,39 @@ def test_every_measurement_puts_its_peers_beside_the_recurrence(results: list[di
 def test_sdpa_runs_once_at_one_long_length(results: list[dict]) -> None:
     assert rows(results, "length") == [(1, 48, "recurrence"), (1, 64, "recurrence"), (1, 64, "sdpa")]
     assert results[-1]["repetitions"] == 1
+    assert {result["repetitions"] for result in results if result["measurement"] == "causal"} == {2}
+
+
+def test_sweeps_are_pooled_case_by_case() -> None:
+    def row(name: str, seconds: list[float], length: int = 40) -> dict:
+        return recurrence_ratio.row_of("causal", {"length": length}, name, seconds)
+
+    left_out = {"measurement": "causal", "length": 80, "implementation": "a", "error": "needs memory"}
+    first = [row("a", [1.0, 9.0]), row("b", [2.0, 6.0]), row("a", [5.0], 60), left_out, left_out | {"length": 90}]
+    second = [row("a", [2.0]), row("b", [6.0]), row("a", [7.0], 60), row("a", [3.0], 80), left_out | {"length": 90}]
+    found = recurrence_ratio.pooled(first + second)
+    keys = ("length", "implementation", "repetitions", "ratio", "error")
+    assert [tuple(result.get(key) for key in keys) for result in found] == [
+        (40, "a", 3, 1.0, None),
+        (40, "b", 3, 3.0, None),
+        (60, "a", 2, 1.0, None),
+        (80, "a", 1, 1.0, None),
+        (90, "a", None, None, "needs memory"),
+    ]
+    assert [result["seconds"]["median"] for result in found[:4]] == [2.0, 6.0, 6.0, 3.0]
+
+
+def test_rates_of_the_machine_are_measured_where_there_is_a_development_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise FileNotFoundError("not built")
+
+    monkeypatch.setattr(recurrence_ratio, "bench_module", missing)
+    assert recurrence_ratio.machine_rates(2) is None
+    monkeypatch.setattr(recurrence_ratio, "READ_BYTES", 64)
+    monkeypatch.setattr(recurrence_ratio, "bench_module", lambda: "bench")
+    monkeypatch.setattr(recurrence_ratio, "multiply_rates", lambda bench, isa, threads: {bench: 10.0 * threads})
+    monkeypatch.setattr(recurrence_ratio, "read_rate", lambda bench, isa, memory, threads: memory.nbytes * threads)
+    assert recurrence_ratio.machine_rates(2) == {"multiply_gflops": {"bench": 20.0}, "read_gigabytes_per_second": 128}
 
 
 def test_a_call_on_some_threads_has_them_and_gives_them_back() -> None:
@@ -89,7 +124,7 @@ def test_memory_of_large_outputs_is_not_kept(monkeypatch: pytest.MonkeyPatch, mo
     monkeypatch.setattr(recurrence_ratio, "keep_freed_memory", lambda keeps=True: kept.append(keeps))
     case = {"dtype": "float32", "batch": 1, "heads": 2, "length": 48, "width": 8}
     (found,) = recurrence_ratio.measure_long(recurrence_ratio.arguments(ARGUMENTS), case)
-    assert found["seconds"]["median"] > 0
+    assert min(found["samples"]) > 0
     assert kept == expected
 
 
@@ -124,10 +159,17 @@ def test_page_shows_every_result_and_what_was_left_out(results: list[dict]) -> N
         "instruction_set": {"chosen": "generic"},
         "versions": {},
         "command": "recurrence_ratio.py",
+        "machine_rates": [
+            {"multiply_gflops": {"float32": 300.2, "bfloat16": 0.0}, "read_gigabytes_per_second": 23.0},
+            {"multiply_gflops": {"float32": 279.0, "bfloat16": 0.0}, "read_gigabytes_per_second": 23.4},
+        ],
         "timings": [*results, left_out],
         "memory": [memory | {"beyond_output_bytes": 3 * 2**20}, memory | {"error": left_out["error"]}],
     }
     text = render.render([document])
+    assert "multiplied 279 - 300 GFLOP/s of float32 in registers and read 23 GB/s." in text
+    del document["machine_rates"]
+    assert "in registers and read" not in render.render([document])
     assert text.count("| float32, B = 1, H = 2, D = 8, N = 40 |") == 9
     assert "### Backward pass over the whole sequence" in text
     assert "### One head, causal backward pass, two threads against one" in text

@@ -15,7 +15,7 @@ DIRECTIONS += [("causal", "backward"), ("unordered", "forward")]
 
 def test_a_tree_beside_itself(tmp_path: Path) -> None:
     cases = [Case(kernel, direction, "float32", 32) for kernel, direction in DIRECTIONS]
-    found = revision_ratio.measure("itself", OWN, cases, rounds=3, sample_seconds=1e-4)
+    found = revision_ratio.measure("itself", OWN, cases, processes=2, rounds=3, sample_seconds=1e-4)
     assert found["libraries"][0] == found["libraries"][1]
     assert [(entry["kernel"], entry["direction"]) for entry in found["timings"]] == DIRECTIONS
     for entry in found["timings"]:
@@ -39,7 +39,9 @@ def test_ratios_are_of_neighbours_and_above_one_where_this_tree_is_faster() -> N
             Drifting.turn += 1
             return self.own * (1 + Drifting.turn // 2)
 
-    found = revision_ratio.compare(Drifting(3.0), Drifting(1.5), CASES[0], 9, 1e-9)
+    pairs = revision_ratio.sample(Drifting(3.0), Drifting(1.5), CASES[0], 9, 1e-9)
+    found = revision_ratio.compare(CASES[0], pairs)
+    assert len(pairs) == 9
     assert found["ratio"]["median"] == pytest.approx(2.0, rel=0.2)
     assert found["before"]["p90"] > 1.5 * found["before"]["p10"]
 
