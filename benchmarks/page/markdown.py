@@ -25,7 +25,7 @@ def described(document: dict[str, Any]) -> list[str]:
     """Device, versions and command of one file."""
     device, isa = document["device"], document["instruction_set"]
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items() if number)
-    where = f"{device['name']}, {device['threads']} threads"
+    where = f"{device['name']}, {device['threads']} thread" + "s" * (device["threads"] != 1)
     if device["kind"] == "cpu":
         where += f", instruction set {isa['chosen']}"
     return [f"{where}; {versions}.", "", f"`{document['command']}`", ""]

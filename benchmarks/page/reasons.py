@@ -51,23 +51,21 @@ _ALIBI = (
     "passes are half of the time"
 )
 _RECURRENCE_SDPA = "torch SDPA is several times as fast here as on the targets' machine (above), the recurrence is not"
-# The last run on an undisturbed machine is older than results written past the caches. Six runs since then, whose
-# machine multiplied at 60 % of that rate, say what the ratios of one run have become.
-_RECURRENCE_UNORDERED = (
-    "before results were written past the caches; since then, in six runs beside busy neighbours, 1.08x to 1.25x in "
-    "bfloat16 and 1.07x to 1.14x in float32"
+_RECURRENCE_SDPA_FLOAT32 = (
+    "162x in an earlier run, whose machine multiplied 1.6 times as fast: there SDPA took 0.62 of this run's time, the "
+    "recurrence 0.53; SDPA is timed once"
 )
-_RECURRENCE_BACKWARD_UNORDERED = (
-    "before results were written past the caches; since then, in six runs beside busy neighbours, 2.61x to 2.75x in "
-    "bfloat16 and 2.56x to 2.76x in float32"
+_RECURRENCE_FORMULA = (
+    "products take four fifths of the time (profile); alone, out of the second-level cache, they reach 86 % of the "
+    "registers' rate, and with rows from memory beside them about a half"
 )
 _RECURRENCE_BACKWARD_BFLOAT16 = (
     "reading rows and writing gradients take as long as the products (profile), of which there are 2.5 to 3 times as "
-    "many as in the forward pass"
+    "many as in the forward pass; 2.8x to 3.1x from run to run"
 )
 _RECURRENCE_BACKWARD_FLOAT32 = (
     "products are three quarters of the time (profile), and there are 2.5 to 3 times as many as in the forward pass; "
-    "since then, in six runs beside busy neighbours, 2.92x to 3.35x"
+    "2.9x to 3.35x from run to run"
 )
 _FLOAT32 = "products take 75 % to 90 % of the time at 70 % to 85 % of the registers' rate (parts of attention)"
 _MASK = (
@@ -79,11 +77,8 @@ _STEP_OF_ONE = (
     "the call takes longer than its state; without it one thread takes 19 us and two take 14 us (beside an earlier "
     "run; since then new states are asked for ahead, which makes a call on one thread 1.06 to 1.12 times as fast)"
 )
-_STEP_OF_MANY = (
-    "before new states of 2 MiB and more were written past the caches; since then, in one run beside busy neighbours, "
-    "98 % in bfloat16 and 126 % in float32: the sum that it is held against writes through the caches"
-)
 _SPREAD = "the worst of 9 cases misses it by a percent in some runs and meets it in others"
+_ONE_HEAD_UNORDERED = "met in some runs, missed in others: 1.5x to 1.9x"
 _ONE_HEAD_FORWARD = (
     "each thread has a half of the values, and weighs all keys and multiplies all scores again; windows of chunks, in "
     "which threads share those, took 1.04 to 1.26 times as long on two threads (interleaved)"
@@ -94,12 +89,13 @@ _ONE_HEAD_BACKWARD_PAIRS = (
 )
 _ONE_HEAD_BACKWARD = (
     "windows of chunks: weights and states are made by blocks of channels and written for the other thread to read; "
-    "the kernels take a quarter more processor time than chunk after chunk (profile), and threads meet at every phase"
+    "the kernels take a quarter more processor time than chunk after chunk (profile), and threads meet at every phase; "
+    "0.9x to 1.25x from run to run"
 )
-_PAGES = (
-    "pages of the output are filled with zeros before they are written: per 2 KiB (one token in bfloat16) 0.24 us on "
-    "one thread with huge pages, 0.7 us without, and 5 us where the machine had not handed that memory out yet "
-    "(filling alone)"
+_LENGTHS = (
+    "lengths are measured minutes apart, and one of them differs by more than this from sweep to sweep (its p10 - "
+    "p90); new pages of an output cost 0.24 us per 2 KiB (one token in bfloat16) on one thread with huge pages, 0.7 us "
+    "without, and 5 us where the machine had not handed that memory out yet (filling alone)"
 )
 
 
@@ -133,31 +129,17 @@ REASONS: dict[str, dict[str, str]] = {
             for name in ("LSSA", "Softmax")
         },
         "alibi_slopes, share of the plain rate": _ALIBI,
-        **{
-            f"causal forward, {dtype}, speed of torch SDPA at 64K": _RECURRENCE_SDPA
-            for dtype in ("bfloat16", "float32")
-        },
-        **{
-            f"forward without order, {dtype}, time relative to its two matrix products": _RECURRENCE_UNORDERED
-            for dtype in ("bfloat16", "float32")
-        },
+        "causal forward, bfloat16, speed of torch SDPA at 64K": _RECURRENCE_SDPA,
+        "causal forward, float32, speed of torch SDPA at 64K": _RECURRENCE_SDPA_FLOAT32,
+        "causal forward, float32, speed of the chunked formula": _RECURRENCE_FORMULA,
         "backward, causal, bfloat16, time relative to the forward pass": _RECURRENCE_BACKWARD_BFLOAT16,
         "backward, causal, float32, time relative to the forward pass": _RECURRENCE_BACKWARD_FLOAT32,
         **{
-            f"backward, without order, {dtype}, time relative to the forward pass": _RECURRENCE_BACKWARD_UNORDERED
-            for dtype in ("bfloat16", "float32")
-        },
-        **{
-            f"causal forward, {dtype}, longest time per token from 4K to 1M relative to the shortest": _PAGES
+            f"causal forward, {dtype}, longest time per token from 4K to 1M relative to the shortest": _LENGTHS
             for dtype in ("bfloat16", "float32")
         },
         **{
             f"decoding, {dtype}, B = 1, share of the time in which its state is read and written{calls}": _STEP_OF_ONE
-            for dtype in ("bfloat16", "float32")
-            for calls in ("", ", calls taken off")
-        },
-        **{
-            f"decoding, {dtype}, B = 16, share of the time in which its state is read and written{calls}": _STEP_OF_MANY
             for dtype in ("bfloat16", "float32")
             for calls in ("", ", calls taken off")
         },
@@ -168,6 +150,11 @@ REASONS: dict[str, dict[str, str]] = {
         },
         **{
             f"one head, causal forward, {dtype}, two threads against one": _ONE_HEAD_FORWARD
+            for dtype in ("bfloat16", "float32")
+        },
+        **{
+            f"one head, {direction} without order, {dtype}, two threads against one": _ONE_HEAD_UNORDERED
+            for direction in ("forward", "backward")
             for dtype in ("bfloat16", "float32")
         },
         "one head, causal backward, bfloat16, two threads against one": _ONE_HEAD_BACKWARD_PAIRS,
