@@ -149,6 +149,16 @@ BAD = [
         lambda: md_lrpe(HEADS, HEADS, torch.ones(4, 1)),
         "positions: expected shape (N, axes) or (B, N, axes)",
     ),
+    (
+        ValueError,
+        lambda: md_lrpe(HEADS, HEADS, torch.zeros(5, 0)),
+        "positions: expected shape (N, axes) or (B, N, axes) with N = 5, B = 1 and at least 1 axis, got (5, 0)",
+    ),
+    (
+        ValueError,
+        lambda: lrpe_angles(torch.zeros(5, 0), torch.ones(4), 4),
+        "positions: expected shape (..., N, axes) with at least 1 axis, got (5, 0)",
+    ),
     (TypeError, lambda: md_lrpe(HEADS, HEADS, 5), "positions: expected a tensor, got int"),
     (TypeError, lambda: md_lrpe(HEADS.long(), HEADS, torch.ones(5, 1)), "query: expected a floating dtype, got int64"),
     (
@@ -182,6 +192,31 @@ def test_bad_arguments_are_refused_by_name(error, call, message):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value).startswith(message)
+
+
+ELSEWHERE = {
+    "key: expected device cpu as query": lambda: md_lrpe(HEADS, HEADS.to("meta"), torch.ones(5, 1)),
+    "positions: expected device cpu as query": lambda: md_lrpe(HEADS, HEADS, torch.ones(5, 1, device="meta")),
+    "theta: expected device cpu as positions": lambda: md_lrpe(
+        HEADS, HEADS, torch.ones(5, 1), torch.ones(8, device="meta")
+    ),
+    "coefficient: expected device cpu as x": lambda: md_tpe(
+        torch.ones(1, 2, 4), torch.ones(2, device="meta"), torch.ones(2)
+    ),
+    "decay: expected device cpu as x": lambda: md_tpe(torch.ones(1, 2, 4), torch.ones(2), torch.ones(2, device="meta")),
+}
+
+
+@pytest.mark.parametrize("message", ELSEWHERE)
+def test_tensors_on_another_device_are_refused_by_name(message):
+    with pytest.raises(ValueError, match=f"^{message}, got meta$"):
+        ELSEWHERE[message]()
+
+
+def test_positions_of_tensors_without_data():
+    heads = HEADS.to("meta")
+    assert md_lrpe(heads, heads, grid_positions(5, device="meta"))[2].shape == (1, 2, 5, 16)
+    assert ToeplitzPositions(12, 3).to("meta")(torch.empty(2, 5, 4, 12, device="meta")).shape == (2, 5, 4, 12)
 
 
 @pytest.mark.parametrize("name", ["position", "nn.position", "nn.lightnet"])

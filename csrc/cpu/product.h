@@ -29,7 +29,7 @@ SIGHTLINE_INLINE void product_block(Broadcast a, const float* b, int64_t b_strid
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 8
     for (int vector = 0; vector < kVectors; ++vector) sums[row][vector] = Vec::broadcast(0.0f);
-  const auto add = [&](int64_t k) __attribute__((always_inline)) {
+  const auto add = [&](int64_t k) SIGHTLINE_INLINE_LAMBDA {
     Vec columns[kVectors];
 #pragma GCC unroll 8
     for (int vector = 0; vector < kVectors; ++vector)

@@ -250,6 +250,7 @@ struct BackwardScratch {
 // dv and G v of the rows from what comes after the chunk, in the scratch.
 [[maybe_unused]] static void receive_from_later_rows(const Head& head, BackwardScratch& scratch, Prefetches next = {}) {
   const KeyChunk& chunk = scratch.chunk;
+  next.products = 2;
   product<false>({chunk.gained, chunk.stride, 1}, scratch.state_gradient, scratch.value_stride, scratch.grad_values,
                  scratch.value_stride, chunk.rows, scratch.value_stride, head.problem.key_width, AskFor{next});
   product<false>({scratch.values, scratch.value_stride, 1}, scratch.transposed_gradient, chunk.stride, scratch.received,

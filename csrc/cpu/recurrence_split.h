@@ -126,7 +126,7 @@ static void split_scores(const float* scores, int rows, uint16_t* to) {
 // outputs (rows, width) = queries S, rows of the queries `query_stride` apart.
 template <int kParts>
 static void read_state(const SplitChunk& split, int64_t query_stride, int rows, int64_t width, float* outputs,
-                       int64_t stride, Prefetches prefetches) {
+                       int64_t stride, Prefetches& prefetches) {
   tile_product<kParts, kParts, false>({split.queries, query_stride, kChunkRows * split.key_depth},
                                       {split.state, split.panel(), split.key_depth / 2 * width}, outputs, stride,
                                       core::round_up(rows, kPairRows), width, split.key_depth, prefetches);
@@ -135,7 +135,7 @@ static void read_state(const SplitChunk& split, int64_t query_stride, int rows, 
 // outputs += what the rows of the chunk read of it; the scores remain as fp32.
 template <int kParts, int kValueParts>
 static void read_chunk(const SplitChunk& split, int rows, int64_t width, float* scores, float* outputs, int64_t stride,
-                       Prefetches prefetches) {
+                       Prefetches& prefetches) {
   const int64_t padded_rows = core::round_up(rows, kPairRows);
   tile_product<kParts, kParts, false>({split.queries, split.key_depth, kChunkRows * split.key_depth},
                                       {split.keys, split.panel(), split.key_depth / 2 * kChunkRows}, scores, kChunkRows,
@@ -143,7 +143,7 @@ static void read_chunk(const SplitChunk& split, int rows, int64_t width, float* 
   split_scores<kParts>(scores, rows, split.scores);
   tile_product<kParts, kValueParts, true>({split.scores, kChunkRows, kChunkRows * kChunkRows},
                                           {split.values, kValuePanel, kChunkRows / 2 * width}, outputs, stride,
-                                          padded_rows, width, core::round_up(rows, kPairDepth), {});
+                                          padded_rows, width, core::round_up(rows, kPairDepth), prefetches);
 }
 
 // Weights of bfloat16 as the state meets them, from the keys as they lie, and their sums: weigh_keys() and

@@ -33,8 +33,9 @@ class SplitBackward {
                            split_.value_depth / 2 * keys_);
   }
 
-  // received = S_t do_t in the chunk's unit, from `grad_outputs`. Asks for rows of `next`, as the others do.
+  // received = S_t do_t in the chunk's unit, from `grad_outputs`.
   void multiply_state(Prefetches& next) const {
+    next.products = 3;
     load_grad_rows();
     tile_product<kValueParts, kParts, false>(grad_rows(), {split_.state, value_panel(), split_.value_depth / 2 * keys_},
                                              scratch_.received, keys_, rows_, keys_, split_.value_depth, next);
@@ -63,6 +64,7 @@ class SplitBackward {
 
   // What the sweep back multiplies with; dv and G v of the rows from what comes after the chunk.
   void receive_from_later_rows(Prefetches& next) const {
+    next.products = 2;
     load_value_lanes();
     transpose_to_pairs<kParts>(chunk_.gained, keys_, keys_, split_.gained_lanes, key_panel(),
                                split_.key_depth / 2 * kChunkRows, chunk_.rows);
@@ -82,8 +84,10 @@ class SplitBackward {
                                              scratch_.received, keys_, rows_, keys_, split_.value_depth, next);
   }
 
-  // What the rows of one query head add to dv and to G v within the chunk, from `queries` and `grad_outputs`.
+  // What the rows of one query head add to dv and to G v within the chunk, from `queries` and `grad_outputs`. Leaves a
+  // part of `next` to join_gradient().
   void receive_from_head(Prefetches& next) const {
+    next.products = 5;
     split_rows<kParts>(scratch_.queries, keys_, chunk_.rows, keys_, rows_, split_.key_rows, split_.key_depth,
                        kChunkRows * split_.key_depth);
     tile_product<kParts, kParts, false>({split_.key_rows, split_.key_depth, kChunkRows * split_.key_depth},

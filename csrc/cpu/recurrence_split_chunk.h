@@ -46,11 +46,11 @@ static bool split_read_chunk_rows(const RecurrenceProblem& problem, const Unit& 
                         scratch.queries);
     split_rows<kParts>(scratch.queries, chunk.stride, chunk.rows, chunk.stride, core::round_up(chunk.rows, kPairRows),
                        split.queries, split.key_depth, kChunkRows * split.key_depth);
-    read_state<kParts>(split, split.key_depth, chunk.rows, unit.width, scratch.outputs, unit.stride,
-                       {{}, outputs_of(problem, unit).prefetch(unit.sequence.batch, head, chunk.first, chunk.rows)});
-    read_chunk<kParts, kValueParts>(
-        split, chunk.rows, unit.width, scratch.scores, scratch.outputs, unit.stride,
-        {{rows_from(problem, unit, problem.query, head, chunk.first + chunk.rows, 0, problem.key_width), {}}, {}});
+    Prefetches prefetches = next_queries_and_outputs(problem, unit, head, chunk.first, chunk.rows);
+    prefetches.products = 3;
+    read_state<kParts>(split, split.key_depth, chunk.rows, unit.width, scratch.outputs, unit.stride, prefetches);
+    read_chunk<kParts, kValueParts>(split, chunk.rows, unit.width, scratch.scores, scratch.outputs, unit.stride,
+                                    prefetches);
     if (!finite)
       lower_triangle_product(scratch.scores, scratch.values, unit.stride, scratch.outputs, unit.stride, chunk.rows,
                              unit.width, false);

@@ -135,6 +135,7 @@ static void tile_read_rows(const Head& head, int64_t query_head, int64_t first, 
   const SplitGradients& split = scratch.split;
   const int64_t keys = scratch.chunk.stride, values = scratch.value_stride;
   Prefetches next = next_rows_of_query_head(head, query_head, first, rows);
+  next.products = 2;
   const SplitRows rows_of_gradient =
       tile_rows<kValueParts>(head, grad_output, query_head, first, rows, problem.value_width, split.value_depth,
                              scratch.grad_outputs, values, split.grad_rows);
@@ -170,6 +171,7 @@ static void tile_receive(const Head& head, BackwardScratch& scratch) {
   const SplitGradients& split = scratch.split;
   const int64_t keys = chunk.stride, values = scratch.value_stride, rows = core::round_up(chunk.rows, kPairRows);
   Prefetches next = next_keys_and_gradients(head, chunk);
+  next.products = 2;
   split_rows<kParts>(chunk.gained, keys, chunk.rows, keys, core::round_up(chunk.rows, kPairRows), split.key_rows,
                      split.key_depth, kChunkRows * split.key_depth);
   tile_product<kParts, kParts, false>({split.key_rows, split.key_depth, kChunkRows * split.key_depth},
@@ -221,6 +223,7 @@ static void read_rows(const Head& head, BackwardScratch& scratch) {
         tile_read_rows<kParts, kValueParts>(head, query_head, first, rows, scratch);
       } else {
         Prefetches next = next_rows_of_query_head(head, query_head, first, rows);
+        next.products = 2;
         add_query_products(head, query_head, first, rows, scratch, next);
         product<false>({scratch.grad_outputs, scratch.value_stride, 1}, scratch.transposed_state, chunk.stride,
                        scratch.received, chunk.stride, rows, chunk.stride, problem.value_width, AskFor{next});

@@ -119,14 +119,14 @@ struct TileBlock {
           for (int tile = 0; tile < kLaneTiles; ++tile)
             check_tile(from_b + tile * b.panel, b.stride * 4, depth / 2, 64);
           int64_t k = 0;
-          between();
           if (first) {
+            between();
             step<true>(from_a, a.stride, from_b, b.stride, b.panel, before, next);
             first = false;
             k = kPairDepth;
           }
           for (; k < depth; k += kPairDepth) {
-            if (k > 0) between();
+            between();
             step<false>(from_a + k, a.stride, from_b + k / 2 * b.stride, b.stride, b.panel, nullptr, nullptr);
           }
         }

@@ -112,7 +112,8 @@ static_assert(kChunkRows % kTriangleRows == 0 && kTriangleRows % Vec::kWidth == 
 constexpr int64_t kScoreDepth = 16;
 // A chunk of fewer rows, as steep keys make it, costs less in fp32 than its state costs to be split for the tile unit.
 constexpr int kLeastSplitRows = 16;
-// Steps of a product's depth between two times that it asks for memory: about a hundred cycles.
+// Steps of a product's depth between two times that it asks for memory: about a hundred cycles of full
+// tiles.
 constexpr int64_t kAskDepth = 192 / (kRegisterTiles.product.rows * kRegisterTiles.product.vectors);
 // Columns of a state that stay in the second-level cache at Dk = 512.
 constexpr int64_t kLargestBlock = 256;

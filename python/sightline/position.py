@@ -61,7 +61,7 @@ def lrpe_angles(positions: Tensor, theta: Tensor, width: int) -> Tensor:
 
     In float64, so that position 1,000,000 still has the angle that sets it apart from the next.
 
-    Raises TypeError or ValueError for anything but real tensors with k e >= D.
+    Raises TypeError or ValueError for anything but real tensors on one device with k e >= D.
 
     >>> lrpe_angles(torch.tensor([[2, 3]]), torch.tensor([1.0, 0.5]), 3)
     tensor([[2., 1., 3.]], dtype=torch.float64)
@@ -72,16 +72,17 @@ def lrpe_angles(positions: Tensor, theta: Tensor, width: int) -> Tensor:
             raise _wrong_type(name, "a tensor", tensor)
         if tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{name}: expected integers or real numbers, got {tensor.dtype}")
-    if positions.dim() < 2:
-        raise ValueError(f"positions: expected shape (..., N, axes), got {_shape(positions)}")
+    if positions.dim() < 2 or positions.shape[-1] < 1:
+        raise ValueError(f"positions: expected shape (..., N, axes) with at least 1 axis, got {_shape(positions)}")
     if theta.dim() != 1:
         raise ValueError(f"theta: expected one axis of frequencies, got shape {_shape(theta)}")
     axes = positions.shape[-1]
     if axes * theta.shape[0] < width:
         raise ValueError(
-            f"theta: expected at least {-(-width // max(axes, 1))} frequencies for head width {width} and {axes} axes, "
+            f"theta: expected at least {-(-width // axes)} frequencies for head width {width} and {axes} axes, "
             f"got {theta.shape[0]}"
         )
+    _check_device("theta", theta, "positions", positions)
     return (positions.unsqueeze(-1).double() * theta.double()).flatten(-2)[..., :width]
 
 
@@ -105,7 +106,7 @@ def md_lrpe(
         float64 for queries in float64. The recurrence takes widths up to 512, so D up to 256.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape; the message names it.
+        TypeError, ValueError: an argument has the wrong type or shape, or is on another device; the message names it.
 
     >>> import sightline as sl
     >>> query, key, value = torch.randn(3, 1, 4, 10, 16).unbind()
@@ -128,11 +129,14 @@ def md_lrpe(
     if not isinstance(positions, Tensor):
         raise _wrong_type("positions", "a tensor", positions)
     leading = positions.shape[0] if positions.dim() == 3 else 1
-    if positions.dim() not in (2, 3) or positions.shape[-2] != length or leading not in (1, batch):
+    fits = positions.dim() in (2, 3) and positions.shape[-2] == length and leading in (1, batch)
+    if not fits or positions.shape[-1] < 1:
         raise ValueError(
-            f"positions: expected shape (N, axes) or (B, N, axes) with N = {length} and B = {batch}, "
+            f"positions: expected shape (N, axes) or (B, N, axes) with N = {length}, B = {batch} and at least 1 axis, "
             f"got {_shape(positions)}"
         )
+    _check_device("key", key, "query", query)
+    _check_device("positions", positions, "query", query)
     if theta is None:
         theta = lrpe_frequencies(width, positions.shape[-1], device=query.device)
     angles = lrpe_angles(positions, theta, width)
@@ -156,7 +160,7 @@ def md_tpe(x: Tensor, coefficient: Tensor, decay: Tensor) -> Tensor:
         give coefficient and decay in float32 where x is in 16 bits.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape; the message names it.
+        TypeError, ValueError: an argument has the wrong type or shape, or is on another device; the message names it.
 
     >>> x = torch.tensor([1.0, 0.0, 0.0, 2.0]).view(1, 4, 1)
     >>> md_tpe(x, torch.tensor([3.0]), torch.tensor([0.5])).flatten()
@@ -177,6 +181,8 @@ def md_tpe(x: Tensor, coefficient: Tensor, decay: Tensor) -> Tensor:
         )
     if decay.shape != coefficient.shape:
         raise ValueError(f"decay: expected shape (H,) = ({heads},), got {_shape(decay)}")
+    _check_device("coefficient", coefficient, "x", x)
+    _check_device("decay", decay, "x", x)
     share = x.shape[-1] // heads
     # In 16 bits a decay near 1 is another decay after a few hundred positions, and every step of the sum rounds.
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -185,6 +191,11 @@ def md_tpe(x: Tensor, coefficient: Tensor, decay: Tensor) -> Tensor:
     nothing = decays[:0].sum()
     total = sum((_decayed_sum(wide, decays, axis) for axis in range(1, x.dim() - 1)), nothing)
     return (total * coefficient.to(dtype).repeat_interleave(share)).to(x.dtype)
+
+
+def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} as {other_name}, got {tensor.device}")
 
 
 def _decayed_sum(x: Tensor, decay: Tensor, axis: int) -> Tensor:

@@ -29,6 +29,8 @@ class RecurrenceState(NamedTuple):
     number of calls, not of positions: above ln 3000 = 8 a float32 logarithm resolves a millionth of Delta, and a call
     whose keys add less than half of that leaves it as it was. With normal keys, one position per call, the memory of 64
     channels was off by 1e-5 after 10,000 calls, 2e-4 after 300,000, 4e-3 after a million and 8e-2 after three million.
+    An offset common to all keys, which one call does not notice, makes that coarser: with keys of mean 100 it was off
+    by 9e-5 after 10,000 calls.
 
     >>> import torch
     >>> import sightline as sl
@@ -91,7 +93,7 @@ def additive_recurrence(
     Returns:
         (B, H, N, Dv) in the query's dtype, a view of (B, N, H, Dv) memory; 0 before the first key that takes part. With
         `output_final_state` the pair of it and a `RecurrenceState`. Both carry gradients, to the initial state too.
-        Running [a; b] equals running a, then b from the state of a.
+        Running [a; b] equals running a, then b from the state of a, to what that state resolves (`RecurrenceState`).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or value; the message names it.

@@ -187,10 +187,27 @@ def test_fresh_weights_have_the_spread_of_the_config():
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
-        elif "embed_tokens" not in name:
+        else:
             expected = 0.02 / 4 if "o_proj" in name or "down_proj" in name else 0.02
-            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+            drawn = parameter[1:] if "embed_tokens" in name else parameter
+            assert drawn.std().item() == pytest.approx(expected, rel=0.05), name
     assert not model.model.embed_tokens.weight[0].any()
+
+
+def test_weights_missing_in_a_file_are_drawn_as_fresh_ones_are(tmp_path):
+    model = build(hidden_size=256, initializer_range=0.05)
+    missing = {"lm_head.weight": 0.05, "model.layers.1.attn.q_proj.weight": 0.05, "model.embed_tokens.weight": 0.05}
+    missing |= {"model.layers.0.attn.o_proj.weight": 0.025, "model.layers.1.mlp.down_proj.weight": 0.025}
+    norm = "model.layers.0.attn.g_norm.weight"
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in {*missing, norm}}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    loaded = LightNetForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, std in missing.items():
+        assert not torch.equal(loaded[name], model.state_dict()[name]), name
+        assert loaded[name][1:].std().item() == pytest.approx(std, rel=0.05), name
+    assert not loaded["model.embed_tokens.weight"][0].any()
+    assert torch.equal(loaded[norm], torch.ones_like(loaded[norm]))
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in kept.items())
 
 
 def greedy(model, input_ids, count):

@@ -130,6 +130,18 @@ def test_a_cache_of_another_batch_or_model_is_refused_by_name():
         model(tokens(3, 1), past_key_values=cache)
     with pytest.raises(ValueError, match=r"^past_key_values: expected states of 4 key heads, got 2"):
         build(num_key_value_heads=4)(tokens(2, 1), past_key_values=cache)
+    with pytest.raises(TypeError, match=r"^past_key_values: expected states in float64, got float32$"):
+        build().double()(tokens(2, 1), past_key_values=cache)
+    with pytest.raises(TypeError, match=r"^past_key_values: expected states in float64, got float32$"):
+        build().double().generate(tokens(2, 6), past_key_values=cache, max_new_tokens=1)
+    expected = r"^past_key_values: expected log_normalizer of shape \(B, Hk, Dk\) = "
+    with pytest.raises(ValueError, match=expected + r"\(2, 2, 10\), got \(2, 2, 16\)$"):
+        build(key_dim=5)(tokens(2, 1), past_key_values=cache)
+    with pytest.raises(ValueError, match=expected + r"\(2, 2, 8\), got \(2, 2, 16\)$"):
+        build(position_encoding=None)(tokens(2, 1), past_key_values=cache)
+    expected = r"^past_key_values: expected memory of shape \(B, Hk, Dk, Dv\) = "
+    with pytest.raises(ValueError, match=expected + r"\(2, 2, 16, 16\), got \(2, 2, 16, 8\)$"):
+        build(hidden_size=64, key_dim=8)(tokens(2, 1), past_key_values=cache)
     with pytest.raises(TypeError, match=r"^num_layers: expected a whole number of at least 1, got str"):
         RecurrenceCache("a")
 
@@ -148,6 +160,35 @@ def test_what_is_no_tensor_is_refused_by_name(name, value):
     arguments = {name: value} if name.startswith("input") else {"input_ids": tokens(1, 9), name: value}
     with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got list"):
         build()(**arguments)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position_encoding", POSITIONS)
+@pytest.mark.parametrize(
+    ("offsets", "documents"),
+    [
+        ([0, 2**40], [9]),
+        ([0, 4, 2**31, 2**32 + 2], [4, 5]),
+        ([-(2**32) + 3, 5, 9], [5, 4]),
+        ([0, 4, 2**31 - 1], [4, 5]),
+    ],
+)
+def test_offsets_beyond_the_end_are_the_end(position_encoding, offsets, documents):
+    model, input_ids = build(position_encoding=position_encoding), tokens(1, 9)
+    apart = torch.cat([model(piece).logits for piece in input_ids.split(documents, dim=1)], 1)
+    positions = torch.cat([torch.arange(length) for length in documents])[None]
+    assert_same(model(input_ids, position_ids=positions, cu_seq_lens_q=torch.tensor(offsets)).logits, apart)
+
+
+@torch.no_grad()
+def test_tokens_outside_of_all_documents_read_no_other():
+    model, input_ids = build(), tokens(1, 9)
+    offsets = torch.tensor([2, 6])
+    logits = model(input_ids, cu_seq_lens_q=offsets).logits
+    changed = input_ids.clone()
+    changed[:, [0, 3, 7]] = input_ids[:, [0, 3, 7]] % 60 + 1
+    same = (model(changed, cu_seq_lens_q=offsets).logits - logits).abs().amax((0, 2)) < 1e-5
+    assert same.tolist() == [False, True, True, False, False, False, True, False, True]
 
 
 def test_offsets_of_documents_are_whole_numbers():

@@ -262,11 +262,70 @@ def test_what_is_no_checkpoint_is_refused_by_name():
             "expand_ratio: expected hidden_size // expand_ratio heads to divide hidden_size = 25, got 8 (3 heads)",
         ),
         ({"hidden_size": 0}, ValueError, "hidden_size: expected a whole number of at least 1, got 0"),
+        ({"num_heads": 3, "expand_ratio": 513}, ValueError, "expand_ratio: expected at most 512, got 513"),
+        (
+            {"hidden_size": 1026, "num_heads": 2, "expand_ratio": None},
+            ValueError,
+            "hidden_size: expected at most 512 for each of num_heads = 2, got 1026",
+        ),
+        (
+            {"hidden_ratio": 0, "intermediate_size": None},
+            ValueError,
+            "hidden_ratio: expected hidden_size * hidden_ratio * 2 / 3 of at least 1, got 0",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_the_names_of_the_checkpoint(options, error, message):
     with pytest.raises(error, match="^" + re.escape(message) + "$"):
         convert_fla_lightnet(draw("expand_ratio"), {**CONFIGS["expand_ratio"], **options})
+
+
+COUNT, NUMBER, FLAG = "a whole number of at least 1", "a number from 0 to 1e+30", "True or False"
+TOKENS = "None, a whole number or a list of them"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "expected", "got"),
+    [
+        *((name, None, TypeError, COUNT, "NoneType") for name in ("hidden_size", "num_hidden_layers", "vocab_size")),
+        ("intermediate_size", "20", TypeError, COUNT, "str"),
+        ("gate_low_rank_dim", 0, ValueError, COUNT, "0"),
+        ("gate_low_rank_dim", None, TypeError, COUNT, "NoneType"),
+        ("hidden_ratio", "4", TypeError, NUMBER, "str"),
+        ("hidden_ratio", -1, ValueError, NUMBER, "-1"),
+        ("hidden_ratio", float("nan"), ValueError, NUMBER, "nan"),
+        ("hidden_ratio", float("inf"), ValueError, NUMBER, "inf"),
+        ("norm_eps", "x", TypeError, NUMBER, "str"),
+        ("norm_eps", -1.0, ValueError, NUMBER, "-1.0"),
+        ("initializer_range", None, TypeError, NUMBER, "NoneType"),
+        *((name, "false", TypeError, FLAG, "str") for name in ("elementwise_affine", "use_cache")),
+        ("tie_word_embeddings", 1, TypeError, FLAG, "int"),
+        ("pad_token_id", "0", TypeError, "None or a whole number", "str"),
+        ("bos_token_id", "1", TypeError, TOKENS, "str"),
+        ("eos_token_id", [2, 0.5], TypeError, TOKENS, "float"),
+    ],
+)
+def test_wrong_values_are_refused_in_the_names_of_the_checkpoint(name, value, error, expected, got):
+    config = {**CONFIGS["expand_ratio"], name: value}
+    if name == "hidden_ratio":
+        del config["intermediate_size"]
+    with pytest.raises(error, match="^" + re.escape(f"{name}: expected {expected}, got {got}") + "$"):
+        convert_fla_lightnet(draw("expand_ratio"), config)
+
+
+def test_a_gate_norm_without_weights_leaves_over_those_that_are_given():
+    weights, config = draw("plain_norm"), CONFIGS["plain_norm"]
+    name = "model.layers.1.attn.g_norm.weight"
+    with pytest.raises(ValueError, match="^source: expected .* " + re.escape(f"got [] missing and ['{name}'] besides")):
+        convert_fla_lightnet({**weights, name: torch.full((24,), 2.0)}, config)
+    with pytest.raises(ValueError, match=r"layers\.0\.attn\.g_norm\.weight.*layers\.1\.attn\.g_norm\.weight.* besides"):
+        convert_fla_lightnet(draw("expand_ratio"), {**CONFIGS["expand_ratio"], "elementwise_affine": False})
+
+
+def test_elementwise_affine_of_none_makes_no_weight():
+    weights, config, input_ids = draw("plain_norm"), CONFIGS["plain_norm"], torch.randint(37, (1, 21))
+    model = convert_fla_lightnet(weights, {**config, "elementwise_affine": None})
+    assert torch.equal(model(input_ids).logits, convert_fla_lightnet(weights, config)(input_ids).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -91,6 +91,38 @@ def test_compiled_without_graph_breaks_it_gives_what_it_gives_eagerly(positions,
         assert_same(one, other)
 
 
+def assert_fresh(weights):
+    """The classifier, the patches and the class token have the config's 0.05, MD-TPE what its module draws."""
+    spreads = {
+        "classifier.weight": (0.05, 0.05),
+        "model.patch_embed.weight": (0.05, 0.05),
+        "model.class_token": (0.05, 0.15),
+        "model.positions.query": (0.5, 0.15),
+        "model.positions.key": (0.5, 0.15),
+    }
+    for name, (std, tolerance) in spreads.items():
+        assert weights[name].std().item() == pytest.approx(std, rel=tolerance), name
+        assert abs(weights[name].mean().item()) < tolerance * std * 2, name
+    for name in ("classifier.bias", "model.patch_embed.bias"):
+        assert not weights[name].any(), name
+    assert torch.equal(weights["model.positions.decay_logits"], torch.linspace(0, 4, 32))
+    return [*spreads, "classifier.bias", "model.patch_embed.bias", "model.positions.decay_logits"]
+
+
+def test_fresh_weights_and_those_missing_in_a_file_have_the_spread_of_the_config(tmp_path):
+    sizes = {"hidden_size": 512, "num_attention_heads": 32, "intermediate_size": 8, "num_hidden_layers": 1}
+    options = {"position_encoding": "tpe", "pooling": "class", "initializer_range": 0.05, "num_labels": 20}
+    model = build(**sizes, **options)
+    weights = model.state_dict()
+    missing = assert_fresh(weights)
+    kept = {name: tensor for name, tensor in weights.items() if name not in missing}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    loaded = LightNetForImageClassification.from_pretrained(tmp_path).state_dict()
+    assert_fresh(loaded)
+    assert not torch.equal(loaded["model.class_token"], weights["model.class_token"])
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in kept.items())
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model, images = build().train(), torch.randn(2, 3, 6, 8)
     model(images, labels=torch.tensor([1, 2])).loss.backward()

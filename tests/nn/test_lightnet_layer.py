@@ -156,6 +156,17 @@ def test_toeplitz_positions_are_a_causal_filter():
         (lambda: LightNetAttention(32, 4, gate="relu"), "gate: expected one of sigmoid, swish, got 'relu'"),
         (lambda: ToeplitzPositions(32, 5), "num_heads: expected a divisor of embed_dim = 32, got 5"),
         (
+            lambda: ToeplitzPositions(12, 3)(torch.randn(2, 5, 4, 6)),
+            "x: expected shape (B, n_1, ..., n_k, 12), got (2, 5, 4, 6)",
+        ),
+        (
+            lambda: ToeplitzPositions(12, 3)(torch.randn(2, 12)),
+            "x: expected shape (B, n_1, ..., n_k, 12), got (2, 12)",
+        ),
+        (lambda: GatedLinearUnit(32, 8)(torch.rand(2, 5, 16)), "hidden: expected shape (..., 32), got (2, 5, 16)"),
+        (lambda: GatedLinearUnit(32, 8)(torch.tensor(1.0)), "hidden: expected shape (..., 32), got ()"),
+        (lambda: LightNetBlock(32, 4)(torch.rand(1, 5, 16)), "hidden: expected shape (B, N, 32), got (1, 5, 16)"),
+        (
             lambda: LightNetAttention(32, 4)(torch.rand(1, 5, 32), positions=torch.ones(5, 1)),
             "positions: expected None, because the layer has no position_axes",
         ),
@@ -266,3 +277,62 @@ def test_wrong_input_of_the_layer_is_refused_by_its_own_name(hidden, positions, 
     layer = sl.nn.LightNetAttention(32, 4, position_axes=1)
     with pytest.raises(error, match=message):
         layer(hidden, positions=positions)
+
+
+FLOATS = "float32, float16, bfloat16 or float64"
+
+
+@pytest.mark.parametrize("layer", ["attention", "block", "unit"])
+@pytest.mark.parametrize(
+    ("hidden", "message"),
+    [
+        (None, "hidden: expected a tensor, got NoneType"),
+        ([1], "hidden: expected a tensor, got list"),
+        (torch.zeros(1, 3, 32, dtype=torch.int64), f"hidden: expected dtype {FLOATS}, got int64"),
+        (torch.zeros(1, 3, 32, dtype=torch.float64), "hidden: expected dtype float32 as the weights, got float64"),
+        (torch.zeros(1, 3, 32, dtype=torch.bfloat16), "hidden: expected dtype float32 as the weights, got bfloat16"),
+    ],
+    ids=["None", "list", "int64", "float64", "bfloat16"],
+)
+def test_hidden_states_of_another_type_are_refused_by_name(layer: str, hidden: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        LAYERS[layer]()(hidden)
+
+
+def test_float64_is_refused_under_autocast_too() -> None:
+    message = "^hidden: expected dtype float32 as the weights, got float64$"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=message):
+        LAYERS["attention"]()(torch.zeros(1, 3, 32, dtype=torch.float64))
+
+
+def test_positions_take_no_list() -> None:
+    with pytest.raises(TypeError, match=r"^x: expected a tensor, got list$"):
+        LAYERS["positions"]()([1.0])
+
+
+@pytest.mark.parametrize("layer", ["attention", "block", "unit"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_mixes_dtypes(layer: str, weights: torch.dtype, dtype: torch.dtype) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert LAYERS[layer]().to(weights)(torch.randn(1, 3, 32).to(dtype)).shape == (1, 3, 32)
+
+
+def test_a_projection_that_casts_its_input_may_have_another_dtype() -> None:
+    def cast(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return arguments[0].bfloat16()
+
+    unit = GatedLinearUnit(32, 8).bfloat16()
+    hidden = torch.randn(1, 3, 32)
+    expected = unit(hidden.bfloat16())
+    for projection in (unit.gate_proj, unit.up_proj):
+        projection.register_forward_pre_hook(cast)
+    assert torch.equal(unit(hidden), expected)
+
+
+def test_checks_stay_out_of_the_way_of_transforms() -> None:
+    block, hidden = LightNetBlock(32, 4, position_axes=1), torch.randn(3, 2, 5, 32)
+    expected = block(hidden.flatten(0, 1)).view_as(hidden)
+    torch.testing.assert_close(torch.vmap(block)(hidden), expected)
+    torch.testing.assert_close(torch.export.export(block, (hidden[0],)).module()(hidden[0]), expected[0])
+    assert block.to("meta")(hidden[0].to("meta")).shape == (2, 5, 32)

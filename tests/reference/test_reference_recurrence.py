@@ -183,3 +183,12 @@ def test_gradients_agree_with_differences(causal):
 
     leaves = [tensor.requires_grad_() for tensor in (query, key, value, gain, *state)]
     assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_a_state_that_is_handed_on_is_not_the_one_that_was_given():
+    query, key, value = inputs(0)
+    state = random_state()
+    _, final = additive_recurrence(query, key, value, initial_state=state)
+    assert all(
+        torch.equal(*pair) and pair[0].data_ptr() != pair[1].data_ptr() for pair in zip(final, state, strict=True)
+    )

@@ -8,7 +8,7 @@ its output is multiplied by 1/sqrt(Dk), there are no positions, and blocks name 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from sightline._checks import _wrong_type
-from sightline._size_checks import check_count
+from sightline._recurrence_checks import _LARGEST_WIDTH
+from sightline._size_checks import check_count, check_flag, check_number
 from sightline.models.lightnet import LightNetForCausalLM
 from sightline.models.lightnet_config import LightNetConfig
+from sightline.nn.lightnet import check_widths
 
 _GATE_NORM_EPS = 1e-6
 _DEFAULTS: dict[str, Any] = {
@@ -30,6 +32,7 @@ _DEFAULTS: dict[str, Any] = {
     "hidden_ratio": 4,
     "intermediate_size": None,
     "gate_low_rank_dim": 128,
+    "elementwise_affine": True,
     "norm_eps": 1e-6,
     "initializer_range": 0.02,
     "vocab_size": 32000,
@@ -39,6 +42,21 @@ _DEFAULTS: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+# What the values must be; LightNetConfig checks pad_token_id, which it has under the same name, against the vocabulary.
+_CHECKS: dict[Callable[[str, Any], None], tuple[str, ...]] = {
+    check_count: (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_heads",
+        "expand_ratio",
+        "intermediate_size",
+        "gate_low_rank_dim",
+        "vocab_size",
+    ),
+    check_number: ("hidden_ratio", "norm_eps", "initializer_range"),
+    check_flag: ("elementwise_affine", "use_cache", "tie_word_embeddings"),
+}
+_MAY_BE_NONE = {"num_heads", "expand_ratio", "hidden_ratio", "intermediate_size", "elementwise_affine"}
 # Options that change what is computed, each with the values that we have.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_short_conv": (False, None),
@@ -53,7 +71,6 @@ _WITHOUT_EFFECT = {
     "attn_mode",
     "conv_size",
     "max_position_embeddings",
-    "elementwise_affine",
     "fuse_norm",
     "fuse_swiglu",
     "fuse_cross_entropy",
@@ -91,10 +108,10 @@ def convert_fla_lightnet(
     Raises:
         FileNotFoundError: the folder has no config or no weights, or not all that its index lists.
         TypeError: the source is neither a folder nor a dict of tensors, the config neither a dict nor one of
-            transformers', or a size is no whole number.
+            transformers', or an option has the wrong type; the message names it as the checkpoint's config does.
         NotImplementedError: the checkpoint uses an option that `LightNetForCausalLM` lacks; the message names it.
-        ValueError: an option is unknown, sizes do not fit, weights are missing, left over, of another shape or not
-            floating-point, or the head differs from the embeddings that it is tied to.
+        ValueError: an option is unknown or out of range, sizes do not fit, weights are missing, left over, of another
+            shape or not floating-point, or the head differs from the embeddings that it is tied to.
 
     Source of the layout: flash-linear-attention 0.6; of the model: arXiv 2405.21022.
 
@@ -127,7 +144,7 @@ def convert_fla_lightnet(
     if not isinstance(config, Mapping):
         raise TypeError(f"config: expected a dict or a config of transformers, got {type(config).__name__}")
     converted = _convert_config(config)
-    return _load(converted, weights, affine=config.get("elementwise_affine", True) is not False)
+    return _load(converted, weights, affine=bool(config.get("elementwise_affine", True)))
 
 
 def _check_weights(weights: dict[Any, Any]) -> None:
@@ -149,12 +166,16 @@ def _convert_config(config: Mapping[str, Any]) -> LightNetConfig:
     if unknown:
         raise ValueError(f"config: expected options of flash-linear-attention's LightNet, got {', '.join(unknown)}")
     options = {name: config.get(name, default) for name, default in _DEFAULTS.items()}
+    _check_options(options)
     hidden = options["hidden_size"]
     heads, key_dim = _heads_and_key_dim(hidden, options["num_heads"], options["expand_ratio"])
+    check_widths("hidden_size", hidden, "num_heads", heads, None, None)
     inside = options["intermediate_size"]
     if inside is None:
         ratio = 4 if options["hidden_ratio"] is None else options["hidden_ratio"]
         inside = -(-int(hidden * ratio * 2 / 3) // 256) * 256
+        if inside < 1:
+            raise ValueError(f"hidden_ratio: expected hidden_size * hidden_ratio * 2 / 3 of at least 1, got {ratio}")
     same = ("hidden_size", "num_hidden_layers", "vocab_size", "initializer_range", "use_cache", "tie_word_embeddings")
     tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
     return LightNetConfig(
@@ -172,13 +193,24 @@ def _convert_config(config: Mapping[str, Any]) -> LightNetConfig:
     )
 
 
-def _heads_and_key_dim(hidden: Any, heads: Any, key_dim: Any) -> tuple[int, int]:
+def _check_options(options: dict[str, Any]) -> None:
+    """Before anything is computed or renamed, so that a refusal names the option of the checkpoint's config."""
+    for check, names in _CHECKS.items():
+        for name in names:
+            if options[name] is not None or name not in _MAY_BE_NONE:
+                check(name, options[name])
+    for name in ("bos_token_id", "eos_token_id"):
+        for token in options[name] if isinstance(options[name], list) else [options[name]]:
+            if isinstance(token, bool) or not isinstance(token, (int, type(None))):
+                raise _wrong_type(name, "None, a whole number or a list of them", token)
+
+
+def _heads_and_key_dim(hidden: int, heads: Any, key_dim: Any) -> tuple[int, int]:
     """Either follows from the other; what does not fit is said in the names that the checkpoint's config has."""
     if heads is None and key_dim is None:
         raise ValueError("num_heads: expected num_heads or expand_ratio in the config, got neither")
-    for name, size in (("hidden_size", hidden), ("num_heads", heads), ("expand_ratio", key_dim)):
-        if size is not None:
-            check_count(name, size)
+    if key_dim is not None and key_dim > _LARGEST_WIDTH:
+        raise ValueError(f"expand_ratio: expected at most {_LARGEST_WIDTH}, got {key_dim}")
     if heads is not None:
         if hidden % heads != 0:
             raise ValueError(f"num_heads: expected a divisor of hidden_size = {hidden}, got {heads}")
@@ -196,13 +228,13 @@ def _heads_and_key_dim(hidden: Any, heads: Any, key_dim: Any) -> tuple[int, int]
 
 def _load(config: LightNetConfig, weights: dict[str, Tensor], affine: bool) -> Any:
     weights = {name.replace("model.embeddings.", "model.embed_tokens."): tensor for name, tensor in weights.items()}
-    if not affine:
-        for layer in range(config.num_hidden_layers):
-            weights[f"model.layers.{layer}.attn.g_norm.weight"] = torch.ones(config.hidden_size)
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model: Any = LightNetForCausalLM(config)
     expected = model.state_dict()
+    # Such a norm multiplies by nothing, as ours does with ones; one that comes with the weights is left over.
+    plain = [] if affine else [name for name in expected if name.endswith(".attn.g_norm.weight")]
+    ones = {name: torch.ones_like(expected.pop(name)) for name in plain}
     missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if missing or extra:
         raise ValueError(
@@ -226,7 +258,7 @@ def _load(config: LightNetConfig, weights: dict[str, Tensor], affine: bool) -> A
                 "weights; set tie_word_embeddings to false in the config to keep both"
             )
     model = model.to(embeddings.dtype)
-    model.load_state_dict(weights)
+    model.load_state_dict({**weights, **ones})
     return model.eval()
 
 

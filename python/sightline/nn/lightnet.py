@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sightline._checks import _LARGEST_SCALE
+from sightline._checks import _AUTOCAST_FLOATS, _FLOATS, _LARGEST_SCALE, _check_tensor, _shape, _short
 from sightline._recurrence_checks import _LARGEST_WIDTH
 from sightline._size_checks import check_count, check_divisor, check_flag, check_number
+from sightline.ops.autocast import autocast_dtype
 from sightline.position import grid_positions, md_lrpe
 from sightline.recurrence import RecurrenceState, additive_recurrence
 
@@ -112,12 +113,11 @@ class LightNetAttention(nn.Module):
         default is 0, 1, 2, ..., from 0 also with an `initial_state`: to go on, pass the positions that follow. The
         other arguments are those of `sightline.additive_recurrence`.
 
-        Raises ValueError for positions that are missing or of the wrong shape, or given to a layer without, and for
-        hidden states that are not (B, N, embed_dim).
+        Raises TypeError or ValueError for positions that are missing or of the wrong type or shape, or given to a layer
+        without, and for hidden states that are not (B, N, embed_dim) in the weights' dtype (autocast mixes dtypes).
         """
-        if hidden.dim() != 3 or hidden.shape[2] != self.q_proj.in_features:
-            expected = f"(B, N, {self.q_proj.in_features})"
-            raise ValueError(f"hidden: expected shape {expected}, got {tuple(hidden.shape)}")
+        _check_sequence(hidden, self.q_proj.in_features)
+        _check_dtype(hidden, self.q_proj)
         query = functional.silu(self.q_proj(hidden)).unflatten(-1, (self.num_heads, self.key_dim)).transpose(1, 2)
         key = self.k_proj(hidden).unflatten(-1, (self.num_key_heads, self.key_dim)).transpose(1, 2)
         value = self.v_proj(hidden).unflatten(-1, (self.num_key_heads, self.head_dim)).transpose(1, 2)
@@ -184,7 +184,15 @@ class GatedLinearUnit(nn.Module):
         self.down_proj = nn.Linear(hidden_dim, embed_dim, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., embed_dim) to the same."""
+        """(..., embed_dim) to the same.
+
+        Raises TypeError or ValueError for anything but that, in the weights' dtype (autocast mixes dtypes).
+        """
+        _check_tensor("hidden", hidden, _FLOATS, None)
+        width = self.gate_proj.in_features
+        if hidden.dim() < 1 or hidden.shape[-1] != width:
+            raise ValueError(f"hidden: expected shape (..., {width}), got {_shape(hidden)}")
+        _check_dtype(hidden, self.gate_proj)
         return self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
@@ -213,6 +221,8 @@ class LightNetBlock(nn.Module):
 
     def forward(self, hidden: Tensor, *, output_final_state: bool = False, **arguments: Any) -> Any:
         """(B, N, embed_dim) to the same; arguments and state are those of `LightNetAttention.forward`."""
+        # The norm would refuse it first, by no name.
+        _check_sequence(hidden, self.attn.q_proj.in_features)
         attended = self.attn(self.attn_norm(hidden), output_final_state=output_final_state, **arguments)
         state = None
         if output_final_state:
@@ -220,6 +230,26 @@ class LightNetBlock(nn.Module):
         hidden = hidden + attended
         hidden = hidden + self.mlp(self.mlp_norm(hidden))
         return (hidden, state) if output_final_state else hidden
+
+
+def _check_sequence(hidden: Any, width: int) -> None:
+    _check_tensor("hidden", hidden, _FLOATS, None)
+    if hidden.dim() != 3 or hidden.shape[2] != width:
+        raise ValueError(f"hidden: expected shape (B, N, {width}), got {_shape(hidden)}")
+
+
+def _check_dtype(hidden: Tensor, projection: nn.Module) -> None:
+    """The dtype of the weights, where it is they that the input meets: neither quantized nor wrapped nor hooked."""
+    if (
+        type(projection) is not nn.Linear
+        or type(projection.weight) is not nn.Parameter
+        or projection._forward_pre_hooks
+    ):
+        return
+    dtype = projection.weight.dtype
+    mixed = autocast_dtype(hidden) is not None and dtype in _AUTOCAST_FLOATS
+    if hidden.dtype != dtype and not mixed:
+        raise TypeError(f"hidden: expected dtype {_short(dtype)} as the weights, got {_short(hidden.dtype)}")
 
 
 def check_widths(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sightline._checks import _shape, _wrong_type
 from sightline._size_checks import check_count, check_divisor
 from sightline.position import md_tpe
 
@@ -34,6 +35,7 @@ class ToeplitzPositions(nn.Module):
         check_count("embed_dim", embed_dim)
         check_divisor("num_heads", num_heads, "embed_dim", embed_dim)
         check_count("rank", rank)
+        self.embed_dim = embed_dim
         self.query = nn.Parameter(torch.empty(num_heads, rank))
         self.key = nn.Parameter(torch.empty(num_heads, rank))
         self.decay_logits = nn.Parameter(torch.empty(num_heads))
@@ -48,7 +50,15 @@ class ToeplitzPositions(nn.Module):
             self.decay_logits.copy_(torch.linspace(0.0, 4.0, self.decay_logits.shape[0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` (B, n_1, ..., n_k, embed_dim) filtered along its k axes."""
+        """`x` (B, n_1, ..., n_k, embed_dim) filtered along its k axes.
+
+        Raises TypeError or ValueError for what is no floating tensor of that shape on the parameters' device.
+        """
+        if not isinstance(x, Tensor):
+            raise _wrong_type("x", "a tensor", x)
+        # The filter itself takes any width that the heads divide.
+        if x.dim() < 3 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x: expected shape (B, n_1, ..., n_k, {self.embed_dim}), got {_shape(x)}")
         # Parameters of 16 bits are what they are; the decay and the coefficient that follow from them are not rounded.
         dtype = torch.promote_types(self.decay_logits.dtype, torch.float32)
         query, key, logits = self.query.to(dtype), self.key.to(dtype), self.decay_logits.to(dtype)

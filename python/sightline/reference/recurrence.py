@@ -83,7 +83,7 @@ def additive_recurrence(
         z = key.new_full((states, key_heads, width), -torch.inf)
         memory = key.new_zeros((states, key_heads, width, value.shape[3]))
     else:
-        z, memory = initial_state[0].to(dtype), initial_state[1].to(dtype)
+        z, memory = (given.to(dtype, copy=True) for given in initial_state)  # an empty sequence hands them on
     if cu_seqlens is None:
         output, state = _run(query, key, value, gain, (z, memory), causal)
     else:
