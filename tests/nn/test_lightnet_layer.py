@@ -336,3 +336,23 @@ def test_checks_stay_out_of_the_way_of_transforms() -> None:
     torch.testing.assert_close(torch.vmap(block)(hidden), expected)
     torch.testing.assert_close(torch.export.export(block, (hidden[0],)).module()(hidden[0]), expected[0])
     assert block.to("meta")(hidden[0].to("meta")).shape == (2, 5, 32)
+
+
+def test_parts_of_a_block_can_be_replaced():
+    block = sl.nn.LightNetBlock(16, num_heads=2)
+    hidden = torch.randn(2, 5, 16)
+    expected = block(hidden)
+    for part in ("attn", "mlp", "attn_norm", "mlp_norm"):
+        own = getattr(block, part)
+
+        class Wrapped(torch.nn.Module):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, *arguments, **options):
+                return self.inner(*arguments, **options)
+
+        setattr(block, part, Wrapped(own))
+    block.mlp.inner.gate_proj = torch.nn.Sequential(block.mlp.inner.gate_proj)
+    assert torch.equal(block(hidden), expected)

@@ -179,6 +179,7 @@ class GatedLinearUnit(nn.Module):
         super().__init__()
         check_count("embed_dim", embed_dim)
         check_count("hidden_dim", hidden_dim)
+        self.embed_dim = embed_dim
         self.gate_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
         self.up_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
         self.down_proj = nn.Linear(hidden_dim, embed_dim, bias=False)
@@ -189,9 +190,8 @@ class GatedLinearUnit(nn.Module):
         Raises TypeError or ValueError for anything but that, in the weights' dtype (autocast mixes dtypes).
         """
         _check_tensor("hidden", hidden, _FLOATS, None)
-        width = self.gate_proj.in_features
-        if hidden.dim() < 1 or hidden.shape[-1] != width:
-            raise ValueError(f"hidden: expected shape (..., {width}), got {_shape(hidden)}")
+        if hidden.dim() < 1 or hidden.shape[-1] != self.embed_dim:
+            raise ValueError(f"hidden: expected shape (..., {self.embed_dim}), got {_shape(hidden)}")
         _check_dtype(hidden, self.gate_proj)
         return self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
@@ -211,6 +211,7 @@ class LightNetBlock(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, *, hidden_dim: int | None = None, **options: Any) -> None:
         super().__init__()
+        self.embed_dim = embed_dim
         # Made before the norm, because it checks what both take.
         attn = LightNetAttention(embed_dim, num_heads, **options)
         eps = options.get("norm_eps", 1e-6)
@@ -222,7 +223,7 @@ class LightNetBlock(nn.Module):
     def forward(self, hidden: Tensor, *, output_final_state: bool = False, **arguments: Any) -> Any:
         """(B, N, embed_dim) to the same; arguments and state are those of `LightNetAttention.forward`."""
         # The norm would refuse it first, by no name.
-        _check_sequence(hidden, self.attn.q_proj.in_features)
+        _check_sequence(hidden, self.embed_dim)
         attended = self.attn(self.attn_norm(hidden), output_final_state=output_final_state, **arguments)
         state = None
         if output_final_state:
