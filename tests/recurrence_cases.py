@@ -71,6 +71,21 @@ class Problem:
             options["initial_state"] = sl.RecurrenceState(*(shuffled(part, order) for part in options["initial_state"]))
         return Problem(shuffled(self.query, order), key, shuffled(self.value, order), options, self.ramp)
 
+    def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Problem:
+        """Everything that has four axes and is no state in another memory layout; there must be a gain."""
+        options = self.options | {"key_gain": arrange(self.options["key_gain"])}
+        return Problem(arrange(self.query), arrange(self.key), arrange(self.value), options)
+
+    def row_in_a_document(self) -> tuple[int, int, int, int]:
+        """The last document but one, its begin and end, and a row in its middle, whose key takes part from now on."""
+        cuts = self.options["cu_seqlens"].tolist()
+        document = len(cuts) - 3
+        begin, end = cuts[document : document + 2]
+        row = (begin + end) // 2
+        if "key_mask" in self.options:
+            self.options["key_mask"][0, row] = True
+        return document, begin, end, row
+
 
 def random_state(sizes: Sizes, sequences: int) -> sl.RecurrenceState:
     return sl.RecurrenceState(

@@ -350,12 +350,7 @@ def test_memory_layouts(layout, causal):
     sizes = Sizes(length=70)
     problem = random_problem(sizes, causal=causal, **OPTIONS["everything"](sizes))
     arrange = LAYOUTS[layout]
-    moved = Problem(
-        arrange(problem.query),
-        arrange(problem.key),
-        arrange(problem.value),
-        problem.options | {"key_gain": arrange(problem.options["key_gain"])},
-    )
+    moved = problem.arranged(arrange)
     gradients = random_gradients(problem)
     expected = run(problem, "native", gradients)
     gradients["output"] = arrange(gradients["output"])

@@ -74,12 +74,7 @@ def test_a_non_finite_number_reaches_later_outputs_of_its_own_head_alone(dtype, 
 def test_a_non_finite_number_stays_in_its_document_and_head(packing, dtype, causal, where):
     sizes = Sizes(batch=1)
     problem = random_problem(sizes, dtype, causal=causal, **PACKINGS[packing](sizes))
-    cuts = problem.options["cu_seqlens"].tolist()
-    document = len(cuts) - 3
-    begin, end = cuts[document : document + 2]
-    row = (begin + end) // 2
-    if "key_mask" in problem.options:
-        problem.options["key_mask"][0, row] = True
+    document, begin, end, row = problem.row_in_a_document()
     gradients = random_gradients(problem)
     clean = run(problem, "native", gradients)
     getattr(problem, where)[0, 1, row, 3] = math.nan

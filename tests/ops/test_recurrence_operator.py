@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import re
 
 import pytest
 import torch
+from recurrence_modules import (
+    assert_export_keeps_the_numbers,
+    assert_export_with_documents_keeps_the_numbers,
+    make_inputs,
+    make_state,
+)
 from recurrence_raw_calls import REFUSED, REFUSED_BACKWARD, arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sightline as sl
 from sightline.ops.recurrence import ADDITIVE_RECURRENCE, ADDITIVE_RECURRENCE_BACKWARD
-
-
-def make_inputs(*, batch=2, heads=4, key_heads=2, length=9, width=8, value_width=6, grad=False, dtype=torch.float32):
-    shapes = [
-        (batch, heads, length, width),
-        (batch, key_heads, length, width),
-        (batch, key_heads, length, value_width),
-    ]
-    return tuple(torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes)
-
-
-def make_state(batch=2, grad=False):
-    return sl.RecurrenceState(
-        torch.randn(batch, 2, 8, requires_grad=grad), torch.randn(batch, 2, 8, 6, requires_grad=grad)
-    )
-
 
 OPCHECK_CASES = {
     "plain": lambda grad: {},
@@ -189,41 +178,12 @@ def test_new_lengths_do_not_recompile():
     assert counter.frame_count == 1
 
 
-class _Layer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.projection = torch.nn.Linear(32, 96)
-
-    def forward(self, hidden, cuts=None):
-        query, key, value = self.projection(hidden).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-        return sl.additive_recurrence(query, key, value, cu_seqlens=cuts).transpose(1, 2).flatten(2)
-
-
 def test_export_and_reload_keep_the_numbers():
-    layer, hidden = _Layer(), torch.randn(2, 10, 32)
-    length = torch.export.Dim("length", min=2, max=512)
-    program = torch.export.export(layer, (hidden,), dynamic_shapes=({1: length},))
-    assert any(node.target is ADDITIVE_RECURRENCE for node in program.graph.nodes)
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    reloaded = torch.export.load(buffer).module()
-    for positions in (10, 33):
-        hidden = torch.randn(2, positions, 32)
-        torch.testing.assert_close(reloaded(hidden), layer(hidden))
+    assert_export_keeps_the_numbers("auto", ADDITIVE_RECURRENCE)
 
 
 def test_export_with_documents_and_reload_keep_the_numbers():
-    layer, length, documents = _Layer(), torch.export.Dim("length", min=2), torch.export.Dim("documents", min=2)
-    example = (torch.randn(1, 10, 32), torch.tensor([0, 3, 10], dtype=torch.int32))
-    program = torch.export.export(layer, example, dynamic_shapes=({1: length}, {0: documents}))
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    reloaded = torch.export.load(buffer).module()
-    for positions, offsets in ((10, [0, 3, 10]), (33, [2, 2, 9, 30])):
-        given = (torch.randn(1, positions, 32), torch.tensor(offsets, dtype=torch.int32))
-        torch.testing.assert_close(reloaded(*given), layer(*given))
+    assert_export_with_documents_keeps_the_numbers("auto", ADDITIVE_RECURRENCE)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

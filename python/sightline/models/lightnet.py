@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from sightline.models.lightnet_cache import RecurrenceCache, check_states
+from sightline.models.lightnet_cache import RecurrenceCache
 from sightline.models.lightnet_checks import (
     check_cache,
     check_positions,
@@ -135,15 +135,11 @@ class LightNetModel(LightNetPreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions: expected False, for a recurrence has no attention weights; got True")
         batch, length = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
-        check_cache(past_key_values, self.config, batch)
         check_positions(position_ids, batch, length)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        check_states(past_key_values, self.config, batch, hidden.dtype)
+        check_cache(past_key_values, self.config, batch, hidden.dtype)
         # What goes on from a cache is one document, which can be checked where numbers can be looked at.
         unchecked = torch.compiler.is_compiling() and past_key_values is not None
-        if isinstance(cu_seq_lens_q, Tensor) and cu_seq_lens_q.dtype == torch.int64:
-            # The recurrence takes int32, into which an offset far beyond the end would wrap.
-            cu_seq_lens_q = cu_seq_lens_q.clamp(0, length)
         documents = documents_of(batch, length, attention_mask, None if unchecked else position_ids, cu_seq_lens_q)
         if documents is not None and past_key_values is not None:
             raise ValueError("past_key_values: expected None with packed documents, which end in a state each")

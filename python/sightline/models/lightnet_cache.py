@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from sightline._checks import _shape, _short, _tuple
 from sightline._size_checks import check_count
 from sightline.recurrence import RecurrenceState
 
@@ -139,23 +138,3 @@ class RecurrenceCache(Cache):
             if layer.state is not None:
                 copy.store(RecurrenceState(*(tensor.detach() for tensor in layer.state)), layer.length)
         return other
-
-
-def check_states(cache: RecurrenceCache | None, config: Any, batch: int, dtype: torch.dtype) -> None:
-    """The states, where there are some, are those of a model of this config whose hidden states have this dtype."""
-    if cache is None:
-        return
-    width = config.key_dim * (2 if config.position_encoding == "lrpe" else 1)
-    sizes = (batch, config.num_key_value_heads, width, config.hidden_size // config.num_attention_heads)
-    expected = {"log_normalizer": ("(B, Hk, Dk)", sizes[:3]), "memory": ("(B, Hk, Dk, Dv)", sizes)}
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for state in (cache.layer(index).state for index in range(len(cache.layers))):
-        if state is None:
-            continue
-        for (name, (symbols, shape)), tensor in zip(expected.items(), state, strict=True):
-            if tensor.dtype != wide:
-                raise TypeError(f"past_key_values: expected states in {_short(wide)}, got {_short(tensor.dtype)}")
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"past_key_values: expected {name} of shape {symbols} = {_tuple(shape)}, got {_shape(tensor)}"
-                )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sightline._checks import _short, _wrong_type
+from sightline._checks import _shape, _short, _tuple, _wrong_type
 from sightline.models.lightnet_cache import RecurrenceCache
 
 
@@ -30,8 +30,11 @@ def check_tokens(input_ids: Any, inputs_embeds: Any, width: int) -> tuple[int, i
     return tensor.shape[0], tensor.shape[1]
 
 
-def check_cache(cache: Any, config: Any, batch: int | None = None) -> None:
-    """A cache, where there is one, has the states of such a model; of `batch` entries, where that is known."""
+def check_cache(cache: Any, config: Any, batch: int | None = None, dtype: torch.dtype | None = None) -> None:
+    """A cache, where there is one, has the states of such a model.
+
+    They are of `batch` entries and belong to hidden states of this dtype, where that is known.
+    """
     if cache is None:
         return
     if not isinstance(cache, RecurrenceCache):
@@ -41,6 +44,7 @@ def check_cache(cache: Any, config: Any, batch: int | None = None) -> None:
         )
     if len(cache.layers) != config.num_hidden_layers:
         raise ValueError(f"past_key_values: expected {config.num_hidden_layers} layers, got {len(cache.layers)}")
+    width = config.key_dim * (2 if config.position_encoding == "lrpe" else 1)
     for state in (cache.layer(index).state for index in range(len(cache.layers))):
         if state is None:
             continue
@@ -49,6 +53,16 @@ def check_cache(cache: Any, config: Any, batch: int | None = None) -> None:
             raise ValueError(f"past_key_values: expected states of {batch} batch entries, got {entries}")
         if heads != config.num_key_value_heads:
             raise ValueError(f"past_key_values: expected states of {config.num_key_value_heads} key heads, got {heads}")
+        sizes = (entries, heads, width, config.hidden_size // config.num_attention_heads)
+        for name, symbols, axes in (("log_normalizer", "(B, Hk, Dk)", 3), ("memory", "(B, Hk, Dk, Dv)", 4)):
+            tensor, shape = getattr(state, name), sizes[:axes]
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            if dtype is not None and tensor.dtype != wide:
+                raise TypeError(f"past_key_values: expected states in {_short(wide)}, got {_short(tensor.dtype)}")
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"past_key_values: expected {name} of shape {symbols} = {_tuple(shape)}, got {_shape(tensor)}"
+                )
 
 
 def check_positions(position_ids: Any, batch: int, length: int) -> None:
@@ -92,7 +106,8 @@ def documents_of(
             raise ValueError(f"cu_seq_lens_q: expected shape (documents + 1,), got {tuple(cu_seq_lens.shape)}")
         if cu_seq_lens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"cu_seq_lens_q: expected dtype int32, got {_short(cu_seq_lens.dtype)}")
-        return cu_seq_lens.to(torch.int32)
+        # Clamped, because an int64 offset far beyond the end would wrap.
+        return cu_seq_lens.clamp(0, length).to(torch.int32)
     if attention_mask is not None or position_ids is None or length < 2:
         return None
     begins = torch.ones(position_ids.shape, dtype=torch.bool, device=position_ids.device)

@@ -47,12 +47,7 @@ def test_memory_layouts(layout, causal):
     """Of everything with four axes, and of the gradients of the state: the numbers read are the same ones."""
     problem = random_problem(SMALL, causal=causal, **OPTIONS["everything"](SMALL))
     arrange = LAYOUTS[layout]
-    moved = Problem(
-        arrange(problem.query),
-        arrange(problem.key),
-        arrange(problem.value),
-        problem.options | {"key_gain": arrange(problem.options["key_gain"])},
-    )
+    moved = problem.arranged(arrange)
     gradients = random_gradients(problem)
     expected = run(problem, "triton", gradients)
     gradients["output"], gradients["memory"] = arrange(gradients["output"]), arrange(gradients["memory"])
@@ -227,12 +222,7 @@ NOT_FINITE = pytest.mark.parametrize(
 @NOT_FINITE
 def test_a_non_finite_number_stays_in_its_document_and_head(number, where, packing, dtype, causal):
     problem = random_problem(PACKED, DTYPES[dtype], causal=causal, **PACKINGS[packing](PACKED))
-    cuts = problem.options["cu_seqlens"].tolist()
-    document = len(cuts) - 3
-    begin, end = cuts[document : document + 2]
-    row = (begin + end) // 2
-    if "key_mask" in problem.options:
-        problem.options["key_mask"][0, row] = True
+    document, begin, end, row = problem.row_in_a_document()
     clean, spoilt = clean_and_spoilt(problem, where, number, (0, row))
     reached = [3] if where in ("query", "gradient") else [2, 3]
     assert_reaches_its_own_rows(spoilt, where, (0, row), reached, (begin, end), causal)

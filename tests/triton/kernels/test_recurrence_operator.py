@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
 from recurrence_cases import (
@@ -14,6 +12,12 @@ from recurrence_cases import (
     random_gradients,
     random_problem,
     run,
+)
+from recurrence_modules import (
+    assert_export_keeps_the_numbers,
+    assert_export_with_documents_keeps_the_numbers,
+    make_inputs,
+    make_state,
 )
 from torch.utils.checkpoint import checkpoint
 
@@ -26,17 +30,6 @@ pytestmark = pytest.mark.usefixtures("arithmetic_of_a_gpu")
 # More rows than a chunk of the backward has (32), and for documents than one of 16-bit inputs has (64).
 PACKED = Sizes(batch=1, heads=4, key_heads=2, length=70, width=16, value_width=20)
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-
-
-def make_inputs(*, batch=2, length=9, grad=False, dtype=torch.float32):
-    shapes = [(batch, 4, length, 8), (batch, 2, length, 8), (batch, 2, length, 6)]
-    return tuple(torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes)
-
-
-def make_state(sequences=2, grad=False):
-    return sl.RecurrenceState(
-        torch.randn(sequences, 2, 8, requires_grad=grad), torch.randn(sequences, 2, 8, 6, requires_grad=grad)
-    )
 
 
 def recur(query, key, value, **options):
@@ -237,40 +230,12 @@ def test_new_lengths_and_documents_do_not_recompile():
     assert counter.frame_count == 1
 
 
-class _Layer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.projection = torch.nn.Linear(32, 96)
-
-    def forward(self, hidden, cuts=None):
-        query, key, value = self.projection(hidden).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-        return recur(query, key, value, cu_seqlens=cuts).transpose(1, 2).flatten(2)
-
-
-def reloaded(program):
-    assert any(node.target is ADDITIVE_RECURRENCE_TRITON for node in program.graph.nodes)
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    return torch.export.load(buffer).module()
-
-
 def test_export_and_reload_keep_the_numbers():
-    layer, length = _Layer(), torch.export.Dim("length", min=2, max=512)
-    program = torch.export.export(layer, (torch.randn(2, 10, 32),), dynamic_shapes=({1: length},))
-    module = reloaded(program)
-    for positions in (10, 33):
-        hidden = torch.randn(2, positions, 32)
-        torch.testing.assert_close(module(hidden), layer(hidden))
+    assert_export_keeps_the_numbers("triton", ADDITIVE_RECURRENCE_TRITON)
 
 
 def test_export_with_documents_and_reload_keep_the_numbers():
-    layer, length, documents = _Layer(), torch.export.Dim("length", min=2), torch.export.Dim("documents", min=2)
-    example = (torch.randn(1, 10, 32), torch.tensor([0, 3, 10], dtype=torch.int32))
-    module = reloaded(torch.export.export(layer, example, dynamic_shapes=({1: length}, {0: documents})))
-    for positions, offsets in ((10, [0, 3, 10]), (33, [2, 2, 9, 30])):
-        given = (torch.randn(1, positions, 32), torch.tensor(offsets, dtype=torch.int32))
-        torch.testing.assert_close(module(*given), layer(*given))
+    assert_export_with_documents_keeps_the_numbers("triton", ADDITIVE_RECURRENCE_TRITON)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
