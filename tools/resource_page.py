@@ -30,7 +30,7 @@ registers those it starts with; "descriptors" and "specialized" stand where the 
     "recurrence": """\
 ## The additive recurrence
 
-Forward and backward with every option. A tile is rows of a chunk, channels and value columns.
+Forward and backward with a gain, a key mask and a state. A tile is rows of a chunk, channels and value columns.
 """,
 }
 _COLUMNS = "target | kernel | {case} | dtype | D | tile{sides} | registers | spilled bytes | shared KiB | products"

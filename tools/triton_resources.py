@@ -82,7 +82,7 @@ EVERY_CASE = [
     *_combined("defaults", ["sm_86", "sm_100", "sm_120", "gfx90a"], [128], ["bf16"], ["softmax", "lssar"]),
     # Candidates with descriptors on Hopper, and those of them that are specialised on Blackwell.
     *_combined("candidates", ["sm_90", "sm_100"], [64, 128], ["fp16", "bf16"], WEIGHTINGS),
-    *_combined("recurrence", ["sm_80", "sm_90"], [128], DTYPES, ORDERS),
+    *_combined("recurrence", ["sm_80", "sm_90"], [64, 128, 256, 512], DTYPES, ORDERS),
     *_combined("recurrence", ["gfx942", "gfx90a"], [128], ["bf16", "fp32"], ORDERS),
     *_combined("recurrence", ["sm_100", "sm_120"], [128], ["bf16"], ORDERS),
 ]

@@ -33,6 +33,7 @@ class RecurrenceProblem(NamedTuple):
     mask_row_stride: Any
     key_heads: Any
     group: Any  # query heads of a key head
+    columns: Any  # Dv, for loops that ptxas would unroll if it knew how long they are, until registers spill
     scale: Any
     chunk_sequences: Any  # (chunks,) int64
     chunk_firsts: Any  # (chunks,) int64: the first row

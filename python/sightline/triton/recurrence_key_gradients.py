@@ -93,7 +93,7 @@ def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr
         )
         if found.fast & queries_are_finite(problem, variant, chunk, key_head, within, channel):
             last = row_of(found.inverse, variant.rows - 1)
-            for column in tl.range(0, variant.value_width, variant.block_value_width):
+            for column in tl.range(0, problem.columns, variant.block_value_width):
                 values = load_tile(
                     problem.value, chunk, key_head, live, column, variant.value_width, variant.block_value_width
                 )
@@ -103,7 +103,7 @@ def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr
             for member in tl.range(0, problem.group):
                 head = key_head * problem.group + member
                 scores = tl.full((variant.rows, variant.rows), 0.0, tl.float32)
-                for column in tl.range(0, variant.value_width, variant.block_value_width):
+                for column in tl.range(0, problem.columns, variant.block_value_width):
                     values = load_tile(
                         problem.value, chunk, key_head, live, column, variant.value_width, variant.block_value_width
                     )
@@ -120,7 +120,7 @@ def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr
         else:
             responses = tl.full((variant.rows, variant.block_width), 0.0, tl.float32)
             own_z = walk_log_normalizers(problem, variant, chunk, key_head, channel, z)
-            for column in tl.range(0, variant.value_width, variant.block_value_width):
+            for column in tl.range(0, problem.columns, variant.block_value_width):
                 state_gradient = load_state(gradients.state_gradients, unit, channel, column, variant)
                 decay = tl.full((variant.block_width,), 1.0, tl.float32)  # G after the chunk is in units of its end
                 carried = response
@@ -158,7 +158,7 @@ def key_gradients(problem, gradients, grad_key, grad_gain, variant: tl.constexpr
                         responses = tl.where(here, part[None, :], responses)
     else:
         weights = weigh_finally(problem, variant, own, channel, keys)
-        for column in tl.range(0, variant.value_width, variant.block_value_width):
+        for column in tl.range(0, problem.columns, variant.block_value_width):
             values = load_tile(
                 problem.value, chunk, key_head, live, column, variant.value_width, variant.block_value_width
             )

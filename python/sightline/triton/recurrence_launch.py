@@ -96,6 +96,7 @@ class _Call:
             0 if mask is None else mask.stride(1),
             self.key_heads,
             heads // self.key_heads,
+            self.value_width,
             scale,
             sequences,
             firsts,
