@@ -370,6 +370,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
         convert_fla_lightnet({**weights, name: torch.ones(12, 24)}, config)
     with pytest.raises(ValueError, match=re.escape("['model.layers.0.attn.q_conv1d.weight'] besides")):
         convert_fla_lightnet({**weights, "model.layers.0.attn.q_conv1d.weight": torch.ones(1)}, config)
+    own = {**weights, "model.embed_tokens.weight": weights["model.embeddings.weight"]}
+    with pytest.raises(ValueError, match=r"^source: expected model\.embeddings.*got model\.embed_tokens"):
+        convert_fla_lightnet(own, config)
     with pytest.raises(ValueError, match="^" + re.escape(f"{name}: expected floating-point weights, got torch.int8")):
         convert_fla_lightnet({**weights, name: torch.ones(24, 24, dtype=torch.int8)}, config)
     with pytest.raises(FileNotFoundError, match=r"expected a folder with config\.json"):

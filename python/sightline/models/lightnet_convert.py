@@ -227,6 +227,8 @@ def _heads_and_key_dim(hidden: int, heads: Any, key_dim: Any) -> tuple[int, int]
 
 
 def _load(config: LightNetConfig, weights: dict[str, Tensor], affine: bool) -> Any:
+    if {"model.embeddings.weight", "model.embed_tokens.weight"} <= weights.keys():
+        raise ValueError("source: expected model.embeddings.weight, got model.embed_tokens.weight besides")
     weights = {name.replace("model.embeddings.", "model.embed_tokens."): tensor for name, tensor in weights.items()}
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
