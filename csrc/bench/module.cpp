@@ -57,10 +57,10 @@ Parallel own_threads(int threads) {
   Parallel parallel;
   parallel.threads = threads;
   parallel.state = &count;
-  parallel.run = [](void (*body)(void*), void* context, void* state) {
+  parallel.run = [](void (*body)(void*, int64_t), void* context, void* state) {
     std::vector<std::thread> pool;
-    for (int index = 1; index < *static_cast<int*>(state); ++index) pool.emplace_back(body, context);
-    body(context);
+    for (int index = 1; index < *static_cast<int*>(state); ++index) pool.emplace_back(body, context, index);
+    body(context, 0);
     for (std::thread& thread : pool) thread.join();
   };
   return parallel;

@@ -107,10 +107,11 @@ struct AttentionGradients {
   float* grad_scales = nullptr;  // (H,), written
 };
 
-// Threads are the caller's: `run` calls body(context) on up to `threads` threads at once, at least one, and returns
-// when all have returned. Bodies take their work from a shared counter, so it does not matter how many there are.
+// Threads are the caller's: `run` calls body(context, index) on up to `threads` threads at once, at least one, and
+// returns when all have returned. Bodies take their work from shared counters, so it does not matter how many there
+// are. The index is below `threads`; a runner that keeps its threads gives each the same one in every call.
 struct Parallel {
-  void (*run)(void (*body)(void* context), void* context, void* state) = nullptr;
+  void (*run)(void (*body)(void* context, int64_t thread), void* context, void* state) = nullptr;
   void* state = nullptr;
   int threads = 1;
 };

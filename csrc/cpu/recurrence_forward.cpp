@@ -280,10 +280,13 @@ void run_windows(const Plan& plan, const Unit& unit, const Parallel& parallel) {
 
 void recurrence_forward(const RecurrenceProblem& problem, const Parallel& parallel) {
   if (problem.length == 1 && problem.cuts == nullptr) {
-    for_each_unit<StepScratch>(parallel, problem.batch * problem.key_heads, problem,
-                               [&problem](int64_t index, StepScratch& scratch) {
-                                 run_step(problem, index / problem.key_heads, index % problem.key_heads, scratch);
-                               });
+    // The next step reads the states that this one writes.
+    for_each_unit<StepScratch>(
+        parallel, problem.batch * problem.key_heads, problem,
+        [&problem](int64_t index, StepScratch& scratch) {
+          run_step(problem, index / problem.key_heads, index % problem.key_heads, scratch);
+        },
+        Handout::kSharesFirst);
     return;
   }
   const Plan plan(problem, parallel.threads);

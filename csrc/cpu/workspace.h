@@ -1,4 +1,4 @@
-// Per-thread scratch memory, and the shared counter that hands out work.
+// Per-thread scratch memory, and the shared counters that hand out work.
 #pragma once
 
 #include <cstdint>
@@ -59,32 +59,63 @@ struct NoScratch {
   explicit NoScratch(const Shared&) {}
 };
 
+// How threads come by units: from one counter in order, or first from a share of their own, which is the same in every
+// call: what a thread has written in one call lies in its cache in the next.
+enum class Handout { kInOrder, kSharesFirst };
+
+// The units next to end, handed out one by one.
+struct alignas(kCacheLine) Units {
+  int64_t next, end;
+
+  // The next one, or -1.
+  int64_t take() {
+    if (__atomic_load_n(&next, __ATOMIC_RELAXED) >= end) return -1;
+    const int64_t index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    return index < end ? index : -1;
+  }
+};
+
 // Calls unit(index, state) for every index in [0, count), on all threads; each thread makes its own State first.
-// Units are handed out in order, so put the long ones first. A unit's result must not depend on the thread.
+// In order, put the long units first. A unit's result must not depend on the thread.
 template <class State, class Shared, class Unit>
-static void for_each_unit(const Parallel& parallel, int64_t count, const Shared& shared, Unit unit) {
+static void for_each_unit(const Parallel& parallel, int64_t count, const Shared& shared, Unit unit,
+                          Handout handout = Handout::kInOrder) {
+  constexpr int64_t kMostShares = 32;
   struct Context {
     const Shared& shared;
     Unit unit;
-    int64_t count;
-    int64_t next;
+    int64_t share_count;
     int out_of_memory;
-  } context{shared, unit, count, 0, 0};
-  auto body = [](void* pointer) {
+    Units shares[kMostShares];
+
+    // One of the thread's own share, then of the shares after it.
+    int64_t take(int64_t thread) {
+      for (int64_t turn = 0; turn < share_count; ++turn) {
+        const int64_t index = shares[(thread + turn) % share_count].take();
+        if (index >= 0) return index;
+      }
+      return -1;
+    }
+  } context{shared, unit, 1, 0, {}};
+  if (handout == Handout::kSharesFirst && parallel.threads > 1)
+    context.share_count = core::smaller(parallel.threads, kMostShares);
+  for (int64_t share = 0; share < context.share_count; ++share)
+    context.shares[share] = {share * count / context.share_count, (share + 1) * count / context.share_count};
+  auto body = [](void* pointer, int64_t thread) {
     auto& work = *static_cast<Context*>(pointer);
-    int64_t index = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
-    if (index >= work.count) return;
+    int64_t index = work.take(thread);
+    if (index < 0) return;
     const FlushDenormals mode;
     try {
       State state(work.shared);
-      for (; index < work.count; index = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED)) work.unit(index, state);
+      for (; index >= 0; index = work.take(thread)) work.unit(index, state);
       finish_streams();
     } catch (const std::bad_alloc&) {
       __atomic_store_n(&work.out_of_memory, 1, __ATOMIC_RELAXED);
     }
   };
   if (count <= 1 || parallel.threads <= 1)
-    body(&context);
+    body(&context, 0);
   else
     parallel.run(body, &context, parallel.state);
   if (context.out_of_memory != 0) throw std::bad_alloc();

@@ -147,16 +147,16 @@ std::vector<T> read_integers(const Tensor& tensor, const char* name) {
 inline Parallel torch_threads(int64_t work) {
   constexpr int64_t kWorthSharing = 1 << 18;
   Parallel parallel;
-  parallel.run = [](void (*body)(void*), void* context, void*) {
+  parallel.run = [](void (*body)(void*, int64_t), void* context, void*) {
     struct Call {
-      void (*body)(void*);
+      void (*body)(void*, int64_t);
       void* context;
     } call{body, context};
     TORCH_ERROR_CODE_CHECK(torch_parallel_for(
         0, torch::stable::get_num_threads(), 1,
-        [](int64_t, int64_t, void* pointer) {
+        [](int64_t thread, int64_t, void* pointer) {
           auto* one = static_cast<Call*>(pointer);
-          one->body(one->context);
+          one->body(one->context, thread);
         },
         &call));
   };

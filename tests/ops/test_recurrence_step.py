@@ -28,6 +28,21 @@ def test_one_token(option):
     assert_results_are_close(random_problem(sizes, **OPTIONS[option](sizes)))
 
 
+@pytest.mark.parametrize("sizes", [Sizes(1, 5, 5, 1, 200, 200), Sizes(14, 5, 5, 1, 64, 64)], ids=["five", "seventy"])
+def test_a_token_does_not_depend_on_the_number_of_threads(sizes):
+    """Fewer heads than threads, more, and more threads than there are shares of the work."""
+    problem = random_problem(sizes, **OPTIONS["state"](sizes))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7, 40):
+            torch.set_num_threads(threads)
+            results.append(outputs(problem, "native"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
 @EVERY_DTYPE
 def test_one_token_after_the_other_gives_the_outputs_of_the_sequence(dtype):
     sizes = Sizes(length=70)
