@@ -8,17 +8,16 @@ call. tools/triton_resources.py and tools/recurrence_resources.py say what is ca
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -33,7 +32,6 @@ SHARED_MEMORY = {
     "gfx90a": 65536,
     "gfx942": 65536,
 }
-_PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def is_amd(target: str) -> bool:
@@ -90,6 +88,9 @@ class Target:
 Keep = Callable[[str, Any, Any], None]
 
 
+_reports: dict[str, str] = {}  # what ptxas said of a kernel, by the hash that Triton gives it
+
+
 class CompileOnly:
     """A kernel whose launch compiles it and hands its name, its last argument (the variant) and what came out on."""
 
@@ -100,7 +101,11 @@ class CompileOnly:
         def compile_it(*arguments: Any, **options: Any) -> None:
             name, variant = self.kernel.fn.__name__, arguments[-1]
             if self.wanted(name, variant):
-                self.keep(name, variant, self.kernel.warmup(*arguments, grid=grid, **options))
+                with contextlib.redirect_stdout(io.StringIO()) as said:
+                    compiled = self.kernel.warmup(*arguments, grid=grid, **options)
+                if said.getvalue():  # nothing for a kernel that was compiled before
+                    _reports[compiled.hash] = said.getvalue()
+                self.keep(name, variant, compiled)
 
         return compile_it
 
@@ -115,6 +120,8 @@ def compiling_only(
 ) -> Iterator[None]:
     """Launches of these kernels from this module compile for the target and go to `keep`, those that are wanted."""
     driver.set_active(Target(target))
+    # Triton's own call of ptxas, whose options differ from version to version, and what it prints.
+    knobs.nvidia.dump_ptxas_log = True
     originals = {name: getattr(module, name) for name in kernels}
     for name, kernel in originals.items():
         setattr(module, name, CompileOnly(kernel, keep, wanted))
@@ -141,18 +148,13 @@ def fresh_cache() -> Iterator[None]:
 
 
 def registers_and_spills(compiled: Any, target: str) -> tuple[int, int]:
-    """Registers and spilled bytes of a thread: as ptxas reports them, or as AMD's assembly states them."""
-    return _stated(compiled.asm["amdgcn"]) if is_amd(target) else _assembled(compiled.asm["ptx"], capability(target))
+    """Registers and spilled bytes of a thread: as ptxas reports them, or as AMD's assembly states them.
 
-
-def _assembled(ptx: str, arch: int) -> tuple[int, int]:
-    ptxas = _PTXAS / ("ptxas-blackwell" if arch >= 100 else "ptxas")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-        command = [str(ptxas), "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    Of a kernel that was compiled under `compiling_only`, and not taken from Triton's cache.
+    """
+    if is_amd(target):
+        return _stated(compiled.asm["amdgcn"])
+    report = _reports[compiled.hash]
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.findall(r"(\d+) bytes spill", report)
     if registers is None or not spills:

@@ -62,6 +62,7 @@ def test_what_chips_have(
     assert compat.has_hopper_memory() is large
     assert compat.has_tensor_descriptors() is descriptors
     assert compat.has_tensor_memory() is specialization
+    assert compat.is_small_blackwell() is (target == "sm_120")
     assert compat.has_warp_specialization() is specialization
     assert compat.target_name() == (f"hip-{target}" if is_amd else f"cuda-{target.removeprefix('sm_')}")
     # Only NVIDIA's compiler is told how many registers it may take, and only gfx90a has no tf32.

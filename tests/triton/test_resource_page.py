@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,7 @@ pytest.importorskip("triton")
 import resource_page
 import triton
 import triton_resources
-from kernel_usage import SHARED_MEMORY, Usage
+from kernel_usage import SHARED_MEMORY, CompileOnly, Usage, registers_and_spills
 
 PLAIN = Usage("sm_80", "attention_forward", "softmax", "bf16", 64, "128 x 64, 8 warps", 200, 0, 49152, "mma")
 LOADING = replace(PLAIN, target="sm_90", tile="64 x 64, 8 warps, descriptors", bulk_loads=4)
@@ -69,6 +71,30 @@ def test_nothing_compiled_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_resources, "measured", lambda *arguments: [])
     monkeypatch.setattr(sys, "argv", ["triton_resources.py", "--print"])
     assert triton_resources.main() == 1
+
+
+def test_what_a_kernel_uses_is_what_tritons_own_assembler_said() -> None:
+    """Its options are Triton's to choose, and with other options another number of registers spills."""
+    reports = iter(
+        ("8 bytes spill stores, 16 bytes spill loads\nUsed 42 registers", "")
+    )  # the second is compiled already
+    compiled = SimpleNamespace(hash="a kernel of test_resource_page.py", asm={})
+
+    class Kernel:
+        def fn(self) -> None: ...
+
+        def warmup(self, variant: str, grid: Any) -> SimpleNamespace:
+            print(next(reports), end="")
+            return compiled
+
+    kept: list[Any] = []
+    kernel = CompileOnly(Kernel(), lambda *result: kept.append(result), lambda name, variant: variant != "unwanted")
+    for variant in ("one", "unwanted", "another"):
+        kernel[None](variant)
+        assert registers_and_spills(compiled, "sm_90") == (42, 24)
+    assert kept == [("fn", "one", compiled), ("fn", "another", compiled)]
+    with pytest.raises(KeyError):
+        registers_and_spills(SimpleNamespace(hash="of the cache"), "sm_90")
 
 
 def test_the_page_has_every_case_and_no_spill() -> None:

@@ -32,6 +32,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(tiles, "has_tensor_descriptors", lambda: True)
     monkeypatch.setattr(tiles, "has_tensor_memory", lambda: False)
     monkeypatch.setattr(tiles, "has_warp_specialization", lambda: False)
+    monkeypatch.setattr(tiles, "is_small_blackwell", lambda: False)
     monkeypatch.setattr(tuning, "target_name", lambda: "cuda-90")
     monkeypatch.setattr(tuning, "is_capturing", lambda: False)
     monkeypatch.setenv("SIGHTLINE_TUNING", str(tmp_path / "folder" / "tiles.json"))
@@ -183,6 +184,7 @@ def test_candidates_are_those_of_the_device(
         (sl.LSSA(), torch.bfloat16, 128, True),
         (sl.LSSA(), torch.float16, 64, False),
         (sl.LSSAR(), torch.bfloat16, 64, True),
+        (sl.LSSAR(), torch.bfloat16, 128, False),
         (sl.LSSAR(), torch.float32, 64, False),
         (sl.LSSAR(2.5), torch.bfloat16, 64, False),
         (sl.Softmax(reweight=sl.Reweight(3.0)), torch.bfloat16, 64, False),

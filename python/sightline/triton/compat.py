@@ -121,6 +121,12 @@ def has_tensor_memory() -> bool:
     return target.backend == "cuda" and 100 <= target.arch < 120
 
 
+def is_small_blackwell() -> bool:
+    """Whether kernels are compiled for a Blackwell GPU without tensor memory: compute capabilities from 12.0 on."""
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 120
+
+
 def has_tensor_descriptors() -> bool:
     """Whether kernels may load by tensor descriptors: NVIDIA from compute capability 9.0 on, and the interpreter."""
     if INTERPRETED:

@@ -17,6 +17,7 @@ from sightline.triton.compat import (
     has_tensor_descriptors,
     has_tensor_memory,
     has_warp_specialization,
+    is_small_blackwell,
 )
 from sightline.triton.problem import Variant
 
@@ -107,6 +108,10 @@ _BLACKWELL_TILES: dict[tuple[str, str, int], Tile] = {
     ("keys", "half", 64): Tile(16, 128, 8, 2),
     ("sharp keys", "half", 64): Tile(32, 32, 8, 2),
     ("keys", "half", 128): Tile(32, 32, 8, 2),
+}
+# What spills on the small chips of that generation, which take the tiles of Ampere.
+_SMALL_BLACKWELL_TILES: dict[tuple[str, str, int], Tile] = {
+    ("saving forward", "half", 128): Tile(32, 32, 8, 2),
 }
 # AMD's GPUs take the tiles of Ampere. A warp is 64 threads there, and four of them, one per unit of a processor, may
 # use all 512 registers of a thread, eight only 256, of which re-weighting spills. What stages ask to be loaded ahead of
@@ -225,16 +230,18 @@ def candidates(kernel: str, variant: Variant) -> tuple[Tile, ...]:
 def can_be_specialized(variant: Variant) -> bool:
     """Whether Triton's compiler splits the loops of a forward kernel among warps without spilling.
 
-    What is compiled in tests: plain calls of models' widths, causal or not. With softmax wider than 64 the warps that
-    load spill a few registers. The running exponent of softplus in fp16 is too much for the compiler: it spills by
-    hundreds of bytes, or does not come to an end.
+    What is compiled in tests: plain calls of models' widths, causal or not. With softmax wider than 64, and
+    with re-weighting, warps spill a few registers. The running exponent of softplus in fp16 is too much for the
+    compiler: it spills by hundreds of bytes, or does not come to an end.
     """
     widths = {variant.block_width, variant.block_value_width, variant.head_width, variant.value_width}
     options = (variant.masked_everywhere, variant.documents, variant.window_left, variant.softcap, variant.dropout)
     if len(widths) != 1 or any(options):
         return False
     if variant.function == "softplus":
-        return variant.dtype == "bf16" and widths <= {64, 128} and (not variant.reweight or variant.whole_power > 0)
+        if variant.reweight:
+            return variant.dtype == "bf16" and widths == {64} and variant.whole_power > 0
+        return variant.dtype == "bf16" and widths <= {64, 128}
     return variant.function == "softmax" and variant.dtype != "fp32" and widths == {64} and not variant.reweight
 
 
@@ -250,4 +257,6 @@ def choose_tile(kernel: str, variant: Variant) -> Tile:
     if compiles_for_amd():
         return _on_amd(_TILES[key])
     tile = _HOPPER_TILES.get(key, _TILES[key]) if has_hopper_memory() else _TILES[key]
+    if is_small_blackwell():
+        return _SMALL_BLACKWELL_TILES.get(key, tile)
     return _BLACKWELL_TILES.get(key, tile) if has_tensor_memory() else tile
