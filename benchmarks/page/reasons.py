@@ -80,9 +80,10 @@ _STEP_OF_ONE = (
 )
 _SPREAD = "the worst of 9 cases misses it by a percent in some runs and meets it in others"
 _ONE_HEAD_UNORDERED = "met in some runs, missed in others: 1.5x to 1.9x"
+_ONE_HEAD_FORWARD_HALVES = "each thread has a half of the values, and weighs all keys and multiplies all scores again"
 _ONE_HEAD_FORWARD = (
-    "each thread has a half of the values, and weighs all keys and multiplies all scores again; windows of chunks, in "
-    "which threads share those, took 1.04 to 1.26 times as long on two threads (interleaved)"
+    f"{_ONE_HEAD_FORWARD_HALVES}; windows of chunks, in which threads share those, took 1.04 to 1.26 times as long on "
+    "two threads (interleaved)"
 )
 _ONE_HEAD_BACKWARD_PAIRS = (
     "one thread does it all: windows of chunks, shared by the threads, took 1.06 to 1.21 times as long on two threads "
@@ -98,6 +99,29 @@ _LENGTHS = (
     "p90); new pages of an output cost 0.24 us per 2 KiB (one token in bfloat16) on one thread with huge pages, 0.7 us "
     "without, and 5 us where the machine had not handed that memory out yet (filling alone)"
 )
+
+# A machine without a tile unit.
+_VECTOR_FORMULA = (
+    "products of rows with the state and within a chunk, 0.66 MFLOP per token, alone take 2.8 us at the rate of this "
+    "machine's registers, in float32 for either dtype: weights and states keep more digits than bfloat16 has, and two "
+    "parts of each at twice the rate gain nothing"
+)
+_VECTOR_PRODUCTS = (
+    "torch multiplies bfloat16 at twice the rate of float32 (vdpbf16ps); the weights and the state keep more digits "
+    "than bfloat16 has, so that our products are those of float32"
+)
+_VECTOR_LENGTHS = (
+    "the pages of an output of gigabytes are new in every pass, and this machine's kernel takes seconds to fill them: "
+    "8.5 us per token of a million in float32 with new pages, 3.9 us with pages of a pass before (one pass each)"
+)
+_VECTOR_SDPA = "other work slows the machine: the fastest tenth of the passes (p10) is fast enough"
+_VECTOR_STEP_OF_ONE = "the call takes longer than its state (the row of a state of one number)"
+_VECTOR_STEP = (
+    "both states fit the third-level cache here, where the sum that it is compared with stays; a new state of 2 MiB "
+    "goes past the caches, because in a model those of other layers pass before it is read again (with B = 64, beyond "
+    "that cache, the step is as fast as the sum)"
+)
+_VECTOR_ONE_HEAD = "what threads share is written and read by the other, and they meet at every phase"
 
 
 def _speed(direction: str, dtype: str, weighting: str) -> str:
@@ -161,5 +185,27 @@ REASONS: dict[str, dict[str, str]] = {
         "one head, causal backward, bfloat16, two threads against one": _ONE_HEAD_BACKWARD_PAIRS,
         "one head, causal backward, float32, two threads against one": _ONE_HEAD_BACKWARD,
         "float attn_mask, share of the plain rate": _MASK,
-    }
+    },
+    "avx512_bf16": {
+        **{
+            f"causal forward, {dtype}, speed of the chunked formula": _VECTOR_FORMULA
+            for dtype in ("bfloat16", "float32")
+        },
+        **{
+            f"causal forward, {dtype}, longest time per token from 4K to 1M relative to the shortest": _VECTOR_LENGTHS
+            for dtype in ("bfloat16", "float32")
+        },
+        "causal forward, float32, speed of torch SDPA at 64K": _VECTOR_SDPA,
+        "forward without order, bfloat16, time relative to its two matrix products": _VECTOR_PRODUCTS,
+        **{
+            f"decoding, {dtype}, B = {batch}, share of the time in which its state is read and written{calls}": reason
+            for dtype in ("bfloat16", "float32")
+            for batch, reason in ((1, _VECTOR_STEP_OF_ONE), (16, _VECTOR_STEP))
+            for calls in ("", ", calls taken off")
+        },
+        "one head, causal forward, bfloat16, two threads against one": _ONE_HEAD_FORWARD_HALVES,
+        "one head, causal forward, float32, two threads against one": _ONE_HEAD_FORWARD_HALVES,
+        "one head, causal backward, bfloat16, two threads against one": _VECTOR_ONE_HEAD,
+        "one head, causal backward, float32, two threads against one": _VECTOR_ONE_HEAD,
+    },
 }

@@ -10,7 +10,9 @@ from page.reasons import REASONS
 from page.recurrence_targets import recurrence_targets
 from page.targets import UNMEASURED, Documents, Target
 
-SUBJECTS = ("attention", "decoding", "options", "recurrence")  # kinds of documents that targets speak of
+# Kinds of documents that targets speak of.
+ATTENTION = ("attention", "decoding", "options")
+SUBJECTS = (*ATTENTION, "recurrence")
 INTRODUCTION = """\
 What the kernels are meant to reach, and the worst of the cases that each target speaks of. The numbers wanted were set
 with a two-core machine that has AVX-512-BF16 and no tile unit (AMX): there 515 GFLOP/s in float32 and 1,025 in bfloat16
@@ -21,26 +23,30 @@ it is several times faster than there.
 
 
 def targets_section(documents: Documents) -> list[str]:
-    """Every target of attention and of the recurrence on one machine; none where it measured neither."""
+    """Every target of what one machine measured: attention, the recurrence, both, or nothing where it was neither."""
     if not any(kind in documents for kind in SUBJECTS):
         return []
     document = next(iter(documents.values()))
     device, isa = document["device"], document["instruction_set"]["chosen"]
     where = f"{device['name']}, {device['threads']} threads, instruction set {isa}"
     lines = [f"## CPU targets on {where}", "", INTRODUCTION]
-    lines += markdown_table(
-        [
-            "causal, B = 1, H = 8, GFLOP/s",
-            "torch SDPA, targets' machine",
-            "torch SDPA, here",
-            "registers, targets' machine",
-            "registers, here",
-        ],
-        rates_of_sdpa(documents),
-    )
     reasons = REASONS.get(isa, {})
-    lines += target_table("attention", list(attention_targets()), documents, reasons)
-    return lines + target_table("additive recurrence, H = 8, D = 128", list(recurrence_targets()), documents, reasons)
+    if any(kind in documents for kind in ATTENTION):
+        lines += markdown_table(
+            [
+                "causal, B = 1, H = 8, GFLOP/s",
+                "torch SDPA, targets' machine",
+                "torch SDPA, here",
+                "registers, targets' machine",
+                "registers, here",
+            ],
+            rates_of_sdpa(documents),
+        )
+        lines += target_table("attention", list(attention_targets()), documents, reasons)
+    if "recurrence" in documents:
+        targets = list(recurrence_targets())
+        lines += target_table("additive recurrence, H = 8, D = 128", targets, documents, reasons)
+    return lines
 
 
 def target_table(title: str, targets: Sequence[Target], documents: Documents, reasons: dict[str, str]) -> list[str]:

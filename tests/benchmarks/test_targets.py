@@ -118,7 +118,20 @@ def test_without_results_a_target_is_unmeasured() -> None:
     assert row_of(SOFTMAX, document("attention", []))[1:] == ("unmeasured", "", "", "")
     section = targets_section.targets_section({"attention": document("attention", [])})
     assert "Of 45 targets 0 are met and 45 unmeasured." in section
+    both = {"attention": document("attention", []), "recurrence": document("recurrence", [], memory=[])}
+    section = targets_section.targets_section(both)
     assert sum("| unmeasured |" in line for line in section) == len(TARGETS)
+
+
+def test_a_machine_has_the_targets_of_what_it_measured() -> None:
+    for kind, title, other in (
+        ("recurrence", "### Targets of additive recurrence", "### Targets of attention"),
+        ("options", "### Targets of attention", "### Targets of additive recurrence"),
+    ):
+        section = "\n".join(targets_section.targets_section({kind: document(kind, [], memory=[])}))
+        assert title in section
+        assert other not in section
+        assert ("torch SDPA, targets' machine" in section) == (kind == "options")
 
 
 @pytest.mark.parametrize(
