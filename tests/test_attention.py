@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from tolerance import Comparison, assert_close_to_reference
 from torch.nn.functional import scaled_dot_product_attention
 
 import sightline as sl
@@ -47,14 +48,22 @@ def test_statistics_that_no_backend_has_are_refused_by_name():
 
 @pytest.mark.parametrize("weighting", [sl.Softmax(), sl.LSSA(), sl.LSSAR()])
 def test_backends_agree(weighting):
-    query, key, value = heads()
-    outputs = [
-        sl.attention(query, key, value, weighting=weighting, causal=True, backend=backend)
-        for backend in ("auto", "native", "reference")
-    ]
-    assert torch.equal(outputs[0], outputs[1])
-    torch.testing.assert_close(outputs[1], outputs[2])
-    assert outputs[2].transpose(1, 2).is_contiguous()
+    def drawn(_turn=0):
+        tensors = heads()
+        chosen, native, reference, exact = (
+            sl.attention(*(tensor.to(dtype) for tensor in tensors), weighting=weighting, causal=True, backend=backend)
+            for backend, dtype in (
+                ("auto", torch.float32),
+                ("native", torch.float32),
+                ("reference", torch.float32),
+                ("reference", torch.float64),
+            )
+        )
+        assert torch.equal(chosen, native)
+        assert reference.transpose(1, 2).is_contiguous()
+        return Comparison(native, exact, reference)
+
+    assert_close_to_reference(drawn(), reweighted=weighting.reweight is not None, redraw=drawn)
 
 
 def test_triton_says_that_it_is_not_there():

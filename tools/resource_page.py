@@ -15,10 +15,10 @@ SECTIONS = {
 
 Written by tools/triton_resources.py with Triton VERSION, without a GPU: causal, D = Dv. `.ci/run` compiles all of it
 again, and fails where a register spills, or where a line differs in its tile, its spills or its products.
-Registers are per thread (of AMD's chips vector and accumulation registers), shared memory in KiB per block (there the
-local data share). No kernel may spill a register. Products are the instructions that multiply matrices: wgmma those of
-whole warp groups, mma those of single warps, mfma AMD's. The kernels for AMD's chips (gfx) are compiled and were never
-run.
+Registers are per thread, as ptxas reports them when Triton calls it (of AMD's chips vector and accumulation registers,
+as the assembly states them), shared memory in KiB per block (there the local data share). No kernel may spill a
+register. Products are the instructions that multiply matrices: wgmma those of whole warp groups, mma those of single
+warps, mfma AMD's. The kernels for AMD's chips (gfx) are compiled and were never run.
 """,
     "candidates": """\
 ## Tiles that tuning tries

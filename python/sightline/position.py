@@ -139,8 +139,7 @@ def md_lrpe(
     _check_device("positions", positions, "query", query)
     if theta is None:
         theta = lrpe_frequencies(width, positions.shape[-1], device=query.device)
-    angles = lrpe_angles(positions, theta, width)
-    angles = angles.expand(batch, length, width).unsqueeze(1)
+    angles = lrpe_angles(positions, theta, width).unsqueeze(-3)  # ([B,] 1, N, D): entries share theirs
     rotation = torch.cat([angles.cos(), angles.sin()], dim=-1).to(torch.promote_types(query.dtype, torch.float32))
     doubled = torch.cat([query, query], dim=-1)
     gain = rotation.expand(batch, key.shape[1], length, 2 * width)

@@ -158,14 +158,14 @@ class LightNetModel(LightNetPreTrainedModel):
         arguments: dict[str, Any] = {"key_mask": key_mask_of(attention_mask, batch, seen, length)}
         if self.config.position_encoding is not None:
             if position_ids is None:
-                position_ids = torch.arange(seen, seen + length, device=hidden.device).expand(batch, length)
-            arguments["positions"] = position_ids.expand(batch, length).unsqueeze(-1)
+                position_ids = torch.arange(seen, seen + length, device=hidden.device).unsqueeze(0)
+            arguments["positions"] = position_ids.unsqueeze(-1)
         if documents is not None:
             # Rows become documents of one long row, which is what the recurrence takes.
             arguments["cu_seqlens"] = documents
             hidden = hidden.flatten(0, 1).unsqueeze(0)
             if "positions" in arguments:
-                arguments["positions"] = arguments["positions"].flatten(0, 1).unsqueeze(0)
+                arguments["positions"] = arguments["positions"].expand(batch, length, 1).reshape(1, -1, 1)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         states = []
