@@ -110,11 +110,14 @@ _VECTOR_PRODUCTS = (
     "torch multiplies bfloat16 at twice the rate of float32 (vdpbf16ps); the weights and the state keep more digits "
     "than bfloat16 has, so that our products are those of float32"
 )
-_VECTOR_LENGTHS = (
-    "the pages of an output of gigabytes are new in every pass, and this machine's kernel takes seconds to fill them: "
-    "8.5 us per token of a million in float32 with new pages, 3.9 us with pages of a pass before (one pass each)"
+_VECTOR_PAGES = (
+    "new pages: this machine's kernel takes 0.5 s and more for the 256 MiB of a float32 output at 64K, 9 s for the "
+    "4 GiB at 1M"
 )
-_VECTOR_SDPA = "other work slows the machine: the fastest tenth of the passes (p10) is fast enough"
+_VECTOR_LENGTHS = (
+    f"{_VECTOR_PAGES}; with pages of a pass before 1M tokens took 3.9 us each, with new ones 8.5 (float32, a pass each)"
+)
+_VECTOR_SDPA = f"{_VECTOR_PAGES}, which about half of the passes had to wait for; the fastest tenth (p10) did not"
 _VECTOR_STEP_OF_ONE = "the call takes longer than its state (the row of a state of one number)"
 _VECTOR_STEP = (
     "both states fit the third-level cache here, where the sum that it is compared with stays; a new state of 2 MiB "
