@@ -36,9 +36,6 @@ MEMORY_SHARE = 0.95  # of what is available: the rest is for the program itself
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 2**10, 65536
-# Bytes of an output. An aligned block does not always fit where one of its size was freed, and memory would not hold
-# one more of the larger ones for every repetition.
-LARGEST_KEPT = 2**30
 
 
 @dataclass(frozen=True)
@@ -192,11 +189,17 @@ def measure_long(options: argparse.Namespace, case: dict[str, Any], sweep: int =
     dtype = getattr(torch, case["dtype"])
     inputs = random_inputs(case["heads"], case["length"], case["width"], dtype)
     call = forward_pass(CAUSAL["recurrence"], inputs)
-    large = case["heads"] * case["length"] * case["width"] * dtype.itemsize > LARGEST_KEPT
-    if large:
+    # An aligned block does not always fit where one of its size was freed: pages for one more than there are passes.
+    pages = (options.repetitions + 1) * case["heads"] * case["length"] * case["width"] * dtype.itemsize
+    return_freed_memory()
+    available = available_memory(CPU)
+    fits = available is not None and pages <= MEMORY_SHARE * available
+    if fits:
+        torch.empty(pages, dtype=torch.uint8).zero_()  # freed, and kept by the allocator
+    else:
         keep_freed_memory(False)
     found = in_turns("length", {"recurrence": call}, case, options.repetitions, options.seconds_per_case)
-    if large:
+    if not fits:
         keep_freed_memory()
     if case["length"] == options.sdpa_once and sweep == 0:
         found.append(row_of("length", case, "sdpa", [seconds_of(forward_pass(CAUSAL["sdpa"], inputs), CPU)]))

@@ -117,13 +117,16 @@ def test_what_does_not_fit_into_memory_is_left_out_with_the_reason(
     assert recurrence_ratio.measure_memory(options, dtype)["error"] == found["error"]
 
 
-@pytest.mark.parametrize(("most", "expected"), [(2 * 48 * 8 * 4, []), (2 * 48 * 8 * 4 - 1, [False, True])])
-def test_memory_of_large_outputs_is_not_kept(monkeypatch: pytest.MonkeyPatch, most: int, expected: list[bool]) -> None:
+@pytest.mark.parametrize(("outputs", "expected"), [(7, []), (5, [False, True])])
+def test_memory_of_outputs_is_kept_where_there_is_one_for_every_pass_and_one_more(
+    monkeypatch: pytest.MonkeyPatch, outputs: int, expected: list[bool]
+) -> None:
     kept: list[bool] = []
-    monkeypatch.setattr(recurrence_ratio, "LARGEST_KEPT", most)
+    monkeypatch.setattr(recurrence_ratio, "available_memory", lambda device: outputs * 2 * 48 * 8 * 4)
     monkeypatch.setattr(recurrence_ratio, "keep_freed_memory", lambda keeps=True: kept.append(keeps))
     case = {"dtype": "float32", "batch": 1, "heads": 2, "length": 48, "width": 8}
-    (found,) = recurrence_ratio.measure_long(recurrence_ratio.arguments(ARGUMENTS), case)
+    options = recurrence_ratio.arguments([*ARGUMENTS, "--repetitions", "5"])
+    (found,) = recurrence_ratio.measure_long(options, case)
     assert min(found["samples"]) > 0
     assert kept == expected
 
