@@ -110,21 +110,21 @@ _VECTOR_PRODUCTS = (
     "torch multiplies bfloat16 at twice the rate of float32 (vdpbf16ps); the weights and the state keep more digits "
     "than bfloat16 has, so that our products are those of float32"
 )
-_VECTOR_PAGES = (
-    "new pages: this machine's kernel takes 0.5 s and more for the 256 MiB of a float32 output at 64K, 9 s for the "
-    "4 GiB at 1M"
-)
 _VECTOR_LENGTHS = (
-    f"{_VECTOR_PAGES}; with pages of a pass before 1M tokens took 3.9 us each, with new ones 8.5 (float32, a pass each)"
+    "memory has no room for a second output of 4 GiB, so that its pages are new in every pass, and this machine's "
+    "kernel takes 9 s to make them; with pages of a pass before, 1M tokens took 3.9 us each (one pass)"
 )
-_VECTOR_SDPA = f"{_VECTOR_PAGES}, which about half of the passes had to wait for; the fastest tenth (p10) did not"
+_VECTOR_BACKWARD = "2.8x to 3.06x from run to run"
 _VECTOR_STEP_OF_ONE = "the call takes longer than its state (the row of a state of one number)"
 _VECTOR_STEP = (
     "both states fit the third-level cache here, where the sum that it is compared with stays; a new state of 2 MiB "
     "goes past the caches, because in a model those of other layers pass before it is read again (with B = 64, beyond "
     "that cache, the step is as fast as the sum)"
 )
-_VECTOR_ONE_HEAD = "what threads share is written and read by the other, and they meet at every phase"
+_VECTOR_ONE_HEAD = (
+    "what threads share is written and read by the other, and they meet at every phase, where one may find the other "
+    "asleep; 0.76x to 1.4x from run to run"
+)
 
 
 def _speed(direction: str, dtype: str, weighting: str) -> str:
@@ -194,11 +194,8 @@ REASONS: dict[str, dict[str, str]] = {
             f"causal forward, {dtype}, speed of the chunked formula": _VECTOR_FORMULA
             for dtype in ("bfloat16", "float32")
         },
-        **{
-            f"causal forward, {dtype}, longest time per token from 4K to 1M relative to the shortest": _VECTOR_LENGTHS
-            for dtype in ("bfloat16", "float32")
-        },
-        "causal forward, float32, speed of torch SDPA at 64K": _VECTOR_SDPA,
+        "causal forward, float32, longest time per token from 4K to 1M relative to the shortest": _VECTOR_LENGTHS,
+        "backward, causal, float32, time relative to the forward pass": _VECTOR_BACKWARD,
         "forward without order, bfloat16, time relative to its two matrix products": _VECTOR_PRODUCTS,
         **{
             f"decoding, {dtype}, B = {batch}, share of the time in which its state is read and written{calls}": reason
