@@ -8,17 +8,18 @@ call. tools/triton_resources.py and tools/recurrence_resources.py say what is ca
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler
 from triton.runtime import driver
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -91,6 +92,34 @@ Keep = Callable[[str, Any, Any], None]
 _reports: dict[str, str] = {}  # what ptxas said of a kernel, by the hash that Triton gives it
 
 
+class Listening:
+    """Stands in for `subprocess` where Triton calls ptxas, and keeps what ptxas says.
+
+    Triton's own call, since its options differ from version to version; 3.4 cannot print what ptxas says, as 3.6 can.
+    """
+
+    def __init__(self) -> None:
+        self.said = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(subprocess, name)
+
+    def run(self, command: Sequence[str], **options: Any) -> Any:
+        done = subprocess.run(command, **options)
+        self.said += Path(options["stderr"].name).read_text()
+        return done
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Listening]:
+    ears = Listening()
+    compiler.subprocess = ears
+    try:
+        yield ears
+    finally:
+        compiler.subprocess = subprocess
+
+
 class CompileOnly:
     """A kernel whose launch compiles it and hands its name, its last argument (the variant) and what came out on."""
 
@@ -101,10 +130,10 @@ class CompileOnly:
         def compile_it(*arguments: Any, **options: Any) -> None:
             name, variant = self.kernel.fn.__name__, arguments[-1]
             if self.wanted(name, variant):
-                with contextlib.redirect_stdout(io.StringIO()) as said:
+                with listening() as ears:
                     compiled = self.kernel.warmup(*arguments, grid=grid, **options)
-                if said.getvalue():  # nothing for a kernel that was compiled before
-                    _reports[compiled.hash] = said.getvalue()
+                if ears.said:  # nothing for a kernel that was compiled before
+                    _reports[compiled.hash] = ears.said
                 self.keep(name, variant, compiled)
 
         return compile_it
@@ -120,8 +149,6 @@ def compiling_only(
 ) -> Iterator[None]:
     """Launches of these kernels from this module compile for the target and go to `keep`, those that are wanted."""
     driver.set_active(Target(target))
-    # Triton's own call of ptxas, whose options differ from version to version, and what it prints.
-    knobs.nvidia.dump_ptxas_log = True
     originals = {name: getattr(module, name) for name in kernels}
     for name, kernel in originals.items():
         setattr(module, name, CompileOnly(kernel, keep, wanted))
