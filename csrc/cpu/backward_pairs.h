@@ -157,7 +157,7 @@ static void multiply_with_outputs(const AttentionProblem& problem, const RowTile
     }
   }
   const TileFactors factors{outputs, pairs.output_gradient_lanes(rows.lanes), pairs.value_depth};
-  pair_products<kParts, false>(&factors, 1, pairs.products_with_output, rows.lanes, rows.lanes);
+  pair_products<kParts, kParts, false>(&factors, 1, pairs.products_with_output, rows.lanes, rows.lanes, rows.lanes);
   for (int lane = 0; lane < rows.rows; ++lane) products[lane] = pairs.products_with_output[lane * rows.lanes + lane];
 }
 
@@ -169,8 +169,8 @@ static void multiply_with_keys(const PairOperands& pairs, int64_t tile, int coun
   const int64_t padded = core::round_up(count, kPairRows);
   const TileFactors with_queries{pairs.keys_of(tile), pairs.query_lanes(lanes), pairs.depth};
   const TileFactors with_gradients{pairs.values_of(tile), pairs.output_gradient_lanes(lanes), pairs.value_depth};
-  pair_products<kParts, false, true>(&with_queries, 1, scores, padded, lanes);
-  pair_products<kParts, false>(&with_gradients, 1, value_products, padded, lanes);
+  pair_products<kParts, kParts, false, true>(&with_queries, 1, scores, lanes, padded, lanes);
+  pair_products<kParts, kParts, false>(&with_gradients, 1, value_products, lanes, padded, lanes);
 }
 
 // Rounds what two keys give 16 rows: weights, and score gradients that hold the factor of the key.
@@ -292,9 +292,9 @@ static void add_pair_gradients(const PairOperands& pairs, int64_t tile, int coun
   const TileFactors of_keys{pairs.score_gradient_rows(), pairs.query_columns(), row_depth};
   const TileFactors of_queries{pairs.key_columns_of(tile), pairs.score_gradient_lanes(lanes),
                                core::round_up(count, kPairDepth)};
-  pair_products<kParts, true>(&of_values, 1, value_gradients, padded, pairs.value_width);
-  pair_products<kParts, true>(&of_keys, 1, key_gradients, padded, pairs.key_width);
-  pair_products<kParts, true>(&of_queries, 1, pairs.query_gradients, pairs.key_width, lanes);
+  pair_products<kParts, kParts, true>(&of_values, 1, value_gradients, pairs.value_width, padded, pairs.value_width);
+  pair_products<kParts, kParts, true>(&of_keys, 1, key_gradients, pairs.key_width, padded, pairs.key_width);
+  pair_products<kParts, kParts, true>(&of_queries, 1, pairs.query_gradients, lanes, pairs.key_width, lanes);
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -37,7 +37,7 @@ class PairValues {
  private:
   void multiply(const TileFactors* factors, float* sums) const {
     const int64_t columns = scratch_.padded_width, lanes = state_.rows.lanes;
-    pair_products<kParts, true>(factors, count_, sums, columns, lanes);
+    pair_products<kParts, kParts, true>(factors, count_, sums, lanes, columns, lanes);
   }
 
   const AttentionForwardScratch& scratch_;
@@ -108,7 +108,7 @@ static void find_pair_weights(const AttentionProblem& problem, const AttentionFo
   const TileFactors factors{{keys.key_bits, keys.key_bits_stride, keys.key_bits_part},
                             {state.query_pairs, kPanelLanes, scratch.query_part, lanes},
                             scratch.padded_depth};
-  pair_products<kParts, false, true>(&factors, 1, tile, core::round_up(keys.count, kPairRows), lanes);
+  pair_products<kParts, kParts, false, true>(&factors, 1, tile, lanes, core::round_up(keys.count, kPairRows), lanes);
   // A peak is found from the largest score: under a shift, weights must come from scores as it does (find_peak()).
   constexpr bool kFromScores = kReweight && Weight::kShifted;
   // The same where ALiBi decides how much a weight is that the backward pass finds again from its score and the shift.

@@ -56,7 +56,8 @@ void time_rows(const AttentionProblem& problem, AttentionForwardScratch& scratch
       const TileFactors factors{{keys.key_bits, keys.key_bits_stride, keys.key_bits_part},
                                 {state.query_pairs, kPanelLanes, scratch.query_part, lanes},
                                 scratch.padded_depth};
-      pair_products<kParts, false, true>(&factors, 1, scratch.scores, core::round_up(keys.count, kPairRows), lanes);
+      pair_products<kParts, kParts, false, true>(&factors, 1, scratch.scores, lanes,
+                                                 core::round_up(keys.count, kPairRows), lanes);
       watch.add_to(parts.scores);
       uint32_t* pairs = scratch.weight_pairs + slot * kParts * part;
       const auto weigh = [&](auto factors) {
@@ -77,7 +78,7 @@ void time_rows(const AttentionProblem& problem, AttentionForwardScratch& scratch
     }
   }
   if constexpr (kParts > 0) {
-    pair_products<kParts, true>(weighted, static_cast<int>(key_tiles), state.chunk_values, width, lanes);
+    pair_products<kParts, kParts, true>(weighted, static_cast<int>(key_tiles), state.chunk_values, lanes, width, lanes);
     watch.add_to(parts.values);
   }
 }

@@ -80,21 +80,21 @@ SIGHTLINE_INLINE void move_transposed(float* from, int64_t columns, int64_t lane
     }
 }
 
-// A block of C with its sums in registers.
-template <int kRows, int kVectors, bool kAccumulate>
-SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t lanes,
-                                 int64_t depth) {
+// A block of C with its sums in registers: vectors of B a panel apart.
+template <int kRows, int kVectors, bool kAccumulate, class Between>
+SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const SplitPairs& b, float* c, int64_t c_stride,
+                                 int64_t depth, const Between& between) {
   Vec sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 8
     for (int vector = 0; vector < kVectors; ++vector)
-      sums[row][vector] = kAccumulate ? Vec::load(c + row * lanes + vector * Vec::kWidth) : Vec::broadcast(0.0f);
-  for (int64_t k = 0; k < depth; k += 2) {
+      sums[row][vector] = kAccumulate ? Vec::load(c + row * c_stride + vector * Vec::kWidth) : Vec::broadcast(0.0f);
+  const auto add = [&](int64_t k) SIGHTLINE_INLINE_LAMBDA {
     Pairs columns[kVectors];
 #pragma GCC unroll 8
     for (int vector = 0; vector < kVectors; ++vector)
-      columns[vector] = load_pairs(b + k / 2 * lanes + vector * Vec::kWidth);
+      columns[vector] = load_pairs(b.data + k / 2 * b.stride + vector * b.panel);
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
       const Pairs pair = broadcast_pair(a + row * a_stride + k);
@@ -102,56 +102,98 @@ SIGHTLINE_INLINE void pair_block(const uint16_t* a, int64_t a_stride, const uint
       for (int vector = 0; vector < kVectors; ++vector)
         sums[row][vector] = add_products(sums[row][vector], pair, columns[vector]);
     }
+  };
+  if constexpr (std::is_same_v<Between, Nothing>) {
+    for (int64_t k = 0; k < depth; k += 2) add(k);
+  } else {
+    for (int64_t begin = 0; begin < depth; begin += kPairDepth) {
+      between();
+      for (int64_t k = begin; k < begin + kPairDepth; k += 2) add(k);
+    }
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 8
-    for (int vector = 0; vector < kVectors; ++vector) store(c + row * lanes + vector * Vec::kWidth, sums[row][vector]);
+    for (int vector = 0; vector < kVectors; ++vector)
+      store(c + row * c_stride + vector * Vec::kWidth, sums[row][vector]);
 }
 
-template <bool kAccumulate>
-static void pair_blocks(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t rows, int64_t lanes,
-                        int64_t depth) {
-  constexpr int kRows = kRegisterTiles.pairs.rows, kVectors = kRegisterTiles.pairs.vectors;
-  constexpr int64_t kLanes = kVectors * Vec::kWidth;
-  for (int64_t lane = 0; lane < lanes;) {
-    const bool wide = lanes - lane >= kLanes;
-    for (int64_t row = 0; row < rows; row += kRows) {
-      const uint16_t* a_rows = a + row * a_stride;
-      float* target = c + row * lanes + lane;
-      if (wide)
-        pair_block<kRows, kVectors, kAccumulate>(a_rows, a_stride, b + lane, target, lanes, depth);
-      else
-        pair_block<kRows, 1, kAccumulate>(a_rows, a_stride, b + lane, target, lanes, depth);
-    }
-    lane += wide ? kLanes : Vec::kWidth;
+// Where few lanes are left more rows make up for them: sums that wait for each other would wait for themselves.
+constexpr int rows_beside(int vectors) {
+  return vectors > 2 ? kRegisterTiles.pairs.rows : static_cast<int>(kPairRows) / vectors;
+}
+
+// All rows of the lanes of kVectors vectors.
+template <int kVectors, bool kAccumulate, class Between>
+static void pair_panel(const TileFactors& factors, int64_t lane, float* c, int64_t c_stride, int64_t rows,
+                       const Between& between) {
+  constexpr int kRows = rows_beside(kVectors);
+  static_assert(kPairRows % kRows == 0);
+  const auto& [a, b, depth] = factors;
+  const SplitPairs panels{b.data + lane / kPanelLanes * b.panel, b.panel, 0, b.stride};
+  for (int64_t row = 0; row < rows; row += kRows)
+    pair_block<kRows, kVectors, kAccumulate>(a.data + row * a.stride, a.stride, panels, c + row * c_stride + lane,
+                                             c_stride, depth, between);
+}
+
+template <bool kAccumulate, class Between>
+static void pair_blocks(const TileFactors& factors, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
+                        const Between& between) {
+  constexpr int kVectors = kRegisterTiles.pairs.vectors;
+  static_assert(kVectors == 4, "the rest has up to three");
+  int64_t lane = 0;
+  for (; lane + kVectors * Vec::kWidth <= lanes; lane += kVectors * Vec::kWidth)
+    pair_panel<kVectors, kAccumulate>(factors, lane, c, c_stride, rows, between);
+  switch ((lanes - lane) / Vec::kWidth) {
+    case 3:
+      pair_panel<3, kAccumulate>(factors, lane, c, c_stride, rows, between);
+      break;
+    case 2:
+      pair_panel<2, kAccumulate>(factors, lane, c, c_stride, rows, between);
+      break;
+    case 1:
+      pair_panel<1, kAccumulate>(factors, lane, c, c_stride, rows, between);
+      break;
+    default:
+      break;
   }
 }
 
-// C (rows, lanes) = the sum of `count` products of operands in parts, or += with kAccumulate; with kAll of all bits.
-// Dot products alone know one part.
-template <int kParts, bool kAccumulate, bool kAll = false>
-static void pair_products(const TileFactors* factors, int count, float* c, int64_t rows, int64_t lanes) {
+// C (rows, lanes) = the sum of `count` products of operands in parts, at least one, or += with kAccumulate; with kAll
+// of all bits. Dot products alone know one part.
+template <int kPartsA, int kPartsB, bool kAccumulate, bool kAll = false, class Between = Nothing>
+static void pair_products(const TileFactors* factors, int count, float* c, int64_t c_stride, int64_t rows,
+                          int64_t lanes, const Between& between = {}) {
   if constexpr (kHasTileUnit) {
-    tile_product<kParts, kParts, kAccumulate, kAll>(factors, count, c, lanes, rows, lanes);
-  } else {
-    static_assert(kParts == 1);
+    tile_product<kPartsA, kPartsB, kAccumulate, kAll>(factors, count, c, c_stride, rows, lanes, between);
+  } else if constexpr (kHasPairProducts) {
+    static_assert(kPartsA <= 1 && kPartsB <= 1);
+    constexpr int64_t kVectors = kRegisterTiles.pairs.vectors, kSums = kRegisterTiles.pairs.rows * kVectors;
+    int64_t steps = 0;
+    for (int index = 0; index < count; ++index) steps += factors[index].depth / kPairDepth;
+    between.spread(rows * lanes / Vec::kWidth / kSums * steps);
     for (int index = 0; index < count; ++index) {
-      const auto& [a, b, depth] = factors[index];
       if (kAccumulate || index > 0)
-        pair_blocks<true>(a.data, a.stride, b.data, c, rows, lanes, depth);
+        pair_blocks<true>(factors[index], c, c_stride, rows, lanes, between);
       else
-        pair_blocks<false>(a.data, a.stride, b.data, c, rows, lanes, depth);
+        pair_blocks<false>(factors[index], c, c_stride, rows, lanes, between);
     }
   }
 }
 
-// C (rows, lanes) = A B, or += with kAccumulate, of one part each.
-template <bool kAccumulate>
-static void pair_product(const uint16_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t rows, int64_t lanes,
-                         int64_t depth) {
-  const TileFactors factors{{a, a_stride, 0}, {b, kPanelLanes, 0, lanes}, depth};
-  pair_products<1, kAccumulate>(&factors, 1, c, rows, lanes);
+// One product.
+template <int kPartsA, int kPartsB, bool kAccumulate>
+static void pair_product(SplitRows a, SplitPairs b, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
+                         int64_t depth, Prefetches& prefetches) {
+  const TileFactors factors{a, b, depth};
+  pair_products<kPartsA, kPartsB, kAccumulate>(&factors, 1, c, c_stride, rows, lanes, AskFor{prefetches});
+}
+
+// The same where nobody asks for what is left of `prefetches`.
+template <int kPartsA, int kPartsB, bool kAccumulate>
+static void pair_product(SplitRows a, SplitPairs b, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
+                         int64_t depth, Prefetches&& prefetches) {
+  pair_product<kPartsA, kPartsB, kAccumulate>(a, b, c, c_stride, rows, lanes, depth, prefetches);
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -93,6 +93,8 @@ void gather(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& 
   // Outputs of bfloat16 want no more than rounded weights divided by their own sum; a state does.
   if (kParts > 0 && kValueParts == 1 && problem.final_memory == nullptr)
     gather_rows<kParts, kValueParts, true>(problem, unit, scratch);
+  else if (kParts == 1)
+    gather_rows<0, 0, false>(problem, unit, scratch);
   else
     gather_rows<kParts, kValueParts, false>(problem, unit, scratch);
 }
@@ -170,13 +172,16 @@ void run_unit(const Plan& plan, int64_t index, ForwardScratch& scratch) {
   const Unit unit = unit_of(plan, index / plan.blocks, index % plan.blocks);
   if (unit.sequence.begin == unit.sequence.end) return pass_state_on(problem, unit);
   start_state(problem, unit, scratch);
-  with_parts(plan.parts, [&](auto parts, auto value_parts) {
-    if (problem.causal)
-      run_causal<parts, value_parts>(problem, unit, scratch);
-    else
-      gather<parts, value_parts>(problem, unit, scratch);
+  if (problem.causal) {
+    with_parts(plan.parts,
+               [&](auto parts, auto value_parts) { run_causal<parts, value_parts>(problem, unit, scratch); });
     write_state(problem, unit, scratch);
-    if (!problem.causal) read_out<parts, value_parts>(problem, unit, scratch);
+    return;
+  }
+  with_unordered_parts(plan.parts, [&](auto parts, auto value_parts) {
+    gather<parts, value_parts>(problem, unit, scratch);
+    write_state(problem, unit, scratch);
+    read_out<parts, value_parts>(problem, unit, scratch);
   });
 }
 
@@ -196,8 +201,8 @@ void run_segments(const Plan& plan, const Parallel& parallel) {
       parallel, columns * plan.segments.count, plan, [&](int64_t index, ForwardScratch& scratch) {
         const Unit unit = segment_of(index);
         start_state(problem, unit, scratch);
-        with_parts(plan.parts,
-                   [&](auto parts, auto value_parts) { gather<parts, value_parts>(problem, unit, scratch); });
+        with_unordered_parts(plan.parts,
+                             [&](auto parts, auto value_parts) { gather<parts, value_parts>(problem, unit, scratch); });
         states.put(index, scratch, unit.stride);
       });
   for_each_unit<NoScratch>(parallel, columns, plan, [&](int64_t column, NoScratch&) {
@@ -210,8 +215,8 @@ void run_segments(const Plan& plan, const Parallel& parallel) {
         const Unit unit = segment_of(index);
         states.get(index / plan.segments.count * plan.segments.count, unit.stride, scratch);
         if (unit.sequence.begin == 0) write_state(problem, unit, scratch);
-        with_parts(plan.parts,
-                   [&](auto parts, auto value_parts) { read_out<parts, value_parts>(problem, unit, scratch); });
+        with_unordered_parts(
+            plan.parts, [&](auto parts, auto value_parts) { read_out<parts, value_parts>(problem, unit, scratch); });
       });
 }
 

@@ -17,7 +17,7 @@ struct BackwardPlan {
   Parts parts;
 
   BackwardPlan(const RecurrenceProblem& task, const RecurrenceGradients& wanted)
-      : problem(&task), gradients(&wanted), unordered(unordered_segments(task)), parts(split_parts(task.dtype)) {
+      : problem(&task), gradients(&wanted), unordered(unordered_segments(task)), parts(split_parts(task)) {
     // Weights, state and G of bfloat16 without order are rounded once for many rows, which all read the same.
     if (!task.causal && parts.values == 1) parts.factors = 1;
     longest = 0;
@@ -72,7 +72,7 @@ struct Head {
   }
 };
 
-// The operands of a chunk's products on the tile unit (recurrence_split_backward.h), in parts of bfloat16: `rows` as
+// The operands of a chunk's products of pairs (recurrence_split_backward.h), in parts of bfloat16: `rows` as
 // they lie, `columns` transposed, `pairs` of rows and `lanes` as the second factor.
 struct SplitGradients {
   int64_t key_depth, value_depth;  // Dk and Dv, padded for products over them

@@ -1,10 +1,13 @@
-// The products of a chunk of the additive recurrence on the tile unit (split_product.h).
+// The products of a chunk of the additive recurrence as products of pairs of bfloat16 (split_product.h).
 //
 // Values are what they are: bfloat16, or float16 in two parts. What meets them and what meets the queries is fp32 and
 // takes part with sixteen bits, so that outputs and states are what other splits of the sequence give. Over a whole
 // sequence the queries are exact too, and for bfloat16 the state is rounded once for all of them, as attention rounds
 // its weights. A value that is not finite is kept out of these products and added apart: a row that does not see it
 // keeps its bits.
+//
+// Sixteen bits pay on the tile unit. Dot products have twice the rate of fp32 and would multiply two parts of each:
+// they are for the bfloat16 of whole sequences alone.
 #pragma once
 
 #include "cpu/recurrence_chunk.h"
@@ -17,10 +20,12 @@ struct Parts {
   int factors;  // whatever fp32 has computed; 0: products in fp32
   int values;
 };
-SIGHTLINE_INLINE Parts split_parts(DType dtype) {
+SIGHTLINE_INLINE Parts split_parts(const RecurrenceProblem& problem) {
   // fp32 would take three parts and six products each, and gain nothing.
-  if (!kHasTileUnit || dtype == DType::kFloat32) return {0, 0};
-  return {2, dtype == DType::kBFloat16 ? 1 : 2};
+  if (problem.dtype == DType::kFloat32) return {0, 0};
+  if (kHasTileUnit) return {2, problem.dtype == DType::kBFloat16 ? 1 : 2};
+  if (kHasPairProducts && problem.dtype == DType::kBFloat16 && !problem.causal) return {1, 1};
+  return {0, 0};
 }
 
 // Calls run(factor parts, value parts) with numbers that the compiler knows.
@@ -31,6 +36,14 @@ static void with_parts(Parts parts, Run run) {
     if (parts.values == 1) return run(std::integral_constant<int, 2>(), std::integral_constant<int, 1>());
   }
   run(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
+}
+
+// The same without order, where a weight of bfloat16 may have eight bits.
+template <class Run>
+static void with_unordered_parts(Parts parts, Run run) {
+  if constexpr (kHasPairProducts)
+    if (parts.factors == 1) return run(std::integral_constant<int, 1>(), std::integral_constant<int, 1>());
+  with_parts(parts, run);
 }
 
 constexpr int64_t kValuePanel = kChunkRows / 2 * kPanelLanes;
@@ -127,7 +140,7 @@ static void split_scores(const float* scores, int rows, uint16_t* to) {
 template <int kParts>
 static void read_state(const SplitChunk& split, int64_t query_stride, int rows, int64_t width, float* outputs,
                        int64_t stride, Prefetches& prefetches) {
-  tile_product<kParts, kParts, false>({split.queries, query_stride, kChunkRows * split.key_depth},
+  pair_product<kParts, kParts, false>({split.queries, query_stride, kChunkRows * split.key_depth},
                                       {split.state, split.panel(), split.key_depth / 2 * width}, outputs, stride,
                                       core::round_up(rows, kPairRows), width, split.key_depth, prefetches);
 }
@@ -137,11 +150,11 @@ template <int kParts, int kValueParts>
 static void read_chunk(const SplitChunk& split, int rows, int64_t width, float* scores, float* outputs, int64_t stride,
                        Prefetches& prefetches) {
   const int64_t padded_rows = core::round_up(rows, kPairRows);
-  tile_product<kParts, kParts, false>({split.queries, split.key_depth, kChunkRows * split.key_depth},
+  pair_product<kParts, kParts, false>({split.queries, split.key_depth, kChunkRows * split.key_depth},
                                       {split.keys, split.panel(), split.key_depth / 2 * kChunkRows}, scores, kChunkRows,
                                       padded_rows, padded_rows, split.key_depth, prefetches);
   split_scores<kParts>(scores, rows, split.scores);
-  tile_product<kParts, kValueParts, true>({split.scores, kChunkRows, kChunkRows * kChunkRows},
+  pair_product<kParts, kValueParts, true>({split.scores, kChunkRows, kChunkRows * kChunkRows},
                                           {split.values, kValuePanel, kChunkRows / 2 * width}, outputs, stride,
                                           padded_rows, width, core::round_up(rows, kPairDepth), prefetches);
 }
@@ -184,7 +197,7 @@ template <int kParts, int kValueParts>
 static void join_state_transposed(const KeyChunk& chunk, const SplitChunk& split, Channels channels, int64_t width,
                                   float* state, int64_t stride, Prefetches prefetches) {
   const int64_t count = channels.end - channels.begin;
-  tile_product<kParts, kValueParts, true>(
+  pair_product<kParts, kValueParts, true>(
       {split.weights, kChunkRows, chunk.stride * kChunkRows}, {split.values, kValuePanel, kChunkRows / 2 * width},
       state + channels.begin * stride, stride, count, width, core::round_up(chunk.rows, kPairDepth), prefetches);
 }

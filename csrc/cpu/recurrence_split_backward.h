@@ -37,11 +37,11 @@ class SplitBackward {
   void multiply_state(Prefetches& next) const {
     next.products = 3;
     load_grad_rows();
-    tile_product<kValueParts, kParts, false>(grad_rows(), {split_.state, value_panel(), split_.value_depth / 2 * keys_},
+    pair_product<kValueParts, kParts, false>(grad_rows(), {split_.state, value_panel(), split_.value_depth / 2 * keys_},
                                              scratch_.received, keys_, rows_, keys_, split_.value_depth, next);
     multiply_responses(next);
     split_scores<kParts>(scratch_.responses, chunk_.rows, split_.triangle);
-    tile_product<kParts, kParts, true>(triangle(), {split_.gained_pairs, kRowPanel, kChunkRows / 2 * keys_},
+    pair_product<kParts, kParts, true>(triangle(), {split_.gained_pairs, kRowPanel, kChunkRows / 2 * keys_},
                                        scratch_.received, keys_, rows_, keys_, depth_, next);
   }
 
@@ -56,7 +56,7 @@ class SplitBackward {
   void join_state(Channels channels, Prefetches& next) const {
     transpose_to_rows<kValueParts>(scratch_.values, values_, chunk_.rows, values_, split_.value_columns, kChunkRows,
                                    values_ * kChunkRows);
-    tile_product<kValueParts, kParts, true>(
+    pair_product<kValueParts, kParts, true>(
         {split_.value_columns, kChunkRows, values_ * kChunkRows},
         {split_.gained_pairs + channels.begin / kPanelLanes * kRowPanel, kRowPanel, kChunkRows / 2 * keys_},
         scratch_.transposed_state + channels.begin, keys_, values_, channels.end - channels.begin, depth_, next);
@@ -72,14 +72,14 @@ class SplitBackward {
                        kChunkRows * split_.key_depth);
     split_to_pairs<kParts>(scratch_.state_gradient, values_, nullptr, keys_, values_, split_.state, key_panel(),
                            split_.key_depth / 2 * values_);
-    tile_product<kParts, kParts, false>({split_.key_rows, split_.key_depth, kChunkRows * split_.key_depth},
+    pair_product<kParts, kParts, false>({split_.key_rows, split_.key_depth, kChunkRows * split_.key_depth},
                                         {split_.state, key_panel(), split_.key_depth / 2 * values_},
                                         scratch_.grad_values, values_, rows_, values_, split_.key_depth, next);
     split_rows<kValueParts>(scratch_.values, values_, chunk_.rows, values_, rows_, split_.value_rows,
                             split_.value_depth, kChunkRows * split_.value_depth);
     transpose_to_pairs<kParts>(scratch_.state_gradient, values_, values_, split_.state, value_panel(),
                                split_.value_depth / 2 * keys_, keys_);
-    tile_product<kValueParts, kParts, false>({split_.value_rows, split_.value_depth, kChunkRows * split_.value_depth},
+    pair_product<kValueParts, kParts, false>({split_.value_rows, split_.value_depth, kChunkRows * split_.value_depth},
                                              {split_.state, value_panel(), split_.value_depth / 2 * keys_},
                                              scratch_.received, keys_, rows_, keys_, split_.value_depth, next);
   }
@@ -90,19 +90,19 @@ class SplitBackward {
     next.products = 5;
     split_rows<kParts>(scratch_.queries, keys_, chunk_.rows, keys_, rows_, split_.key_rows, split_.key_depth,
                        kChunkRows * split_.key_depth);
-    tile_product<kParts, kParts, false>({split_.key_rows, split_.key_depth, kChunkRows * split_.key_depth},
+    pair_product<kParts, kParts, false>({split_.key_rows, split_.key_depth, kChunkRows * split_.key_depth},
                                         {split_.gained_lanes, key_panel(), split_.key_depth / 2 * kChunkRows},
                                         scratch_.scores, kChunkRows, rows_, rows_, split_.key_depth, next);
     load_grad_rows();
     multiply_responses(next);
     pair_grad_outputs();
     transpose_triangle(scratch_.scores);
-    tile_product<kParts, kValueParts, true>(triangle(), grad_pairs(), scratch_.grad_values, values_, rows_, values_,
+    pair_product<kParts, kValueParts, true>(triangle(), grad_pairs(), scratch_.grad_values, values_, rows_, values_,
                                             depth_, next);
     split_to_pairs<kParts>(scratch_.queries, keys_, nullptr, chunk_.rows, keys_, split_.query_pairs, kRowPanel,
                            kChunkRows / 2 * keys_);
     transpose_triangle(scratch_.responses);
-    tile_product<kParts, kParts, true>(triangle(), {split_.query_pairs, kRowPanel, kChunkRows / 2 * keys_},
+    pair_product<kParts, kParts, true>(triangle(), {split_.query_pairs, kRowPanel, kChunkRows / 2 * keys_},
                                        scratch_.received_within, keys_, rows_, keys_, depth_, next);
   }
 
@@ -117,7 +117,7 @@ class SplitBackward {
     const int64_t count = channels.end - channels.begin;
     transpose_to_rows<kParts>(scratch_.queries + channels.begin, keys_, chunk_.rows, count, split_.query_columns,
                               kChunkRows, keys_ * kChunkRows);
-    tile_product<kParts, kValueParts, true>({split_.query_columns, kChunkRows, keys_ * kChunkRows}, grad_pairs(),
+    pair_product<kParts, kValueParts, true>({split_.query_columns, kChunkRows, keys_ * kChunkRows}, grad_pairs(),
                                             scratch_.state_gradient + channels.begin * values_, values_, count, values_,
                                             depth_, next);
   }
@@ -145,7 +145,7 @@ class SplitBackward {
   }
   // responses = <do_u, v_t>, those of later keys too.
   void multiply_responses(Prefetches& next) const {
-    tile_product<kValueParts, kValueParts, false>(
+    pair_product<kValueParts, kValueParts, false>(
         grad_rows(), {split_.value_lanes, value_panel(), split_.value_depth / 2 * kChunkRows}, scratch_.responses,
         kChunkRows, rows_, rows_, split_.value_depth, next);
   }

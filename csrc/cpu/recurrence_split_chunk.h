@@ -1,11 +1,12 @@
-// The steps of the additive recurrence's forward pass on the tile unit, chunk by chunk.
+// The steps of the additive recurrence's forward pass with products of pairs of bfloat16, chunk by chunk: with order on
+// the tile unit alone.
 #pragma once
 
 #include "cpu/recurrence_unit.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// Values of bfloat16 as products on the tile unit meet them. Whether all are finite.
+// Values of bfloat16 as products of pairs meet them. Whether all are finite.
 [[maybe_unused]] static bool pair_up_values(const RecurrenceProblem& problem, const Unit& unit, int64_t first, int rows,
                                             const SplitChunk& split) {
   const void* from = row_of(problem.value, problem.dtype, unit.sequence.batch, unit.key_head, first);
@@ -13,7 +14,7 @@ namespace sightline::SIGHTLINE_ISA_NS {
                       rows, unit.columns, unit.width, split.values);
 }
 
-// load_values() for products on the tile unit: those that are not finite remain in the scratch.
+// load_values() for products of pairs: those that are not finite remain in the scratch.
 template <int kValueParts>
 static bool load_split_values(const RecurrenceProblem& problem, const Unit& unit, ForwardScratch& scratch) {
   const KeyChunk& chunk = scratch.chunk;
@@ -22,7 +23,7 @@ static bool load_split_values(const RecurrenceProblem& problem, const Unit& unit
   return split_values<kValueParts>(scratch.values, unit.stride, chunk.rows, unit.width, scratch.split);
 }
 
-// add_chunk_to_state() on the tile unit, of values that load_split_values() has loaded.
+// add_chunk_to_state() in products of pairs, of values that load_split_values() has loaded.
 template <int kParts, int kValueParts>
 static void split_add_chunk_to_state(const RecurrenceProblem& problem, const Unit& unit, bool finite, Channels channels,
                                      ForwardScratch& scratch) {

@@ -16,7 +16,7 @@ struct Plan {
   Parts parts;
 
   Plan(const RecurrenceProblem& task, int threads)
-      : problem(&task), segments(unordered_segments(task)), parts(split_parts(task.dtype)) {
+      : problem(&task), segments(unordered_segments(task)), parts(split_parts(task)) {
     const int64_t width = padded(task.value_width);
     const int64_t heads = core::larger(task.sequences() * task.key_heads, 1);
     const int64_t units = heads * segments.count;

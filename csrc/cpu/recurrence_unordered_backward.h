@@ -5,7 +5,7 @@
 // divided by Delta, once; then dx, dv and the gain's gradient from G, with one r for all rows. Every walk can be cut
 // into segments: states are merged and sums added between the walks (recurrence_gradient_segments.h).
 //
-// On the tile unit queries, values and gradients of the output are what they are. The keys' weights are rounded to
+// In products of pairs queries, values and gradients of the output are what they are. The keys' weights are rounded to
 // bfloat16 and divided by their own sum, the state and G rounded once for all rows, as in the forward pass; for float16
 // all take part with sixteen bits.
 #pragma once
@@ -13,17 +13,6 @@
 #include "cpu/recurrence_backward_rows.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
-
-// with_parts() where a weight of bfloat16 has eight bits.
-template <class Run>
-static void with_unordered_parts(Parts parts, Run run) {
-  if (parts.factors == 1)
-    run(std::integral_constant<int, 1>(), std::integral_constant<int, 1>());
-  else if (parts.factors == 2)
-    run(std::integral_constant<int, 2>(), std::integral_constant<int, 2>());
-  else
-    run(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
-}
 
 // Adds the rows' q do^T to their sum, and leaves both loaded.
 [[maybe_unused]] static void add_query_products(const Head& head, int64_t query_head, int64_t first, int rows,
@@ -107,7 +96,7 @@ static bool tile_add_chunk(const Head& head, BackwardScratch& scratch) {
   }
   split_to_pairs<kParts>(chunk.gained, chunk.stride, nullptr, chunk.rows, chunk.stride, split.gained_pairs, kValuePanel,
                          kChunkRows / 2 * chunk.stride);
-  tile_product<kValueParts, kParts, true>(values, {split.gained_pairs, kValuePanel, kChunkRows / 2 * chunk.stride},
+  pair_product<kValueParts, kParts, true>(values, {split.gained_pairs, kValuePanel, kChunkRows / 2 * chunk.stride},
                                           scratch.transposed_state, chunk.stride, stride, chunk.stride, depth,
                                           next_keys_and_values(head, head.sequence.end, chunk));
   return true;
@@ -139,7 +128,7 @@ static void tile_read_rows(const Head& head, int64_t query_head, int64_t first, 
   const SplitRows rows_of_gradient =
       tile_rows<kValueParts>(head, grad_output, query_head, first, rows, problem.value_width, split.value_depth,
                              scratch.grad_outputs, values, split.grad_rows);
-  tile_product<kValueParts, kParts, false>(
+  pair_product<kValueParts, kParts, false>(
       rows_of_gradient, {split.state, split.value_depth / 2 * kPanelLanes, split.value_depth / 2 * keys},
       scratch.received, keys, core::round_up(rows, kPairRows), keys, split.value_depth, next);
   if (!tile_pairs<kValueParts>(head, grad_output, query_head, first, rows, problem.value_width, scratch.grad_outputs,
@@ -147,7 +136,7 @@ static void tile_read_rows(const Head& head, int64_t query_head, int64_t first, 
     return add_query_products(head, query_head, first, rows, scratch, next);
   const SplitRows queries = tile_columns<kValueParts>(head, problem.query, query_head, first, rows, problem.key_width,
                                                       scratch.queries, keys, split.query_columns);
-  tile_product<kValueParts, kValueParts, true>(queries, {split.grad_pairs, kValuePanel, kChunkRows / 2 * values},
+  pair_product<kValueParts, kValueParts, true>(queries, {split.grad_pairs, kValuePanel, kChunkRows / 2 * values},
                                                scratch.state_gradient, values, keys, values,
                                                core::round_up(rows, kPairDepth), next);
 }
@@ -174,13 +163,13 @@ static void tile_receive(const Head& head, BackwardScratch& scratch) {
   next.products = 2;
   split_rows<kParts>(chunk.gained, keys, chunk.rows, keys, core::round_up(chunk.rows, kPairRows), split.key_rows,
                      split.key_depth, kChunkRows * split.key_depth);
-  tile_product<kParts, kParts, false>({split.key_rows, split.key_depth, kChunkRows * split.key_depth},
+  pair_product<kParts, kParts, false>({split.key_rows, split.key_depth, kChunkRows * split.key_depth},
                                       {split.state, split.key_depth / 2 * kPanelLanes, split.key_depth / 2 * values},
                                       scratch.grad_values, values, rows, values, split.key_depth, next);
   const SplitRows values_of_rows =
       tile_rows<kValueParts>(head, problem.value, head.key_head, chunk.first, chunk.rows, problem.value_width,
                              split.value_depth, scratch.values, values, split.value_rows);
-  tile_product<kValueParts, kParts, false>(
+  pair_product<kValueParts, kParts, false>(
       values_of_rows, {split.transposed_gradient, split.value_depth / 2 * kPanelLanes, split.value_depth / 2 * keys},
       scratch.received, keys, rows, keys, split.value_depth, next);
 }
@@ -249,8 +238,8 @@ static Vec sum_of_parts(Vec x) {
   return first + select(finite, rounded_to_bfloat16(x - first), Vec::broadcast(0.0f));
 }
 
-// G and r from the sum of q do^T over all rows; with them what the initial state receives. On the tile unit rows then
-// receive both from a G of the parts that its products have: where <G, S> takes most of G v away, what is left of the
+// G and r from the sum of q do^T over all rows; with them what the initial state receives. Rows then receive both from
+// a G of the parts that their products have: where <G, S> takes most of G v away, what is left of the
 // two is not what rounding took of one.
 template <int kParts>
 static void finish_state_gradient(const Head& head, BackwardScratch& scratch) {

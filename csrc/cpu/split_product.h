@@ -1,4 +1,4 @@
-// Matrices as bfloat16 in one part or in two that add up to sixteen bits, for the tile unit: what tile_product.h reads.
+// Matrices as bfloat16 in one part or in two that add up to sixteen bits: what pair_product.h multiplies.
 //
 // Pairs lie in panels of 16 lanes, (lanes / 16, depth / 2, 16) of 32 bits: rows of a tile far apart would fall on few
 // sets of the first-level cache.

@@ -171,19 +171,4 @@ static void tile_product(const TileFactors* factors, int count, float* c, int64_
   }
 }
 
-// One product.
-template <int kPartsA, int kPartsB, bool kAccumulate>
-static void tile_product(SplitRows a, SplitPairs b, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
-                         int64_t depth, Prefetches& prefetches) {
-  const TileFactors factors{a, b, depth};
-  tile_product<kPartsA, kPartsB, kAccumulate>(&factors, 1, c, c_stride, rows, lanes, AskFor{prefetches});
-}
-
-// The same where nobody asks for what is left of `prefetches`.
-template <int kPartsA, int kPartsB, bool kAccumulate>
-static void tile_product(SplitRows a, SplitPairs b, float* c, int64_t c_stride, int64_t rows, int64_t lanes,
-                         int64_t depth, Prefetches&& prefetches = {}) {
-  tile_product<kPartsA, kPartsB, kAccumulate>(a, b, c, c_stride, rows, lanes, depth, prefetches);
-}
-
 }  // namespace sightline::SIGHTLINE_ISA_NS
