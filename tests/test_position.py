@@ -51,6 +51,9 @@ def test_scores_carry_the_cosine_of_the_difference(causal, per_entry):
     rotated, logits, gain = md_lrpe(query, key, positions, theta)
     output = sl.additive_recurrence(rotated, logits, value, key_gain=gain.double(), causal=causal)
 
+    # Angles are computed for what entries share once.
+    assert gain.shape == (2, 2, length, 12)
+    assert (gain.stride(0) == 0) is not per_entry
     angles = lrpe_angles(positions, theta, 6).expand(2, length, 6)
     cosines = (angles[:, :, None] - angles[:, None]).cos()
     spread = key[:, :, None].expand(-1, -1, length, -1, -1)

@@ -56,6 +56,7 @@ def test_packed_documents_do_not_see_each_other(position_encoding):
     both = model(rows, position_ids=positions.expand(2, -1), output_hidden_states=True)
     assert_same(both.logits[:1], apart)
     assert [tuple(state.shape) for state in both.hidden_states] == [(2, 12, 32)] * 3
+    assert_same(model(rows, position_ids=positions).logits, both.logits)  # one row of positions for all
 
 
 def test_states_of_layers_are_kept_for_those_who_ask_alone():

@@ -272,6 +272,24 @@ def test_every_kernel_has_a_default_and_large_tiles_go_to_large_chips(
     assert (tiles.choose_tile("forward", variant_of(sl.Softmax(), width=128)).rows == 128) is large
 
 
+def test_small_chips_of_blackwell_have_a_smaller_tile_where_that_of_ampere_spills(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiles, "has_hopper_memory", lambda: False)
+    sharp = variant_of(sl.LSSAR(), width=128, dtype=torch.bfloat16, saves=True)
+    others = [
+        variant_of(sl.LSSAR(), width=128, dtype=torch.bfloat16, saves=False),
+        variant_of(sl.LSSAR(), width=64, dtype=torch.bfloat16, saves=True),
+    ]
+    kernels = ("forward", "queries", "keys")
+    ampere = {kernel: [tiles.choose_tile(kernel, variant) for variant in (sharp, *others)] for kernel in kernels}
+    monkeypatch.setattr(tiles, "is_small_blackwell", lambda: True)
+    small = {kernel: [tiles.choose_tile(kernel, variant) for variant in (sharp, *others)] for kernel in kernels}
+    assert small["forward"][0] == Tile(32, 32, 8, 2) != ampere["forward"][0]
+    small["forward"][0] = ampere["forward"][0]
+    assert small == ampere
+
+
 def test_the_file_lies_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SIGHTLINE_TUNING")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
