@@ -189,13 +189,13 @@ def measure_long(options: argparse.Namespace, case: dict[str, Any], sweep: int =
     dtype = getattr(torch, case["dtype"])
     inputs = random_inputs(case["heads"], case["length"], case["width"], dtype)
     call = forward_pass(CAUSAL["recurrence"], inputs)
-    # An aligned block does not always fit where one of its size was freed: pages for one more than there are passes.
-    pages = (options.repetitions + 1) * case["heads"] * case["length"] * case["width"] * dtype.itemsize
+    # An aligned block does not always fit where one of its size was freed: memory for one more than there are passes.
+    output_bytes = (options.repetitions + 1) * case["heads"] * case["length"] * case["width"] * dtype.itemsize
     return_freed_memory()
     available = available_memory(CPU)
-    fits = available is not None and pages <= MEMORY_SHARE * available
+    fits = available is not None and output_bytes <= MEMORY_SHARE * available
     if fits:
-        torch.empty(pages, dtype=torch.uint8).zero_()  # freed, and kept by the allocator
+        torch.empty(output_bytes, dtype=torch.uint8).zero_()  # freed, and kept by the allocator
     else:
         keep_freed_memory(False)
     found = in_turns("length", {"recurrence": call}, case, options.repetitions, options.seconds_per_case)

@@ -23,7 +23,7 @@ it is several times faster than there.
 
 
 def targets_section(documents: Documents) -> list[str]:
-    """Every target of what one machine measured: attention, the recurrence, both, or nothing where it was neither."""
+    """Every target of what one machine measured: attention, the recurrence or both; none where neither was."""
     if not any(kind in documents for kind in SUBJECTS):
         return []
     document = next(iter(documents.values()))
