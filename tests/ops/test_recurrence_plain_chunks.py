@@ -1,4 +1,4 @@
-"""Chunks of keys without mask and gain, which the tile unit weighs and transposes at once, beside any other chunk.
+"""Chunks of keys without mask and gain, weighed and transposed at once for products of pairs, beside any other chunk.
 
 Only outputs alone are gathered so: with the final state weights are not rounded to bfloat16.
 """
@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from recurrence_cases import Problem, Sizes, random_problem, random_state
+from recurrence_cases import Problem, Sizes, outputs, random_problem, random_state
 from tolerance import Comparison, assert_close_to_reference
 
 import sightline as sl
@@ -50,6 +50,25 @@ def test_no_bit_depends_on_the_way(length, width):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_as_close_to_the_formula_as_any(length):
     assert_output_is_close(problem_of(length))
+
+
+@pytest.mark.parametrize("value_width", [1, 16, 32, 40, 64, 80, 96, 112, 130])
+@pytest.mark.parametrize("length", [17, 129])
+def test_every_number_of_vectors_of_values(length, value_width):
+    """Dot products take four vectors at a time, and what is left with other numbers of rows."""
+    problem = problem_of(length, value_width=value_width)
+    assert torch.equal(output(problem), row_by_row(problem))
+    assert_output_is_close(problem)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_state_keeps_more_digits_than_the_dtype_has(dtype, causal):
+    """Weights of bfloat16 would move it by 1e-3, and what a later call goes on from with it."""
+    problem = random_problem(Sizes(length=300), dtype, causal=causal)
+    found, exact = outputs(problem, "native"), outputs(problem.in_float64(), "reference")
+    for name in ("log_normalizer", "memory"):
+        assert (found[name].double() - exact[name]).norm() < 5e-5 * exact[name].norm(), name
 
 
 @pytest.mark.parametrize("length", [16, 17, 63, 64, 100])
