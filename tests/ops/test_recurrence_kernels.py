@@ -49,7 +49,8 @@ def test_lengths(length, dtype, causal):
 @EVERY_DTYPE
 def test_widths(widths, dtype, causal):
     heads = {"heads": 2, "key_heads": 1} if max(widths) > 500 else {}  # the reference goes step by step
-    sizes = Sizes(batch=1, length=70, width=widths[0], value_width=widths[1], **heads)
+    # The fewer numbers there are, the more the largest of torch's errors in them is a matter of chance.
+    sizes = Sizes(batch=max(1, 64 // max(widths)), length=70, width=widths[0], value_width=widths[1], **heads)
     assert_results_are_close(random_problem(sizes, dtype, causal=causal))
 
 
@@ -94,8 +95,9 @@ def test_options_where_outputs_are_written_in_place(option, causal):
 @pytest.mark.parametrize("option", ["plain", "gain"])
 def test_the_only_key_of_a_padded_entry_has_no_gradient(option, dtype, causal):
     """What its value gives to it, <G, S> takes away: both must come from the same G and the same weight."""
-    mask = torch.arange(150) >= torch.tensor([[149], [0]])
-    assert_results_are_close(random_problem(Sizes(), dtype, causal=causal, key_mask=mask, **OPTIONS[option](Sizes())))
+    sizes = Sizes(batch=12)
+    mask = torch.arange(150) >= torch.tensor([[149], [0]]).repeat(6, 1)
+    assert_results_are_close(random_problem(sizes, dtype, causal=causal, key_mask=mask, **OPTIONS[option](sizes)))
 
 
 @pytest.mark.isa
