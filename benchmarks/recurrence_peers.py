@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn import functional
 import sightline as sl
 
 CHUNK = 64
+Result = TypeVar("Result")
 
 
 def chunked_formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -59,10 +61,10 @@ def random_inputs(heads: int, length: int, width: int, dtype: torch.dtype) -> tu
     return query, key, value
 
 
-def forward_pass(function: Callable[..., object], inputs: tuple[object, ...]) -> Callable[[], object]:
+def forward_pass(function: Callable[..., Result], inputs: tuple[object, ...]) -> Callable[[], Result]:
     """A call that runs the forward pass alone, without recording it for gradients."""
 
-    def run() -> object:
+    def run() -> Result:
         with torch.inference_mode():
             return function(*inputs)
 
@@ -97,3 +99,28 @@ def decoding_steps(batch: int, heads: int, width: int, dtype: torch.dtype) -> di
         "recurrence call": smallest,
         "memory call": forward_pass(torch.add, (number, 1.0)),
     }
+
+
+def layered_decoding_steps(
+    layers: int, batch: int, heads: int, width: int, dtype: torch.dtype
+) -> dict[str, Callable[[], list[Tensor]]]:
+    """One token through the recurrences of so many layers: each has its own state, which a new one replaces.
+
+    And what reads and writes as much memory: a sum of each state and a number. Both return the last states.
+    """
+    query, key, value = (torch.randn(batch, heads, 1, width).to(dtype) for _ in range(3))
+    sizes = [(batch, heads, width), (batch, heads, width, width)]
+    states = [sl.RecurrenceState(*map(torch.randn, sizes)) for _ in range(layers)]
+    memories = [state.memory.clone() for state in states]
+
+    def recurrence() -> list[Tensor]:
+        for layer, state in enumerate(states):
+            _, states[layer] = sl.additive_recurrence(query, key, value, initial_state=state, output_final_state=True)
+        return [state.memory for state in states]
+
+    def memory() -> list[Tensor]:
+        for layer, held in enumerate(memories):
+            memories[layer] = held + 1.0
+        return list(memories)
+
+    return {"recurrence": forward_pass(recurrence, ()), "memory": forward_pass(memory, ())}

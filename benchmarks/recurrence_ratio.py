@@ -22,7 +22,15 @@ import numpy as np
 import torch
 from command_line import CPU, say, whole_numbers, write_document
 from machine_rates import bench_module, multiply_rates, read_rate
-from recurrence_peers import CAUSAL, UNORDERED, backward_pass, decoding_steps, forward_pass, random_inputs
+from recurrence_peers import (
+    CAUSAL,
+    UNORDERED,
+    backward_pass,
+    decoding_steps,
+    forward_pass,
+    layered_decoding_steps,
+    random_inputs,
+)
 from rounds import sample_in_rounds
 
 from sightline.cli.environment import available_memory, instruction_sets
@@ -30,12 +38,14 @@ from sightline.cli.measure import Spread, seconds_of
 from sightline.cli.peak_memory import measure_peak
 
 SCHEMA = "sightline-recurrence/1"
-DECODING_CALLS = 50
+DECODING_CALLS, LAYERED_DECODING_CALLS = 50, 4
+RUN_TOKENS = 65536  # of a long context or of several shorter ones
 READ_BYTES = 512 * 2**20
 MEMORY_SHARE = 0.95  # of what is available: the rest is for the program itself
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 2**10, 65536
+_NEVER_TRIM = -1  # the largest number that mallopt takes is 2 GiB: less than one output
 
 
 @dataclass(frozen=True)
@@ -69,18 +79,21 @@ def in_turns(
     limit: about so many seconds, at the cost of repetitions.
     """
     say(what + " " + ", ".join(f"{name} {value}" for name, value in case.items()))
-
-    def run(call: Callable[[], object]) -> float:
-        def several() -> None:
-            for _ in range(calls_per_run):
-                call()
-
-        return seconds_of(several, CPU) / calls_per_run
-
-    samples = sample_in_rounds({name: partial(run, call) for name, call in calls.items()}, repetitions, limit)
+    runs = {name: partial(seconds_per_call, call, calls_per_run) for name, call in calls.items()}
+    samples = sample_in_rounds(runs, repetitions, limit)
     if samples.errors:
         raise RuntimeError(f"{what}: {samples.errors}")
     return [row_of(what, case, name, seconds) for name, seconds in samples.values.items()]
+
+
+def seconds_per_call(call: Callable[[], object], calls: int) -> float:
+    """What each of so many calls in a row takes."""
+
+    def several() -> None:
+        for _ in range(calls):
+            call()
+
+    return seconds_of(several, CPU) / calls
 
 
 def row_of(what: str, case: dict[str, Any], name: str, seconds: list[float]) -> dict[str, Any]:
@@ -151,9 +164,11 @@ def measure(options: argparse.Namespace, dtype_name: str, sweep: int = 0) -> lis
     for batch in options.decoding_batches:
         steps, case = decoding_steps(batch, heads, width, dtype), shape | {"batch": batch, "length": 1}
         found += in_turns("decoding", steps, case, 5 * repetitions, limit, DECODING_CALLS)
-    for length in options.long_lengths:
-        found += measure_long(options, shape | {"length": length}, sweep)
-    return found
+        # One state stays in the caches; those of a model's layers pass through them in turn.
+        steps = layered_decoding_steps(options.decoding_layers, batch, heads, width, dtype)
+        case |= {"layers": options.decoding_layers}
+        found += in_turns("decoding in layers", steps, case, 5 * repetitions, limit, LAYERED_DECODING_CALLS)
+    return found + measure_lengths(options, shape, sweep)
 
 
 def measure_one_head(options: argparse.Namespace, shape: dict[str, Any]) -> list[dict[str, Any]]:
@@ -179,31 +194,70 @@ def on_threads(threads: int, call: Callable[[], object]) -> object:
         torch.set_num_threads(before)
 
 
-def measure_long(options: argparse.Namespace, case: dict[str, Any], sweep: int = 0) -> list[dict[str, Any]]:
-    """The causal forward pass of a long context, at one length of the first sweep beside a single pass of SDPA."""
+def measure_lengths(options: argparse.Namespace, shape: dict[str, Any], sweep: int = 0) -> list[dict[str, Any]]:
+    """The causal forward pass of long contexts, all in turns, and in the first sweep SDPA once at one length.
+
+    Short contexts are repeated, so that what disturbs a run for a moment weighs alike in all of them.
+    """
+    calls, errors, dtype = {}, {}, getattr(torch, shape["dtype"])
     return_freed_memory()
-    reason = want_of_memory(case)
-    if reason:
-        say(f"length {case['length']:,}: {reason}")
-        return [{"measurement": "length", **case, "implementation": "recurrence", "error": reason}]
-    dtype = getattr(torch, case["dtype"])
-    inputs = random_inputs(case["heads"], case["length"], case["width"], dtype)
-    call = forward_pass(CAUSAL["recurrence"], inputs)
-    # An aligned block does not always fit where one of its size was freed: memory for one more than there are passes.
-    output_bytes = (options.repetitions + 1) * case["heads"] * case["length"] * case["width"] * dtype.itemsize
+    for length in sorted(options.long_lengths):
+        errors[length] = want_of_memory(shape | {"length": length})
+        if errors[length]:
+            say(f"length {length:,}: {errors[length]}")
+        else:
+            inputs = random_inputs(shape["heads"], length, shape["width"], dtype)
+            calls[length] = {name: forward_pass(CAUSAL[name], inputs) for name in ("recurrence", "sdpa")}
+    seconds = {}
+    if calls:
+        say(f"lengths {', '.join(map(str, calls))}, {shape['dtype']}")
+        output_bytes = shape["heads"] * max(calls) * shape["width"] * dtype.itemsize
+        runs = {
+            length: partial(seconds_per_call, call["recurrence"], max(1, RUN_TOKENS // length))
+            for length, call in calls.items()
+        }
+        seconds = in_kept_memory(output_bytes, runs, options.repetitions, len(runs) * options.seconds_per_case)
+    found = []
+    for length, error in errors.items():
+        case = shape | {"length": length}
+        if error:
+            found.append({"measurement": "length", **case, "implementation": "recurrence", "error": error})
+            continue
+        found.append(row_of("length", case, "recurrence", seconds[length]))
+        if length == options.sdpa_once and sweep == 0:
+            found.append(row_of("length", case, "sdpa", [seconds_of(calls[length]["sdpa"], CPU)]))
+    return found
+
+
+def in_kept_memory(
+    output_bytes: int, runs: dict[int, Callable[[], float]], repetitions: int, limit: float
+) -> dict[int, list[float]]:
+    """What runs returned in turns where outputs get memory that has been in use before, if there is enough of it.
+
+    output_bytes: of the largest output.
+    """
     return_freed_memory()
-    available = available_memory(CPU)
-    fits = available is not None and output_bytes <= MEMORY_SHARE * available
-    if fits:
-        torch.empty(output_bytes, dtype=torch.uint8).zero_()  # freed, and kept by the allocator
+    outputs = outputs_to_keep(output_bytes, repetitions)
+    if outputs:
+        torch.empty(outputs * output_bytes, dtype=torch.uint8).zero_()  # freed, and kept by the allocator
     else:
         keep_freed_memory(False)
-    found = in_turns("length", {"recurrence": call}, case, options.repetitions, options.seconds_per_case)
-    if not fits:
+    samples = sample_in_rounds({str(name): run for name, run in runs.items()}, repetitions, limit)
+    if not outputs:
         keep_freed_memory()
-    if case["length"] == options.sdpa_once and sweep == 0:
-        found.append(row_of("length", case, "sdpa", [seconds_of(forward_pass(CAUSAL["sdpa"], inputs), CPU)]))
-    return found
+    if samples.errors:
+        raise RuntimeError(f"lengths: {samples.errors}")
+    return {name: samples.values[str(name)] for name in runs}
+
+
+def outputs_to_keep(output_bytes: int, repetitions: int) -> int:
+    """How many outputs to have memory for before the passes: one for each and one more, or what fits, two or none.
+
+    An aligned block does not always fit where one of its size was freed, so that one alone is not enough.
+    """
+    available = available_memory(CPU)
+    fitting = 0 if available is None else int(MEMORY_SHARE * available // output_bytes)
+    return min(repetitions + 1, fitting) if fitting > 1 else 0
 
 
 def want_of_memory(case: dict[str, Any]) -> str | None:
@@ -238,7 +292,7 @@ def keep_freed_memory(keeps: bool = True) -> None:
     with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0 if keeps else _DEFAULT_MMAP_MAX)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if keeps else _DEFAULT_TRIM_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM if keeps else _DEFAULT_TRIM_THRESHOLD)
 
 
 def return_freed_memory() -> None:
@@ -255,6 +309,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sdpa-limit", type=int, default=16384, metavar="N", help="longest repeated one of torch SDPA")
     parser.add_argument("--sdpa-once", type=int, default=65536, metavar="N", help="long context of one pass of SDPA")
     parser.add_argument("--decoding-batches", type=whole_numbers, default=[1, 16], metavar="B,B,...")
+    parser.add_argument("--decoding-layers", type=int, default=16, metavar="L", help="states that take turns")
     parser.add_argument("--one-head-length", type=int, default=16384, metavar="N", help="one head, two threads and one")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=128, help="Dk and Dv")

@@ -95,9 +95,9 @@ _ONE_HEAD_BACKWARD = (
     "0.9x to 1.25x from run to run"
 )
 _LENGTHS = (
-    "lengths are measured minutes apart, and one of them differs by more than this from sweep to sweep (its p10 - "
-    "p90); new pages of an output cost 0.24 us per 2 KiB (one token in bfloat16) on one thread with huge pages, 0.7 us "
-    "without, and 5 us where the machine had not handed that memory out yet (filling alone)"
+    "lengths were measured minutes apart in this run, and one of them differs by more than this from sweep to sweep "
+    "(its p10 - p90); new pages of an output cost 0.24 us per 2 KiB (one token in bfloat16) on one thread with huge "
+    "pages, 0.7 us without, and 5 us where the machine had not handed that memory out yet (filling alone)"
 )
 
 # A machine without a tile unit.
@@ -105,10 +105,6 @@ _VECTOR_FORMULA = (
     "products of rows with the state and within a chunk, 0.66 MFLOP per token, alone take 2.8 us at the rate of this "
     "machine's registers, in float32 for either dtype: with order weights and states keep more digits than bfloat16 "
     "has, and two parts of each at twice the rate gain nothing"
-)
-_VECTOR_LENGTHS = (
-    "memory has no room for a second output of 4 GiB, so that its pages are new in every pass, and this machine's "
-    "kernel takes 9 s to make them; with pages of a pass before, 1M tokens took 3.9 us each (one pass)"
 )
 _VECTOR_BACKWARD = "2.8x to 3.06x from run to run"
 _VECTOR_STEP_OF_ONE = "the call takes longer than its state (the row of a state of one number)"
@@ -119,7 +115,12 @@ _VECTOR_STEP_OF_ONE_WITHOUT_CALL = (
 _VECTOR_STEP = (
     "41 % to 70 % from run to run; new states of 2 MiB and more go past the caches, because in a model those of other "
     "layers pass before they are read again; kept in the caches, where those of this benchmark have room, steps took "
-    "1.0 to 1.6 times as long with B = 16 and 32, and chains of steps 0.75 with B = 4 and 8 (interleaved)"
+    "1.0 to 1.6 times as long with B = 16 and 32, and chains of steps 0.75 with B = 4 and 8 (interleaved); where "
+    "the states of 16 layers take turns (the row of layers) the target is met"
+)
+_VECTOR_LAYER = (
+    "a layer's call with nothing to do takes longer than the sum of its state and a number (the row of a state of one "
+    "number)"
 )
 _VECTOR_ONE_HEAD = (
     "what threads share is written and read by the other, and they meet at every phase; 0.76x to 1.4x from run to run"
@@ -193,8 +194,11 @@ REASONS: dict[str, dict[str, str]] = {
             f"causal forward, {dtype}, speed of the chunked formula": _VECTOR_FORMULA
             for dtype in ("bfloat16", "float32")
         },
-        "causal forward, float32, longest time per token from 4K to 1M relative to the shortest": _VECTOR_LENGTHS,
         "backward, causal, float32, time relative to the forward pass": _VECTOR_BACKWARD,
+        **{
+            f"decoding in layers, {dtype}, B = 1, share of the time in which states are read and written": _VECTOR_LAYER
+            for dtype in ("bfloat16", "float32")
+        },
         **{
             f"decoding, {dtype}, B = {case}": reason
             for dtype in ("bfloat16", "float32")
@@ -212,5 +216,6 @@ REASONS: dict[str, dict[str, str]] = {
         "one head, causal forward, float32, two threads against one": _ONE_HEAD_FORWARD_HALVES,
         "one head, causal backward, bfloat16, two threads against one": _VECTOR_ONE_HEAD,
         "one head, causal backward, float32, two threads against one": _VECTOR_ONE_HEAD,
+        "one head, backward without order, float32, two threads against one": _ONE_HEAD_UNORDERED,
     },
 }

@@ -26,6 +26,7 @@ RECURRENCE_TABLES = {
         "x the time of two threads",
     ),
     "decoding": ("One token, with its state", "x the recurrence's time"),
+    "decoding in layers": ("One token through the recurrences of several layers", "x the recurrence's time"),
     "length": ("Causal forward pass by length", "x the recurrence's time"),
 }
 RECURRENCE_LABELS = {
@@ -73,6 +74,8 @@ def recurrence_section(document: dict[str, Any]) -> list[str]:
             if result["measurement"] != measurement:
                 continue
             shape = f"B = {result.get('batch', 1)}, H = {result['heads']}, D = {result['width']}"
+            if "layers" in result:
+                shape += f", {result['layers']} layers"
             row = [f"{result['dtype']}, {shape}, N = {result['length']:,}", RECURRENCE_LABELS[result["implementation"]]]
             if result.get("error"):
                 row += [f"left out: {result['error']}", "", ""]

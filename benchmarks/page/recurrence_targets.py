@@ -155,6 +155,16 @@ def decoding_share(dtype: str, batch: int, beyond_call: bool) -> Find:
     return find
 
 
+def layered_decoding_share(dtype: str, batch: int) -> Find:
+    """The same where the states of a model's layers take turns, so that none stays in the caches."""
+
+    def find(documents: Documents) -> Measured | None:
+        results = timings(documents, "decoding in layers", dtype=dtype, batch=batch, implementation="memory")
+        return worst(Measured(result["ratio"], f"{result['layers']} layers") for result in results)
+
+    return find
+
+
 def recurrence_targets() -> Iterator[Target]:
     """All of them, in the order of the table."""
     for dtype in DTYPES:
@@ -179,6 +189,8 @@ def recurrence_targets() -> Iterator[Target]:
             yield Target(text, 0.8, decoding_share(dtype, batch, beyond_call=False), percent)
             text += ", calls taken off"
             yield Target(text, 0.8, decoding_share(dtype, batch, beyond_call=True), percent)
+            text = f"decoding in layers, {dtype}, B = {batch}, share of the time in which states are read and written"
+            yield Target(text, 0.8, layered_decoding_share(dtype, batch), percent)
     for dtype in DTYPES:
         for measurement, text in ONE_HEAD.items():
             found = ratio(measurement, dtype, "one thread")

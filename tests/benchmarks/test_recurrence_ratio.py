@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import recurrence_peers
 import recurrence_ratio
@@ -10,7 +16,7 @@ import torch
 
 ARGUMENTS = ["--lengths", "40", "--heads", "2", "--width", "8", "--repetitions", "1", "--dtypes", "float32"]
 ARGUMENTS += ["--long-lengths", "48,64", "--sdpa-once", "64", "--decoding-batches", "1,3", "--peak-length", "0"]
-ARGUMENTS += ["--one-head-length", "40"]
+ARGUMENTS += ["--one-head-length", "40", "--decoding-layers", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,8 @@ def test_every_measurement_puts_its_peers_beside_the_recurrence(results: list[di
         assert {result["heads"] for result in measured} == {1}
     names = ("recurrence", "memory", "recurrence call", "memory call")
     assert rows(results, "decoding") == [(batch, 1, name) for batch in (1, 3) for name in names]
+    assert rows(results, "decoding in layers") == [(batch, 1, name) for batch in (1, 3) for name in names[:2]]
+    assert {result.get("layers") for result in results if result["measurement"] == "decoding in layers"} == {4}
     for result in results:
         own = next(
             other
@@ -52,6 +60,19 @@ def test_sdpa_runs_once_at_one_long_length(results: list[dict]) -> None:
     assert rows(results, "length") == [(1, 48, "recurrence"), (1, 64, "recurrence"), (1, 64, "sdpa")]
     assert results[-1]["repetitions"] == 1
     assert {result["repetitions"] for result in results if result["measurement"] == "causal"} == {2}
+
+
+def test_short_contexts_are_repeated_until_a_run_has_as_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    monkeypatch.setitem(recurrence_ratio.CAUSAL, "recurrence", lambda query, *rest: lengths.append(query.shape[2]))
+    monkeypatch.setattr(recurrence_ratio, "RUN_TOKENS", 48)
+    options = recurrence_ratio.arguments([*ARGUMENTS, "--repetitions", "2", "--long-lengths", "16,48,64"])
+    shape = {"dtype": "float32", "batch": 1, "heads": 2, "width": 8}
+    found = recurrence_ratio.measure_lengths(options, shape, sweep=1)
+    assert [(row["length"], len(row["samples"])) for row in found] == [(16, 2), (48, 2), (64, 2)]
+    rounds = [lengths[start : start + 5] for start in range(0, len(lengths), 5)]
+    assert len(rounds) == 3  # one warms up
+    assert all(sorted(calls) == [16, 16, 16, 48, 64] for calls in rounds)
 
 
 def test_sweeps_are_pooled_case_by_case() -> None:
@@ -112,23 +133,50 @@ def test_what_does_not_fit_into_memory_is_left_out_with_the_reason(
     monkeypatch.setattr(recurrence_ratio, "available_memory", lambda device: None)
     assert recurrence_ratio.want_of_memory(case) is None
     monkeypatch.setattr(recurrence_ratio, "available_memory", lambda device: 8 * 2**30)
-    (found,) = recurrence_ratio.measure_long(options, case)
+    (found,) = recurrence_ratio.measure_lengths(options, case)
+    assert found["length"] == 1048576
     assert found["error"] == f"needs {gigabytes}.0 GiB of memory, 8.0 GiB are available"
     assert recurrence_ratio.measure_memory(options, dtype)["error"] == found["error"]
 
 
-@pytest.mark.parametrize(("outputs", "expected"), [(7, []), (5, [False, True])])
-def test_memory_of_outputs_is_kept_where_there_is_one_for_every_pass_and_one_more(
-    monkeypatch: pytest.MonkeyPatch, outputs: int, expected: list[bool]
+@pytest.mark.parametrize(("room", "outputs"), [(7.0, 6), (6.0, 5), (2.2, 2), (2.0, 0), (None, 0)])
+def test_memory_of_outputs_is_kept_for_every_pass_and_one_more_or_for_two(
+    monkeypatch: pytest.MonkeyPatch, room: float | None, outputs: int
 ) -> None:
+    output_bytes = 2 * 48 * 8 * 4
     kept: list[bool] = []
-    monkeypatch.setattr(recurrence_ratio, "available_memory", lambda device: outputs * 2 * 48 * 8 * 4)
+    available = None if room is None else int(room * output_bytes)
+    monkeypatch.setattr(recurrence_ratio, "available_memory", lambda device: available)
+    monkeypatch.setattr(recurrence_ratio, "want_of_memory", lambda case: None)
     monkeypatch.setattr(recurrence_ratio, "keep_freed_memory", lambda keeps=True: kept.append(keeps))
-    case = {"dtype": "float32", "batch": 1, "heads": 2, "length": 48, "width": 8}
-    options = recurrence_ratio.arguments([*ARGUMENTS, "--repetitions", "5"])
-    (found,) = recurrence_ratio.measure_long(options, case)
-    assert min(found["samples"]) > 0
-    assert kept == expected
+    assert recurrence_ratio.outputs_to_keep(output_bytes, 5) == outputs
+    shape = {"dtype": "float32", "batch": 1, "heads": 2, "width": 8}
+    options = recurrence_ratio.arguments([*ARGUMENTS, "--repetitions", "5", "--long-lengths", "48,30"])
+    found = recurrence_ratio.measure_lengths(options, shape)
+    assert [row["length"] for row in found] == [30, 48]
+    assert all(len(row["samples"]) == 5 and min(row["samples"]) > 0 for row in found)
+    assert kept == ([] if outputs else [False, True])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has mallopt")
+def test_freed_memory_is_kept_however_large_it_is() -> None:
+    # In a process of its own: what the allocator of this one keeps depends on the tests before. Nothing is written into
+    # the memory, so that it takes none.
+    program = """
+import ctypes, torch, recurrence_ratio
+sbrk = ctypes.CDLL(None).sbrk
+sbrk.restype, sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+for keeps in (True, False):
+    recurrence_ratio.keep_freed_memory(keeps)
+    before = sbrk(0)
+    torch.empty(2**31 + 2**20, dtype=torch.uint8)
+    print(sbrk(0) - before >= 2**31)
+    recurrence_ratio.return_freed_memory()
+"""
+    folder = str(Path(recurrence_ratio.__file__).parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr
 
 
 def test_decoding_steps_do_what_they_are_named_for() -> None:
@@ -138,6 +186,20 @@ def test_decoding_steps_do_what_they_are_named_for() -> None:
     assert state.memory.shape == steps["memory"]().shape == (3, 2, 8, 8)
     output, state = steps["recurrence call"]()
     assert output.shape == state.memory.shape == steps["memory call"]().shape == (1, 1, 1, 1)
+
+
+def test_every_layer_of_a_decoding_step_goes_on_from_its_own_state() -> None:
+    torch.manual_seed(0)
+    steps = recurrence_peers.layered_decoding_steps(3, 2, 4, 8, torch.float32)
+    first, later = steps["memory"](), steps["memory"]()
+    assert len(first) == 3
+    assert all(torch.equal(new, old + 1) for new, old in zip(later, first, strict=True))
+    first, later = steps["recurrence"](), steps["recurrence"]()
+    assert [state.shape for state in first] == [(2, 4, 8, 8)] * 3
+    # All layers see one token: each step brings their states closer to it, and none is another's.
+    for one, other in ((0, 1), (1, 2)):
+        before, after = ((states[one] - states[other]).norm() for states in (first, later))
+        assert 0 < after < before
 
 
 def test_backward_passes_are_those_of_their_order() -> None:

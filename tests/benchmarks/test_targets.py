@@ -334,6 +334,17 @@ def test_decoding_is_compared_with_the_bandwidth_with_and_without_the_call() -> 
     assert row_of(text.format(16), found)[1] == "unmeasured"
 
 
+def test_decoding_in_layers_is_compared_with_their_states() -> None:
+    results = [
+        recurrence_result("decoding in layers", name, 1e-3, share)
+        for name, share in (("recurrence", 1.0), ("memory", 0.9))
+    ]
+    found = document("recurrence", [result | {"layers": 16} for result in results], memory=[])
+    text = "decoding in layers, float32, B = 1, share of the time in which states are read and written"
+    assert row_of(text, found)[1:4] == ("90%", "16 layers", "yes")
+    assert row_of(text.replace("B = 1", "B = 16"), found)[1] == "unmeasured"
+
+
 def test_numbers_are_shown_with_what_decides() -> None:
     assert [times(number) for number in (0.9996, 1.15, 4.0, 12.34, 150.0)] == ["1x", "1.15x", "4x", "12.3x", "150x"]
     assert [percent(number) for number in (0.8, 0.79964, 1.0)] == ["80%", "79.96%", "100%"]
