@@ -268,7 +268,6 @@ def test_wrong_input_ends_the_process_without_a_traceback(sightline):
     )
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a process group is interrupted as a terminal does it")
 def test_ctrl_c_half_way_writes_what_was_measured(tmp_path):
     arguments = [*SMALL, "--lengths", "32,64", "--repetitions", "1000000", "--time-limit", "3600"]
     process = subprocess.Popen(

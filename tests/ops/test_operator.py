@@ -6,6 +6,7 @@ import io
 import re
 
 import pytest
+import required
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -364,7 +365,7 @@ def test_raw_operator_refuses_what_would_read_out_of_bounds(problem):
 
 def test_options_reference_and_triton_know_the_same_weight_functions():
     assert list(WEIGHT_FUNCTIONS) == list(WEIGHTING_TYPES)
-    pytest.importorskip("triton")
+    required.module("triton")
     from sightline.triton import weights
 
     assert list(weights.WEIGHT_FUNCTIONS) == list(WEIGHTING_TYPES)
