@@ -45,7 +45,7 @@ MEMORY_SHARE = 0.95  # of what is available: the rest is for the program itself
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 2**10, 65536
-_NEVER_TRIM = -1  # the largest number that mallopt takes is 2 GiB: less than one output
+_NEVER_TRIM = -1  # the largest number that mallopt takes, 2 GiB, is no more than one output of 1M tokens
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,17 @@ def in_turns(
     """
     say(what + " " + ", ".join(f"{name} {value}" for name, value in case.items()))
     runs = {name: partial(seconds_per_call, call, calls_per_run) for name, call in calls.items()}
+    return [row_of(what, case, name, seconds) for name, seconds in all_samples(what, runs, repetitions, limit).items()]
+
+
+def all_samples(
+    what: str, runs: dict[str, Callable[[], float]], repetitions: int, limit: float
+) -> dict[str, list[float]]:
+    """What runs return in turns; one that fails ends the benchmark."""
     samples = sample_in_rounds(runs, repetitions, limit)
     if samples.errors:
         raise RuntimeError(f"{what}: {samples.errors}")
-    return [row_of(what, case, name, seconds) for name, seconds in samples.values.items()]
+    return samples.values
 
 
 def seconds_per_call(call: Callable[[], object], calls: int) -> float:
@@ -213,7 +220,7 @@ def measure_lengths(options: argparse.Namespace, shape: dict[str, Any], sweep: i
         say(f"lengths {', '.join(map(str, calls))}, {shape['dtype']}")
         output_bytes = shape["heads"] * max(calls) * shape["width"] * dtype.itemsize
         runs = {
-            length: partial(seconds_per_call, call["recurrence"], max(1, RUN_TOKENS // length))
+            str(length): partial(seconds_per_call, call["recurrence"], max(1, RUN_TOKENS // length))
             for length, call in calls.items()
         }
         seconds = in_kept_memory(output_bytes, runs, options.repetitions, len(runs) * options.seconds_per_case)
@@ -223,16 +230,16 @@ def measure_lengths(options: argparse.Namespace, shape: dict[str, Any], sweep: i
         if error:
             found.append({"measurement": "length", **case, "implementation": "recurrence", "error": error})
             continue
-        found.append(row_of("length", case, "recurrence", seconds[length]))
+        found.append(row_of("length", case, "recurrence", seconds[str(length)]))
         if length == options.sdpa_once and sweep == 0:
             found.append(row_of("length", case, "sdpa", [seconds_of(calls[length]["sdpa"], CPU)]))
     return found
 
 
 def in_kept_memory(
-    output_bytes: int, runs: dict[int, Callable[[], float]], repetitions: int, limit: float
-) -> dict[int, list[float]]:
-    """What runs returned in turns where outputs get memory that has been in use before, if there is enough of it.
+    output_bytes: int, runs: dict[str, Callable[[], float]], repetitions: int, limit: float
+) -> dict[str, list[float]]:
+    """What runs return in turns where outputs get memory that has been in use before, if there is enough of it.
 
     output_bytes: of the largest output.
     """
@@ -242,12 +249,10 @@ def in_kept_memory(
         torch.empty(outputs * output_bytes, dtype=torch.uint8).zero_()  # freed, and kept by the allocator
     else:
         keep_freed_memory(False)
-    samples = sample_in_rounds({str(name): run for name, run in runs.items()}, repetitions, limit)
+    found = all_samples("length", runs, repetitions, limit)
     if not outputs:
         keep_freed_memory()
-    if samples.errors:
-        raise RuntimeError(f"lengths: {samples.errors}")
-    return {name: samples.values[str(name)] for name in runs}
+    return found
 
 
 def outputs_to_keep(output_bytes: int, repetitions: int) -> int:
