@@ -1,10 +1,11 @@
 // Weighted attention, backward (MATH.md sections 1 and 2), in one pass of five products.
 //
 // Work: one unit is the rows of one key head (all its query heads) against every `splits`-th key tile. A unit walks its
-// row tiles and, for each, its key tiles: scores and <do, v> (lanes are rows, see product.h), from both the weights W
-// and the score gradients dS, then dV += W^T dO, dK += dS^T Q, dQ += dS K. dK and dV of the unit's keys are gathered in
-// fp32 scratch; with several splits every split writes its own partial dQ and these are added in a fixed order, so the
-// result does not depend on the number of threads.
+// row tiles, a few together, and with them its key tiles: scores and <do, v> (lanes are rows, see product.h), from both
+// the weights W and the score gradients dS, then dV += W^T dO, dK += dS^T Q, dQ += dS K. dK and dV of the unit's keys
+// are gathered in fp32 scratch; of a long context it fits no cache, and passes once for all row tiles that go together.
+// With several splits every split writes its own partial dQ and these are added in a fixed order, so the result does
+// not depend on the number of threads.
 //
 // dS is kept without the row's factor c_i / |q_i|: the copy of Q that meets it carries the factor instead, and the
 // gradient of a scale of 0 stays defined. bfloat16 goes through products of pairs where the machine has them, and on
@@ -61,14 +62,14 @@ void write_query_gradient(const AttentionBackwardPlan& plan, int64_t batch, int6
          problem.head_width);
 }
 
-void finish_row_tile(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, int64_t batch,
-                     int64_t key_head, int64_t begin, int64_t split) {
+void finish_row_tile(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, const BackwardRows& at,
+                     int64_t batch, int64_t key_head, int64_t begin, int64_t split) {
   const AttentionProblem& problem = *plan.problem;
-  const RowTile& rows = *scratch.rows;
-  const RowGradients& state = *scratch.row_gradients;
+  const RowTile& rows = *at.rows;
+  const RowGradients& state = *at.row_gradients;
   for (int lane = 0; lane < rows.rows; ++lane) {
     const int64_t head_index = batch * problem.heads + rows.head[lane];
-    float* gradient = scratch.query_gradients + lane * plan.key_width;
+    float* gradient = at.query_gradients + lane * plan.key_width;
     widen(row_of(problem.query, problem.dtype, batch, rows.head[lane], rows.query[lane]), problem.dtype, scratch.row,
           problem.head_width);
     if (plan.partial_scales != nullptr && state.inverse_normalizer[lane] != 0.0f)
@@ -117,10 +118,10 @@ void write_key_gradients(const AttentionBackwardPlan& plan, AttentionBackwardScr
 // Products to rounded weights and score gradients.
 template <class Weight, int kParts>
 void differentiate_pair_tile(const AttentionProblem& problem, const AttentionBackwardScratch& scratch,
-                             const KeyTile& keys) {
-  const RowTile& rows = *scratch.rows;
+                             const BackwardRows& at, const KeyTile& keys) {
+  const RowTile& rows = *at.rows;
   const auto run = [&](auto differentiate) {
-    differentiate(problem, rows, *scratch.row_gradients, keys, scratch.scores, scratch.score_gradients, scratch.pairs);
+    differentiate(problem, rows, *at.row_gradients, keys, scratch.scores, scratch.score_gradients, at.pairs);
   };
   const bool reweighted = problem.reweight.power > 0.0f;
   if (has_masked_entries(problem, rows, keys)) {
@@ -141,14 +142,14 @@ void differentiate_pair_tile(const AttentionProblem& problem, const AttentionBac
 // Scores to weights and <do, v> to score gradients, both in place, and what the mask gets of them.
 template <class Weight>
 void differentiate_scores(const AttentionBackwardPlan& plan, const AttentionBackwardScratch& scratch,
-                          const KeyTile& keys) {
+                          const BackwardRows& at, const KeyTile& keys) {
   const AttentionProblem& problem = *plan.problem;
   const AttentionGradients& gradients = *plan.gradients;
-  const RowTile& rows = *scratch.rows;
+  const RowTile& rows = *at.rows;
   if (problem.reweight.power > 0.0f)
-    differentiate<Weight, true>(problem, rows, *scratch.row_gradients, keys, scratch.scores, scratch.score_gradients);
+    differentiate<Weight, true>(problem, rows, *at.row_gradients, keys, scratch.scores, scratch.score_gradients);
   else
-    differentiate<Weight, false>(problem, rows, *scratch.row_gradients, keys, scratch.scores, scratch.score_gradients);
+    differentiate<Weight, false>(problem, rows, *at.row_gradients, keys, scratch.scores, scratch.score_gradients);
   if (gradients.grad_mask != nullptr)
     add_mask_gradients(gradients.grad_mask, gradients.grad_mask_strides, rows, keys, scratch.score_gradients);
   if (gradients.grad_mask_sums != nullptr)
@@ -158,44 +159,63 @@ void differentiate_scores(const AttentionBackwardPlan& plan, const AttentionBack
 
 // What a tile of scores adds to all gradients; `local` is the place of its keys among those of the unit.
 template <class Weight>
-void add_tile(const AttentionBackwardPlan& plan, const AttentionBackwardScratch& scratch, const KeyTile& keys,
-              int64_t local) {
+void add_tile(const AttentionBackwardPlan& plan, const AttentionBackwardScratch& scratch, const BackwardRows& at,
+              const KeyTile& keys, int64_t local) {
   const AttentionProblem& problem = *plan.problem;
-  const RowTile& rows = *scratch.rows;
+  const RowTile& rows = *at.rows;
   alignas(64) float largest[kRowTile];
-  compute_scores(problem, rows, keys, scratch.transposed_queries, scratch.bias, scratch.scores, largest);
-  product<false>({keys.values, keys.value_stride, 1}, scratch.transposed_output_gradients, rows.lanes,
+  compute_scores(problem, rows, keys, at.transposed_queries, scratch.bias, scratch.scores, largest);
+  product<false>({keys.values, keys.value_stride, 1}, at.transposed_output_gradients, rows.lanes,
                  scratch.score_gradients, rows.lanes, keys.count, rows.lanes, problem.value_width);
-  differentiate_scores<Weight>(plan, scratch, keys);
-  accumulate_product(scratch.finite, {scratch.scores, rows.lanes, 1}, scratch.output_gradients, plan.padded_value_width,
+  differentiate_scores<Weight>(plan, scratch, at, keys);
+  accumulate_product(at.finite, {scratch.scores, rows.lanes, 1}, at.output_gradients, plan.padded_value_width,
                      scratch.value_gradients + local * plan.padded_value_width, plan.padded_value_width, keys.count,
                      plan.padded_value_width, rows.rows);
-  accumulate_product(scratch.finite, {scratch.score_gradients, rows.lanes, 1}, scratch.queries, plan.key_width,
+  accumulate_product(at.finite, {scratch.score_gradients, rows.lanes, 1}, at.queries, plan.key_width,
                      scratch.key_gradients + local * plan.key_width, plan.key_width, keys.count, plan.key_width,
                      rows.rows);
-  accumulate_product(scratch.finite, {scratch.score_gradients, 1, rows.lanes}, keys.keys, plan.key_width,
-                     scratch.query_gradients, plan.key_width, rows.rows, plan.key_width, keys.count);
+  accumulate_product(at.finite, {scratch.score_gradients, 1, rows.lanes}, keys.keys, plan.key_width, at.query_gradients,
+                     plan.key_width, rows.rows, plan.key_width, keys.count);
 }
 
 // The same in products of pairs.
 template <class Weight, int kParts>
-void add_tile_in_pairs(const AttentionBackwardPlan& plan, const AttentionBackwardScratch& scratch, const KeyTile& keys,
-                       int64_t local) {
+void add_tile_in_pairs(const AttentionBackwardPlan& plan, const AttentionBackwardScratch& scratch,
+                       const BackwardRows& at, const KeyTile& keys, int64_t local) {
   const AttentionProblem& problem = *plan.problem;
-  const RowTile& rows = *scratch.rows;
+  const RowTile& rows = *at.rows;
   const int64_t tile = local / kKeyTile;
-  multiply_with_keys<kParts>(scratch.pairs, tile, keys.count, rows.lanes, scratch.scores, scratch.score_gradients);
+  multiply_with_keys<kParts>(at.pairs, tile, keys.count, rows.lanes, scratch.scores, scratch.score_gradients);
   if (plan.in_one_pass) {
-    differentiate_pair_tile<Weight, kParts>(problem, scratch, keys);
+    differentiate_pair_tile<Weight, kParts>(problem, scratch, at, keys);
   } else {
     alignas(64) float largest[kRowTile];
     finish_tile(problem, rows, keys, scratch.bias, scratch.scores, largest);
-    differentiate_scores<Weight>(plan, scratch, keys);
-    round_score_gradients<kParts>(rows, keys, scratch.scores, scratch.score_gradients, scratch.pairs);
+    differentiate_scores<Weight>(plan, scratch, at, keys);
+    round_score_gradients<kParts>(rows, keys, scratch.scores, scratch.score_gradients, at.pairs);
   }
-  add_pair_gradients<kParts>(scratch.pairs, tile, keys.count, rows.lanes,
+  add_pair_gradients<kParts>(at.pairs, tile, keys.count, rows.lanes,
                              scratch.value_gradients + local * plan.padded_value_width,
                              scratch.key_gradients + local * plan.key_width);
+}
+
+// Makes the tile of rows ready that begins with `begin`.
+template <int kParts>
+void load_rows(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch, int64_t batch, int64_t key_head,
+               int64_t begin, BackwardRows& at) {
+  const AttentionProblem& problem = *plan.problem;
+  set_up_rows(problem, batch, key_head, begin, static_cast<int>(core::smaller(kRowTile, plan.rows - begin)), *at.rows,
+              at.queries, plan.key_width, at.transposed_queries);
+  at.finite = scratch.finite;
+  at.in_pairs = load_row_gradients(plan, scratch, at) && kParts > 0;
+  // Of one part the bare query meets the score gradients, else the one with the factor of its row.
+  if constexpr (kParts == 1)
+    if (at.in_pairs) load_pair_rows<kParts>(problem, scratch, at);
+  for (int lane = 0; lane < at.rows->lanes; ++lane)
+    scale_row(at.queries + lane * plan.key_width, at.rows->factor[lane], plan.key_width);
+  if constexpr (kParts > 1)
+    if (at.in_pairs) load_pair_rows<kParts>(problem, scratch, at);
+  zero(at.query_gradients, at.rows->lanes * plan.key_width);
 }
 
 template <class Weight, int kParts>
@@ -204,35 +224,32 @@ void differentiate_unit(const AttentionBackwardPlan& plan, AttentionBackwardScra
   const AttentionProblem& problem = *plan.problem;
   scratch.finite = scratch.finite_values = true;
   load_keys<kParts>(plan, scratch, batch, key_head, split);
-  const bool keys_finite = scratch.finite;
-  for (int64_t begin = 0; begin < plan.rows; begin += kRowTile) {
-    RowTile& rows = *scratch.rows;
-    set_up_rows(problem, batch, key_head, begin, static_cast<int>(core::smaller(kRowTile, plan.rows - begin)), rows,
-                scratch.queries, plan.key_width, scratch.transposed_queries);
-    scratch.finite = keys_finite;
-    const bool pairs = load_row_gradients(plan, scratch) && kParts > 0;
-    // Of one part the bare query meets the score gradients, else the one with the factor of its row.
-    if constexpr (kParts == 1)
-      if (pairs) load_pair_rows<kParts>(problem, scratch);
-    for (int lane = 0; lane < rows.rows; ++lane)
-      scale_row(scratch.queries + lane * plan.key_width, rows.factor[lane], plan.key_width);
-    if constexpr (kParts > 1)
-      if (pairs) load_pair_rows<kParts>(problem, scratch);
-    zero(scratch.query_gradients, rows.lanes * plan.key_width);
+  const int64_t step = plan.tiles_together * kRowTile;
+  for (int64_t begin = 0; begin < plan.rows; begin += step) {
+    const int64_t end = core::smaller(begin + step, plan.rows);
+    BackwardRows* at = scratch.row_tiles;
+    for (int64_t row = begin; row < end; row += kRowTile) load_rows<kParts>(plan, scratch, batch, key_head, row, *at++);
+    BackwardRows* const last = at;
     int64_t local = 0;
     for (int64_t tile = split; tile < plan.key_tiles; tile += plan.splits, local += kKeyTile) {
       const KeyTile& keys = scratch.key_tiles[local / kKeyTile];
-      if (!tile_is_visible_to_any(problem, rows, keys.first, keys.count)) continue;
-      if constexpr (kParts > 0)
-        if (pairs) {
-          add_tile_in_pairs<Weight, kParts>(plan, scratch, keys, local);
-          continue;
-        }
-      add_tile<Weight>(plan, scratch, keys, local);
+      for (at = scratch.row_tiles; at < last; ++at) {
+        if (!tile_is_visible_to_any(problem, *at->rows, keys.first, keys.count)) continue;
+        if constexpr (kParts > 0)
+          if (at->in_pairs) {
+            add_tile_in_pairs<Weight, kParts>(plan, scratch, *at, keys, local);
+            continue;
+          }
+        add_tile<Weight>(plan, scratch, *at, keys, local);
+      }
     }
-    if (pairs) move_transposed(scratch.pairs.query_gradients, plan.key_width, rows.lanes, scratch.query_gradients);
-    finish_row_tile(plan, scratch, batch, key_head, begin, split);
-    const bool chunk_ends = (begin / kRowTile + 1) % (kGradientRows / kRowTile) == 0 || begin + kRowTile >= plan.rows;
+    at = scratch.row_tiles;
+    for (int64_t row = begin; row < end; row += kRowTile, ++at) {
+      if (at->in_pairs)
+        move_transposed(at->pairs.query_gradients, plan.key_width, at->rows->lanes, at->query_gradients);
+      finish_row_tile(plan, scratch, *at, batch, key_head, row, split);
+    }
+    const bool chunk_ends = end % kGradientRows == 0 || end == plan.rows;
     if (scratch.key_totals != nullptr && chunk_ends) finish_chunk(plan, scratch);
   }
   write_key_gradients(plan, scratch, batch, key_head, split);
@@ -243,9 +260,10 @@ void reduce_query_gradients(const AttentionBackwardPlan& plan, AttentionBackward
                             int64_t begin) {
   const AttentionProblem& problem = *plan.problem;
   const int64_t batch = head_index / problem.key_heads, key_head = head_index % problem.key_heads;
-  RowTile& rows = *scratch.rows;
+  const BackwardRows& at = *scratch.row_tiles;
+  RowTile& rows = *at.rows;
   set_up_rows(problem, batch, key_head, begin, static_cast<int>(core::smaller(kRowTile, plan.rows - begin)), rows,
-              scratch.queries, plan.key_width, scratch.transposed_queries);
+              at.queries, plan.key_width, at.transposed_queries);
   for (int lane = 0; lane < rows.rows; ++lane) {
     zero(scratch.row, problem.head_width);
     for (int64_t split = 0; split < plan.splits; ++split) {
@@ -254,7 +272,7 @@ void reduce_query_gradients(const AttentionBackwardPlan& plan, AttentionBackward
       for (int64_t d = 0; d < problem.head_width; ++d) scratch.row[d] += part[d];
     }
     write_query_gradient(plan, batch, rows.head[lane], rows.query[lane], scratch.row,
-                         scratch.queries + lane * plan.key_width, rows.factor[lane], rows.inverse_norm[lane],
+                         at.queries + lane * plan.key_width, rows.factor[lane], rows.inverse_norm[lane],
                          rows.norm_floored[lane]);
   }
 }
@@ -289,6 +307,8 @@ void attention_backward(const AttentionProblem& given, const AttentionGradients&
   const int64_t parallel_heads = core::larger(groups.batches * groups.key_heads, 1);
   plan.splits = mask_shared_by_keys ? 1 : core::larger(1, core::smaller(plan.key_tiles, kWantedUnits / parallel_heads));
   plan.tiles_per_split = (plan.key_tiles + plan.splits - 1) / plan.splits;
+
+  plan.tiles_together = rows_together(plan);
 
   const bool has_rows = plan.rows > 0 && key_heads > 0;
   const bool partial = plan.splits > 1;

@@ -19,18 +19,20 @@ struct PairOperands {
   uint16_t* values;       // (tiles, parts, kKeyTile, value_depth)
   uint16_t* key_columns;  // (tiles, parts, key_width, kKeyTile): K transposed
   // Of a tile of rows:
-  uint32_t* queries;            // (parts, depth / 2, lanes)
-  uint32_t* output_gradients;   // (parts, value_depth / 2, lanes)
-  uint32_t* query_rows;         // (parts, kRowTile / 2, key_width): pairs of rows
-  uint32_t* gradient_rows;      // (parts, kRowTile / 2, value_width): those of dO
+  uint32_t* queries;           // (parts, depth / 2, lanes)
+  uint32_t* output_gradients;  // (parts, value_depth / 2, lanes)
+  uint32_t* query_rows;        // (parts, kRowTile / 2, key_width): pairs of rows
+  uint32_t* gradient_rows;     // (parts, kRowTile / 2, value_width): those of dO
+  float* query_gradients;      // (key_width, lanes): dQ transposed
+  // Of a tile of rows while it is loaded:
   uint16_t* outputs;            // (parts, kRowTile, value_depth)
   float* products_with_output;  // (kRowTile, lanes): <o, do>
-  float* query_gradients;       // (key_width, lanes): dQ transposed
   // Of a tile of scores:
   uint16_t* weights;               // (parts, kKeyTile, kRowTile)
   uint16_t* score_gradients;       // (parts, kKeyTile, kRowTile), as they meet the query
   uint32_t* score_gradient_pairs;  // (parts, kKeyTile / 2, lanes), without the factor of the row
 
+  // What the tiles of rows of a unit share.
   void carve(Arena& arena, const AttentionProblem& problem, int64_t unit_keys, int of_parts) {
     parts = of_parts;
     depth = core::round_up(problem.head_width, kPairDepth);
@@ -40,16 +42,20 @@ struct PairOperands {
     keys = arena.take<uint16_t>(parts * unit_keys * depth);
     values = arena.take<uint16_t>(parts * unit_keys * value_depth);
     key_columns = arena.take<uint16_t>(parts * unit_keys * key_width);
+    outputs = arena.take<uint16_t>(parts * kRowTile * value_depth);
+    products_with_output = arena.take<float>(kRowTile * kRowTile);
+    weights = arena.take<uint16_t>(parts * kTilePart);
+    score_gradients = arena.take<uint16_t>(parts * kTilePart);
+    score_gradient_pairs = arena.take<uint32_t>(parts * kTilePart / 2);
+  }
+
+  // What a tile of rows has for itself.
+  void carve_rows(Arena& arena) {
     queries = arena.take<uint32_t>(parts * depth / 2 * kRowTile);
     output_gradients = arena.take<uint32_t>(parts * value_depth / 2 * kRowTile);
     query_rows = arena.take<uint32_t>(parts * kRowTile / 2 * key_width);
     gradient_rows = arena.take<uint32_t>(parts * kRowTile / 2 * value_width);
-    outputs = arena.take<uint16_t>(parts * kRowTile * value_depth);
-    products_with_output = arena.take<float>(kRowTile * kRowTile);
     query_gradients = arena.take<float>(key_width * kRowTile);
-    weights = arena.take<uint16_t>(parts * kTilePart);
-    score_gradients = arena.take<uint16_t>(parts * kTilePart);
-    score_gradient_pairs = arena.take<uint32_t>(parts * kTilePart / 2);
   }
 
   // Operands of the products, of key tile `tile` of the unit and of `lanes` rows.

@@ -16,11 +16,32 @@ struct AttentionBackwardPlan {
   int64_t padded_value_width;
   int64_t key_tiles;
   int64_t tiles_per_split;
+  int64_t tiles_together;  // of rows
   float* partial_queries;  // (splits, B * Hk, rows, D) or null when there is one split
   double* partial_scales;  // (splits, B, H) or null
   double* partial_sinks;   // (B, H) or null
   int parts;               // of products of pairs, for row tiles that are finite; 0: products of fp32
   bool in_one_pass;        // from products of pairs to rounded score gradients
+};
+
+// Row tiles that go through the keys together, a power of two: chunks of kGradientRows are whole numbers of them.
+[[maybe_unused]] static int64_t rows_together(const AttentionBackwardPlan& plan) {
+  const int64_t widths = 3 * plan.key_width + 2 * plan.padded_value_width;
+  const int64_t tile_bytes = kRowTile * widths * static_cast<int64_t>(sizeof(float));
+  int64_t tiles = 1;
+  while (2 * tiles <= kMostRowTilesTogether && 2 * tiles * tile_bytes <= kRowTilesBytes && tiles * kRowTile < plan.rows)
+    tiles *= 2;
+  return tiles;
+}
+
+// A tile of rows that is under way.
+struct BackwardRows {
+  RowTile* rows;
+  RowGradients* row_gradients;
+  float *queries, *transposed_queries, *output_gradients, *transposed_output_gradients, *query_gradients;
+  PairOperands pairs;
+  bool finite;    // with the keys of the unit; false: products must skip zero weights
+  bool in_pairs;  // goes through products of pairs
 };
 
 struct AttentionBackwardScratch {
@@ -33,17 +54,12 @@ struct AttentionBackwardScratch {
     const AttentionProblem& problem = *plan.problem;
     Arena arena(base);
     const int64_t split_keys = plan.tiles_per_split * kKeyTile;
-    queries = arena.take<float>(kRowTile * plan.key_width);
-    transposed_queries = arena.take<float>(kRowTile * problem.head_width);
-    output_gradients = arena.take<float>(kRowTile * plan.padded_value_width);
-    transposed_output_gradients = arena.take<float>(kRowTile * problem.value_width);
     row_values = arena.take<float>(kRowTile * plan.padded_value_width);
     transposed_row_values = arena.take<float>(kRowTile * problem.value_width);
     row = arena.take<float>(core::larger(plan.key_width, plan.padded_value_width));
     scores = arena.take<float>(kRowTile * kKeyTile);
     score_gradients = arena.take<float>(kRowTile * kKeyTile);
     bias = arena.take<float>(problem.attn_mask.kind != MaskKind::kNone ? kRowTile * kKeyTile : 0);
-    query_gradients = arena.take<float>(kRowTile * plan.key_width);
     keys = arena.take<float>(split_keys * plan.key_width);
     values = arena.take<float>(split_keys * plan.padded_value_width);
     key_gradients = arena.take<float>(split_keys * plan.key_width);
@@ -51,25 +67,34 @@ struct AttentionBackwardScratch {
     const int64_t total_keys = plan.rows > kGradientRows ? split_keys : 0;
     key_totals = arena.take<float>(total_keys * plan.key_width);
     value_totals = arena.take<float>(total_keys * plan.padded_value_width);
-    rows = arena.take<RowTile>(1);
-    row_gradients = arena.take<RowGradients>(1);
     key_tiles = arena.take<KeyTile>(plan.tiles_per_split);
+    PairOperands pairs{};
     if (plan.parts > 0) pairs.carve(arena, problem, split_keys, plan.parts);
+    row_tiles = arena.take<BackwardRows>(plan.tiles_together);
+    for (int64_t tile = 0; tile < plan.tiles_together; ++tile) {
+      BackwardRows at{};
+      at.rows = arena.take<RowTile>(1);
+      at.row_gradients = arena.take<RowGradients>(1);
+      at.queries = arena.take<float>(kRowTile * plan.key_width);
+      at.transposed_queries = arena.take<float>(kRowTile * problem.head_width);
+      at.output_gradients = arena.take<float>(kRowTile * plan.padded_value_width);
+      at.transposed_output_gradients = arena.take<float>(kRowTile * problem.value_width);
+      at.query_gradients = arena.take<float>(kRowTile * plan.key_width);
+      at.pairs = pairs;
+      if (plan.parts > 0) at.pairs.carve_rows(arena);
+      if (base != nullptr) row_tiles[tile] = at;
+    }
     return arena.used();
   }
 
   TileUnit tile_unit;
   Allocation memory;
-  PairOperands pairs{};
-  float *queries = nullptr, *transposed_queries = nullptr, *output_gradients = nullptr;
-  float *transposed_output_gradients = nullptr, *row_values = nullptr, *transposed_row_values = nullptr;
-  float *row = nullptr, *scores = nullptr, *score_gradients = nullptr;
-  float *bias = nullptr, *query_gradients = nullptr, *keys = nullptr, *values = nullptr, *key_gradients = nullptr;
+  float *row_values = nullptr, *transposed_row_values = nullptr, *row = nullptr, *scores = nullptr;
+  float *score_gradients = nullptr, *bias = nullptr, *keys = nullptr, *values = nullptr, *key_gradients = nullptr;
   float *value_gradients = nullptr, *key_totals = nullptr, *value_totals = nullptr;
-  RowTile* rows = nullptr;
-  RowGradients* row_gradients = nullptr;
   KeyTile* key_tiles = nullptr;
-  bool finite = true, finite_values = true;
+  BackwardRows* row_tiles = nullptr;
+  bool finite = true, finite_values = true;  // all keys, all values of the unit
 };
 
 // Widens the split's keys and values, tile after tile, with the factors of the keys, and clears their gradients.
@@ -102,7 +127,7 @@ static void load_keys(const AttentionBackwardPlan& plan, AttentionBackwardScratc
     set_up_key_factors(problem, batch, keys);
     if constexpr (kParts > 0)
       load_pair_keys<kParts>(problem, batch, key_head, first, local / kKeyTile, scratch.keys + local * plan.key_width,
-                             scratch.values + local * plan.padded_value_width, scratch.pairs);
+                             scratch.values + local * plan.padded_value_width, scratch.row_tiles->pairs);
   }
   const int64_t split_keys = plan.tiles_per_split * kKeyTile;
   zero(scratch.key_gradients, split_keys * plan.key_width);
@@ -128,34 +153,35 @@ static void load_keys(const AttentionBackwardPlan& plan, AttentionBackwardScratc
 
 // <dO, x> of the row tile's rows x in scratch.row_values.
 [[maybe_unused]] static void multiply_with_gradients(const AttentionBackwardPlan& plan,
-                                                     const AttentionBackwardScratch& scratch, float* products) {
-  const int64_t width = plan.problem->value_width, lanes = scratch.rows->lanes;
+                                                     const AttentionBackwardScratch& scratch, const BackwardRows& at,
+                                                     float* products) {
+  const int64_t width = plan.problem->value_width, lanes = at.rows->lanes;
   transpose_rows(scratch.row_values, plan.padded_value_width, lanes, width, scratch.transposed_row_values);
-  dots_in_order(scratch.transposed_output_gradients, scratch.transposed_row_values, width, lanes, products);
+  dots_in_order(at.transposed_output_gradients, scratch.transposed_row_values, width, lanes, products);
 }
 
 // Output gradients of the row tile in both layouts, and what the saved tensors say of its rows. Whether the tile can go
 // through products of pairs.
-[[maybe_unused]] static bool load_row_gradients(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch) {
+[[maybe_unused]] static bool load_row_gradients(const AttentionBackwardPlan& plan, AttentionBackwardScratch& scratch,
+                                                BackwardRows& at) {
   const AttentionProblem& problem = *plan.problem;
   const AttentionGradients& gradients = *plan.gradients;
-  const RowTile& rows = *scratch.rows;
-  RowGradients& state = *scratch.row_gradients;
+  const RowTile& rows = *at.rows;
+  RowGradients& state = *at.row_gradients;
   state = RowGradients{};  // lanes past the last row: all zero
   const int64_t width = problem.value_width, stride = plan.padded_value_width;
-  zero(scratch.output_gradients, rows.lanes * stride);
+  zero(at.output_gradients, rows.lanes * stride);
   zero(scratch.row_values, rows.lanes * stride);
   for (int lane = 0; lane < rows.rows; ++lane) {
-    float* gradient = scratch.output_gradients + lane * stride;
+    float* gradient = at.output_gradients + lane * stride;
     const int64_t head = rows.head[lane], query = rows.query[lane];
     widen(row_of(gradients.grad_output, problem.dtype, rows.batch, head, query), problem.dtype, gradient, width);
     widen(row_of(problem.output, problem.dtype, rows.batch, head, query), problem.dtype,
           scratch.row_values + lane * stride, width);
-    scratch.finite &=
-        is_finite(gradient, width) && is_finite(scratch.queries + lane * plan.key_width, problem.head_width);
+    at.finite &= is_finite(gradient, width) && is_finite(at.queries + lane * plan.key_width, problem.head_width);
   }
-  transpose_rows(scratch.output_gradients, stride, rows.lanes, width, scratch.transposed_output_gradients);
-  multiply_with_gradients(plan, scratch, state.delta);
+  transpose_rows(at.output_gradients, stride, rows.lanes, width, at.transposed_output_gradients);
+  multiply_with_gradients(plan, scratch, at, state.delta);
   const auto row_index = [&](int lane) {
     return (rows.batch * problem.heads + rows.head[lane]) * problem.queries + rows.query[lane];
   };
@@ -164,7 +190,7 @@ static void load_keys(const AttentionBackwardPlan& plan, AttentionBackwardScratc
     for (int lane = 0; lane < rows.rows; ++lane)
       __builtin_memcpy(scratch.row_values + lane * stride, problem.saved_values + row_index(lane) * width,
                        static_cast<size_t>(width) * sizeof(float));
-    multiply_with_gradients(plan, scratch, response_products);
+    multiply_with_gradients(plan, scratch, at, response_products);
   }
   bool pairs = scratch.finite_values;
   for (int lane = 0; lane < rows.rows; ++lane) {
@@ -173,15 +199,15 @@ static void load_keys(const AttentionBackwardPlan& plan, AttentionBackwardScratc
     set_row_gradient(problem, rows, lane, response_products[lane], log_gradient, state);
     pairs &= is_finite(state, lane);
   }
-  return pairs && scratch.finite;
+  return pairs && at.finite;
 }
 
 // The operands of products of pairs of the row tile.
 template <int kParts>
-static void load_pair_rows(const AttentionProblem& problem, AttentionBackwardScratch& scratch) {
-  load_pair_rows<kParts>(problem, *scratch.rows, scratch.queries, scratch.transposed_queries, scratch.output_gradients,
-                         scratch.transposed_output_gradients, scratch.pairs);
-  multiply_with_outputs<kParts>(problem, *scratch.rows, scratch.pairs, scratch.row, scratch.row_gradients->delta);
+static void load_pair_rows(const AttentionProblem& problem, AttentionBackwardScratch& scratch, BackwardRows& at) {
+  load_pair_rows<kParts>(problem, *at.rows, at.queries, at.transposed_queries, at.output_gradients,
+                         at.transposed_output_gradients, at.pairs);
+  multiply_with_outputs<kParts>(problem, *at.rows, at.pairs, scratch.row, at.row_gradients->delta);
 }
 
 }  // namespace sightline::SIGHTLINE_ISA_NS

@@ -82,6 +82,11 @@ constexpr int64_t kPackedMaskTilesAhead = 4;
 constexpr int64_t kWantedUnits = 8;
 // dK and dV are summed over this many rows, and these sums added up, as weighted values are.
 constexpr int64_t kGradientRows = 2048;
+// Row tiles that go through the keys of a unit together, and the bytes of their operands and of dQ: with a tile of
+// keys, its values and their gradients (192 KiB at D = 128) they stay in a second-level cache of 1 MiB.
+constexpr int64_t kMostRowTilesTogether = 8;
+constexpr int64_t kRowTilesBytes = 640 * 1024;
+static_assert(kGradientRows % (kMostRowTilesTogether * kRowTile) == 0);
 
 // Decoding. Beyond so many rows per key head the tiles of attention are full enough.
 constexpr int64_t kMaxDecodeRows = 8;
