@@ -155,9 +155,13 @@ def clustered_problem(
 ) -> Problem:
     """Keys near one of five directions, a stretch of keys for each, and rows that look for one of them.
 
+    The directions are random but not the angles between them, from which the tiles that count follow: cosines from 0 to
+    0.57, so that some tiles lie far below the bound of skipping, some near it and some above.
     `scale_of_rows`: by how much more than 32 rows one after the other look for the same.
     """
-    centres = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1) * 4.0
+    orthogonal = torch.linalg.qr(torch.randn(16, 5)).Q.T
+    leaning = orthogonal + torch.linspace(0.0, 0.7, 5)[:, None] * orthogonal[:1]
+    centres = torch.nn.functional.normalize(leaning, dim=-1) * 4.0
     key = centres.repeat_interleave(keys // 5, 0) + 0.3 * torch.randn(1, 2, keys, 16)
     wanted = torch.arange(queries) // (32 * scale_of_rows) % 5
     query = centres[wanted] + 0.3 * torch.randn(1, 4, queries, 16)
