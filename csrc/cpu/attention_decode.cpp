@@ -67,11 +67,16 @@ void compute_chunk_scores(const DecodePlan& plan, const DecodeUnit& unit, Decode
   const AttentionProblem& problem = *plan.problem;
   const RowTile& rows = *scratch.rows;
   const WideRows keys = rows_of(problem, problem.key, problem.head_width, unit);
-  if (plan.by_tiles)
-    key_products_by_tiles(keys, unit.count, scratch.queries, problem.head_width, scratch.query_pairs, plan.rows, scores,
+  const QueryNumber<kType>* queries;
+  if constexpr (kByPairs<kType>)
+    queries = scratch.query_bits;
+  else
+    queries = scratch.queries;
+  if constexpr (kHasTileUnit && kByPairs<kType>)
+    key_products_by_tiles(keys, unit.count, queries, problem.head_width, scratch.query_pairs, plan.rows, scores,
                           plan.stride, scratch.key_factors);
   else
-    key_products<kType>(keys, unit.count, scratch.queries, problem.head_width, plan.rows, scores, plan.stride,
+    key_products<kType>(keys, unit.count, queries, problem.head_width, plan.rows, scores, plan.stride,
                         scratch.key_factors);
   if (problem.normalize_qk)
     for (int64_t j = 0; j < unit.count; j += Vec::kWidth) {

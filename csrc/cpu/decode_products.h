@@ -3,11 +3,16 @@
 // Keys and values are read once, row by row as they lie, as vectors along their width: with one to eight query rows
 // there are not enough lanes for the layout of product.h, whose lanes are rows. Numbers of 16 bits are widened in
 // registers. bfloat16 comes apart into even and odd columns for free, so queries and sums keep that order (see
-// `arranged_place`).
+// `arranged_place`). Where a machine multiplies pairs of bfloat16, queries and keys are pairs as they lie, which takes
+// half of the multiplications and no widening; values would have to be put into pairs of keys, and their weights be
+// rounded.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/row_math.h"
 #include "cpu/tile_shapes.h"
+#include "cpu/vec_pairs.h"
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
@@ -20,6 +25,14 @@ struct WideRows {
 
 template <DType kType>
 constexpr int64_t kBytesOf = kType == DType::kFloat32 ? 4 : 2;
+
+// Products of queries and keys are those of pairs.
+template <DType kType>
+constexpr bool kByPairs = kHasPairProducts && kType == DType::kBFloat16;
+
+// What queries are held as: with pairs as they are, otherwise fp32 in the order of arranged_place.
+template <DType kType>
+using QueryNumber = std::conditional_t<kByPairs<kType>, uint16_t, float>;
 
 template <DType kType>
 SIGHTLINE_INLINE const void* row_of(const WideRows& rows, int64_t row) {
@@ -79,8 +92,9 @@ SIGHTLINE_INLINE int64_t arranged_place(DType type, int64_t column) {
 // products[r * stride + j] = <queries[r], row j of keys> for kRows rows and kWidth keys; with kNorms the squares of the
 // keys' norms instead. Rows of `keys` past `count` are taken to be the last one.
 template <DType kType, int kRows, bool kNorms>
-SIGHTLINE_INLINE void key_products_of_rows(const WideRows& keys, int64_t first, int64_t count, const float* queries,
-                                           int64_t query_stride, float* products, int64_t stride) {
+SIGHTLINE_INLINE void key_products_of_rows(const WideRows& keys, int64_t first, int64_t count,
+                                           const QueryNumber<kType>* queries, int64_t query_stride, float* products,
+                                           int64_t stride) {
   constexpr int kKeys = Vec::kWidth / (kRows == 3 ? 4 : kRows);
   for (int64_t start = first; start < first + Vec::kWidth; start += kKeys) {
     const void* rows[kKeys];
@@ -92,18 +106,28 @@ SIGHTLINE_INLINE void key_products_of_rows(const WideRows& keys, int64_t first, 
     for (int64_t column = 0; column < keys.width; column += kColumnGroup) {
 #pragma GCC unroll 16
       for (int j = 0; j < kKeys; ++j) {
-        Vec key[2];
-        load_group<kType>(rows[j], column, key[0], key[1]);
         if (!kNorms)
           ask_for(static_cast<const char*>(rows[j]) + column * kBytesOf<kType> + kKeyBytesAhead,
                   kColumnGroup * kBytesOf<kType>);
+        if constexpr (kByPairs<kType>) {
+          const Pairs key = load_pairs(static_cast<const uint16_t*>(rows[j]) + column);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half) {
-            const Vec query = kNorms ? key[half] : Vec::load(queries + r * query_stride + column + half * Vec::kWidth);
-            sums[r * kKeys + j] = fma(query, key[half], sums[r * kKeys + j]);
+          for (int r = 0; r < kRows; ++r) {
+            const Pairs query = kNorms ? key : load_pairs(queries + r * query_stride + column);
+            sums[r * kKeys + j] = add_products(sums[r * kKeys + j], query, key);
           }
+        } else {
+          Vec key[2];
+          load_group<kType>(rows[j], column, key[0], key[1]);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+              const Vec query =
+                  kNorms ? key[half] : Vec::load(queries + r * query_stride + column + half * Vec::kWidth);
+              sums[r * kKeys + j] = fma(query, key[half], sums[r * kKeys + j]);
+            }
+        }
       }
     }
     alignas(64) float totals[Vec::kWidth];
@@ -117,11 +141,11 @@ SIGHTLINE_INLINE void key_products_of_rows(const WideRows& keys, int64_t first, 
 // All rows with keys [0, count), and with `norms` the squares of the keys' norms. Products are written up to the next
 // whole vector.
 template <DType kType>
-static void key_products(const WideRows& keys, int64_t count, const float* queries, int64_t query_stride, int rows,
-                         float* products, int64_t stride, float* norms) {
+static void key_products(const WideRows& keys, int64_t count, const QueryNumber<kType>* queries, int64_t query_stride,
+                         int rows, float* products, int64_t stride, float* norms) {
   for (int64_t first = 0; first < count; first += Vec::kWidth) {
     for (int row = 0; row < rows; row += kRowGroup) {
-      const float* from = queries + row * query_stride;
+      const QueryNumber<kType>* from = queries + row * query_stride;
       float* to = products + row * stride;
       switch (rows - row) {
         case 1:

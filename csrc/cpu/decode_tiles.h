@@ -11,19 +11,15 @@
 
 namespace sightline::SIGHTLINE_ISA_NS {
 
-// Queries as load_group arranges them (even columns of a group, then odd ones) to pairs of columns, (groups of
-// kRowGroup rows, D / 2, kRowGroup); rows that a group lacks are zeros.
-[[maybe_unused]] static void pack_queries(const float* queries, int64_t width, int rows, uint32_t* pairs) {
-  const auto bits = [&](int row, int64_t place) {
-    uint32_t number;
-    __builtin_memcpy(&number, queries + row * width + place, sizeof number);
-    return number;
-  };
+// Queries (rows, D) to pairs of columns, (groups of kRowGroup rows, D / 2, kRowGroup); rows that a group lacks are
+// zeros.
+[[maybe_unused]] static void pack_queries(const uint16_t* queries, int64_t width, int rows, uint32_t* pairs) {
   for (int group = 0; group < rows; group += kRowGroup)
-    for (int64_t column = 0; column < width; column += kColumnGroup)
-      for (int64_t pair = 0; pair < kColumnGroup / 2; ++pair)
-        for (int row = group; row < group + kRowGroup; ++row)
-          *pairs++ = row < rows ? bits(row, column + pair) >> 16 | bits(row, column + pair + Vec::kWidth) : 0;
+    for (int64_t column = 0; column < width; column += 2)
+      for (int row = group; row < group + kRowGroup; ++row, ++pairs) {
+        *pairs = 0;
+        if (row < rows) __builtin_memcpy(pairs, queries + row * width + column, sizeof *pairs);
+      }
 }
 
 // sums (keys, rows): products of keys [first, first + 16 kTiles) and four rows.
@@ -51,9 +47,10 @@ SIGHTLINE_INLINE void key_tile_products(const WideRows& keys, int64_t first, con
 }
 
 // key_products of decode_products.h.
-[[maybe_unused]] static void key_products_by_tiles(const WideRows& keys, int64_t count, const float* queries,
-                                                   int64_t query_stride, const uint32_t* query_pairs, int rows,
-                                                   float* products, int64_t stride, float* norms) {
+[[maybe_unused]] static void key_products_by_tiles(const WideRows& keys, int64_t count,
+                                                   const QueryNumber<DType::kBFloat16>* queries, int64_t query_stride,
+                                                   const uint32_t* query_pairs, int rows, float* products,
+                                                   int64_t stride, float* norms) {
   const int64_t in_tiles = count / 16 * 16;
   {
     const TileUnit unit(true, kRowGroup);

@@ -27,7 +27,8 @@ struct DecodePlan {
   const AttentionProblem* problem;
   int rows;  // per key head
   int64_t chunks, units, stride;
-  bool by_tiles;  // products with keys on the tile unit
+  bool by_pairs;  // products with keys: of pairs of bfloat16
+  bool by_tiles;  // and these on the tile unit
 
   explicit DecodePlan(const AttentionProblem& of)
       : problem(&of),
@@ -35,7 +36,8 @@ struct DecodePlan {
         chunks((of.keys + kDecodeChunk - 1) / kDecodeChunk),
         units(of.batch * of.key_heads * chunks),
         stride(core::smaller(kDecodeChunk, core::round_up(of.keys, Vec::kWidth))),
-        by_tiles(kHasTileUnit && of.dtype == DType::kBFloat16) {}
+        by_pairs(kHasPairProducts && of.dtype == DType::kBFloat16),
+        by_tiles(kHasTileUnit && by_pairs) {}
 };
 
 // Shared by the threads; every unit writes its own part.
@@ -71,7 +73,8 @@ struct DecodeScratch {
     Arena arena(base);
     rows = arena.take<RowTile>(1);
     query = arena.take<float>(problem.head_width);
-    queries = arena.take<float>(plan.rows * problem.head_width);
+    queries = arena.take<float>(plan.by_pairs ? 0 : plan.rows * problem.head_width);
+    query_bits = arena.take<uint16_t>(plan.by_pairs ? plan.rows * problem.head_width : 0);
     scores = arena.take<float>(problem.reweight.power > 0.0f ? 0 : plan.rows * plan.stride);
     key_factors = arena.take<float>(problem.normalize_qk ? plan.stride : 0);
     hidden = arena.take<float>(problem.key_mask != nullptr ? plan.stride : 0);
@@ -83,6 +86,7 @@ struct DecodeScratch {
   Allocation memory;
   RowTile* rows = nullptr;
   float *query = nullptr, *queries = nullptr, *scores = nullptr, *key_factors = nullptr, *hidden = nullptr;
+  uint16_t* query_bits = nullptr;   // in place of `queries` where products are of pairs
   uint32_t* query_pairs = nullptr;  // pack_queries
 };
 
@@ -102,14 +106,18 @@ struct DecodeUnit {
   for (int row = 0; row < plan.rows; ++row) {
     const int64_t head = unit.key_head * group + row / problem.queries;
     const int64_t query = row % problem.queries;
-    widen(row_of(problem.query, problem.dtype, unit.batch, head, query), problem.dtype, scratch.query,
-          problem.head_width);
+    const void* from = row_of(problem.query, problem.dtype, unit.batch, head, query);
+    widen(from, problem.dtype, scratch.query, problem.head_width);
     set_up_row(problem, head, query, scratch.query, row, rows);
+    if (plan.by_pairs) {
+      __builtin_memcpy(scratch.query_bits + row * problem.head_width, from, problem.head_width * sizeof(uint16_t));
+      continue;
+    }
     float* arranged = scratch.queries + row * problem.head_width;
     for (int64_t column = 0; column < problem.head_width; ++column)
       arranged[arranged_place(problem.dtype, column)] = scratch.query[column];
   }
-  if (plan.by_tiles) pack_queries(scratch.queries, problem.head_width, plan.rows, scratch.query_pairs);
+  if (plan.by_tiles) pack_queries(scratch.query_bits, problem.head_width, plan.rows, scratch.query_pairs);
   const int64_t begin = index % plan.chunks * kDecodeChunk;
   const int64_t first = core::larger(begin, rows.min_first);
   const int64_t end = core::smaller(core::smaller(begin + kDecodeChunk, problem.keys), rows.max_last + 1);

@@ -18,6 +18,7 @@ struct Pairs {
 };
 
 SIGHTLINE_INLINE Pairs load_pairs(const uint32_t* from) { return {_mm512_loadu_si512(from)}; }
+SIGHTLINE_INLINE Pairs load_pairs(const uint16_t* from) { return {_mm512_loadu_si512(from)}; }
 SIGHTLINE_INLINE void store(uint32_t* to, Pairs pairs) { _mm512_storeu_si512(to, pairs.bits); }
 SIGHTLINE_INLINE void store(uint16_t* to, Pairs pairs) { _mm512_storeu_si512(to, pairs.bits); }
 
@@ -142,6 +143,7 @@ constexpr bool kHasPairProducts = false;
 
 struct Pairs {};
 SIGHTLINE_INLINE Pairs load_pairs(const uint32_t*) { return {}; }
+SIGHTLINE_INLINE Pairs load_pairs(const uint16_t*) { return {}; }
 SIGHTLINE_INLINE void store(uint32_t*, Pairs) {}
 SIGHTLINE_INLINE void store(uint16_t*, Pairs) {}
 SIGHTLINE_INLINE Pairs broadcast_pair(const uint16_t*) { return {}; }
