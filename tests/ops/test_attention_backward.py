@@ -163,11 +163,12 @@ def test_expanded_gradients_of_a_sum(weighting: Any) -> None:
 @every_pair
 def test_one_row_against_a_cache(weighting: Any, dtype: torch.dtype) -> None:
     for key_heads in (1, 8):
-        sizes = Sizes(heads=8, key_heads=key_heads, queries=1, keys=300)
-        problem = random_problem(sizes, dtype, causal=True, key_lengths=torch.tensor([300, 171]))
+        # So many entries because the few large weights of a row decide over its largest error.
+        sizes = Sizes(batch=8, heads=8, key_heads=key_heads, queries=1, keys=300)
+        problem = random_problem(sizes, dtype, causal=True, key_lengths=torch.tensor([300, 171] * 4))
         gradients = assert_gradients_are_close(problem, weighting)
-        assert (gradients["key"][1, :, 171:] == 0).all()
-        assert (gradients["value"][1, :, 171:] == 0).all()
+        assert (gradients["key"][1::2, :, 171:] == 0).all()
+        assert (gradients["value"][1::2, :, 171:] == 0).all()
 
 
 @every_weighting
