@@ -95,7 +95,8 @@ def sdpa_ratio(direction: str, dtype: str, name: str, bound: float) -> Callable[
         return worst(
             Measured(
                 result["ratio_to_sdpa"],
-                f"D = {result['head_dim']}, N = {result['length']:,}; {result['share_of_peak']:.0%} of peak",
+                f"D = {result['head_dim']}, N = {result['length']:,}; {result['share_of_peak']:.0%} of peak"
+                f"{timed_once(result)}",
                 register_limit(documents, result, bound),
                 numbers(missing) if missing else "",
             )
@@ -127,7 +128,7 @@ def zentorch_ratio(dtype: str, name: str, batch: int) -> Callable[[Documents], M
             Measured(
                 result["ratio_to_zentorch"],
                 f"{pattern_of(result)}, D = {result['head_dim']}, N = {result['length']:,}; "
-                f"{result['share_of_peak']:.0%} of peak",
+                f"{result['share_of_peak']:.0%} of peak{timed_once(result)}",
                 missing=" and ".join(missing),
             )
             for result in results
@@ -141,6 +142,11 @@ def pattern_of(result: Result) -> str:
     return "causal" if result["causal"] else "all keys"
 
 
+def timed_once(result: Result) -> str:
+    """Said of a call so long that there was time for one: nothing tells how much such calls differ."""
+    return "; timed once" if result["repetitions"] == 1 else ""
+
+
 def slowest_beside_sdpa(documents: Documents) -> Measured | None:
     """The smallest ratio to SDPA of anything that was timed beside it: both passes, every shape, and decoding."""
     found = []
@@ -148,7 +154,7 @@ def slowest_beside_sdpa(documents: Documents) -> Measured | None:
         for result in timings(documents, "attention", implementation=name):
             shape = f"B = {result['batch']}, D = {result['head_dim']}, N = {result['length']:,}"
             where = f"{LABELS[name]}, {result['pass']}, {pattern_of(result)}, {result['dtype']}, {shape}"
-            found.append(Measured(result["ratio_to_sdpa"], where))
+            found.append(Measured(result["ratio_to_sdpa"], where + timed_once(result)))
         for result in timings(documents, "decoding", implementation=name):
             shape = f"H = {result['heads']} on {result['key_heads']}, N = {result['length']:,}"
             found.append(Measured(result["ratio_to_sdpa"], f"{LABELS[name]}, decoding, {result['dtype']}, {shape}"))
@@ -178,7 +184,8 @@ def relative_rate(measurement: str, keep: Callable[[Result], bool]) -> Callable[
         return worst(
             Measured(
                 result["relative_rate"],
-                f"{LABELS[result['weighting']]}, {result['dtype']}, {shape}N = {result['length']:,}",
+                f"{LABELS[result['weighting']]}, {result['dtype']}, {shape}N = {result['length']:,}"
+                f"{timed_once(result)}",
             )
             for result in timings(documents, "options", measurement=measurement)
             for shape in ["" if measurement == "widths" else f"D = {result['head_dim']}, "]
