@@ -232,10 +232,15 @@ REASONS: dict[str, dict[str, str]] = {
             )
         },
         **{
-            f"forward, bfloat16, sightline {name}, B = {batch}, speed of zentorch": reason
+            f"forward, {case}, speed of zentorch": reason
             for name in ("LSSA", "Softmax")
-            for batch, reason in ((1, _VECTOR_FORWARD), (8, _VECTOR_SHORT))
+            for case, reason in (
+                (f"bfloat16, sightline {name}, B = 1", _VECTOR_FORWARD),
+                (f"float32, sightline {name}, B = 1", _VECTOR_FORWARD),
+                (f"bfloat16, sightline {name}, B = 8", _VECTOR_SHORT),
+            )
         },
+        "anything, speed of torch SDPA": f"LSSAR has {_TWO_SWEEPS}",
         **{
             f"causal forward, {dtype}, speed of the chunked formula": _VECTOR_FORMULA
             for dtype in ("bfloat16", "float32")
