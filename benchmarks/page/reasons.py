@@ -119,6 +119,10 @@ _VECTOR_DECODING = (
     "are asked for (2 KiB to 64 KiB) changes nothing that shows, while without asking it takes in 9 GB/s to 13 GB/s "
     "(beside an hour in which two threads read 29 GB/s)"
 )
+_VECTOR_THREADS = (
+    "1.8x to 2x most of the time; in spells of tenths of seconds to seconds 1.07x, while both threads are busy and "
+    "each is half as fast, as where two processors are one core (processor time beside time)"
+)
 _VECTOR_SHORT = (
     "of N = 196 in bfloat16 (D = 128) products take three fifths of the time, at 70 % of the registers' rate; writing "
     "outputs, loading values, setting up rows and weights take 5 % to 10 % each (profile)"
@@ -242,6 +246,7 @@ REASONS: dict[str, dict[str, str]] = {
             )
         },
         "anything, speed of torch SDPA": f"LSSAR has {_TWO_SWEEPS}",
+        "all threads, forward, one head, speed of one thread": _VECTOR_THREADS,
         **{
             f"causal forward, {dtype}, speed of the chunked formula": _VECTOR_FORMULA
             for dtype in ("bfloat16", "float32")

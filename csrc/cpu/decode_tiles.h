@@ -1,4 +1,4 @@
-// The products of decoding's keys in bfloat16 on the tile unit (AMX), with a third of the instructions of
+// The products of decoding's keys in bfloat16 on the tile unit (AMX), with fewer instructions than those of
 // decode_products.h, so that memory is what remains to wait for. A tile is 16 keys by 32 columns as they lie, and its
 // product with four query rows leaves the rows of a key side by side.
 //

@@ -83,7 +83,7 @@ constexpr int64_t kWantedUnits = 8;
 // dK and dV are summed over this many rows, and these sums added up, as weighted values are.
 constexpr int64_t kGradientRows = 2048;
 // Row tiles that go through the keys of a unit together, and the bytes of their operands and of dQ: with a tile of
-// keys, its values and their gradients (192 KiB at D = 128) they stay in a second-level cache of 1 MiB.
+// keys, its values and their gradients (up to 160 KiB at D = 128) they stay in a second-level cache of 1 MiB.
 constexpr int64_t kMostRowTilesTogether = 8;
 constexpr int64_t kRowTilesBytes = 640 * 1024;
 static_assert(kGradientRows % (kMostRowTilesTogether * kRowTile) == 0);
