@@ -139,7 +139,7 @@ def test_one_output_alone_has_gradients(wanted, causal):
 @CAUSAL
 @EVERY_DTYPE
 def test_steep_keys_lose_no_accuracy(dtype, step, causal):
-    """Keys that climb or fall by `step` every eight rows, in a few channels or all of them."""
+    """Keys that climb or fall by `step` every eight rows, in about half of the channels."""
     sizes = Sizes(length=150, width=20)
     climbing = torch.rand(20) < 0.5
     problem = random_problem(sizes, dtype, causal=causal, ramp=climbing * step / 8 * torch.arange(150.0)[:, None])

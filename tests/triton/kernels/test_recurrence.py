@@ -88,9 +88,12 @@ def test_options(option, causal):
 @EVERY_DTYPE
 @CAUSAL
 def test_steep_keys_lose_no_accuracy(step, dtype, causal):
-    """Keys that climb or fall by `step` every eight rows, in a few channels or all of them."""
-    sizes = Sizes(batch=1, heads=2, key_heads=1, length=40, width=8, value_width=8)
-    ramp = (torch.rand(8) < 0.5) * step / 8 * torch.arange(40.0)[:, None]
+    """Keys that climb or fall by `step` every eight rows, in about half of the channels.
+
+    Entries, heads and channels enough that of those few rows with all the weight no number is the largest by far.
+    """
+    sizes = Sizes(batch=2, heads=4, key_heads=2, length=40, width=16, value_width=16)
+    ramp = (torch.rand(16) < 0.5) * step / 8 * torch.arange(40.0)[:, None]
     problem = random_problem(sizes, dtype, causal=causal, key_gain=torch.randn(sizes.key_shape()), ramp=ramp)
     assert_results_are_close(problem, backend="triton", one_key_dominates=step < 0 or not causal)
 
